@@ -1,0 +1,33 @@
+"""blip2 COMMAND [flags]: hands over to a command's file; `blip2 COMMAND --help` teaches it."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "prepare": "turn a data source into shards",
+    "train": "train a recipe, or resume it",
+    "evaluate": "run the evaluations, write metrics and a report",
+    "convert": "turn weights from one format into another",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__.strip() + "\n")
+        print("\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items()))
+        return 0
+    if words[0] == "--version":
+        from blip2_jax import __version__
+
+        print(__version__)
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"blip2: no command {words[0]!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"blip2_jax.{words[0]}").main(words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""What all commands share: their help, their flags, and the config they run.
+
+Ordinary flags are argparse's. A config is a Python file with `get_config()`, and any of its keys
+can be set from the command line, as `--config.optim.peak_lr=1e-4`; `ml_collections` converts the
+text to the type that the key has. All mistakes are found here, before any work starts.
+"""
+
+import argparse
+import contextlib
+import difflib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_dict, config_flags
+
+from blip2_jax.runtime.compare import differences
+
+AddArguments = Callable[[argparse.ArgumentParser], None]
+OVERRIDE = "--config."
+
+
+class ConfigError(ValueError):
+    """A config file or an override that cannot be used; the message says what to do."""
+
+
+def parse(
+    doc: str | None,
+    argv: Sequence[str] | None = None,
+    add_arguments: AddArguments | None = None,
+    *,
+    prog: str | None = None,
+    config: bool = True,
+) -> argparse.Namespace:
+    """Parses a command line.
+
+    Args:
+      doc: the command's module docstring, which is its help text.
+      argv: the words after the command's name; those of this process when None.
+      add_arguments: adds the command's own flags to the parser.
+      prog: what the usage line calls the command, e.g. "blip2 train".
+      config: whether the command runs a config, and so takes `--config` and `--config.key=value`.
+
+    Returns:
+      The flags; `config` is a FrozenConfigDict and `config_path` what was given as `--config`.
+
+    Raises:
+      SystemExit: after the help, or with a message about what is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=(doc or "").strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if config:
+        parser.add_argument(
+            "--config",
+            required=True,
+            metavar="FILE.py[:ARG]",
+            help="the recipe; --config.KEY=VALUE sets one of its keys, "
+            "e.g. --config.optim.peak_lr=1e-4",
+        )
+    if add_arguments is not None:
+        add_arguments(parser)
+    words = list(sys.argv[1:] if argv is None else argv)
+    overrides = [word for word in words if config and word.startswith(OVERRIDE)]
+    for word in overrides:
+        if "=" not in word:
+            parser.error(f"{word} has no value: write {word}=VALUE, with an equals sign.")
+    args = parser.parse_intermixed_args([word for word in words if word not in overrides])
+    if config:
+        args.config_path = args.config
+        try:
+            args.config = load_config(args.config_path, overrides)
+        except ConfigError as error:
+            parser.error(str(error))
+    return args
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> FrozenConfigDict:
+    """Loads a recipe and applies overrides to it.
+
+    Args:
+      path: `FILE.py`, or `FILE.py:ARG` to call `get_config(ARG)`.
+      overrides: `--config.key=value` words.
+
+    Raises:
+      ConfigError: no such file, key or type.
+    """
+    file, _, argument = path.partition(".py:")
+    module = load_module(file + ".py" if argument else path)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} does not define get_config().")
+    with _importable(Path(module.__file__)):
+        config = module.get_config(argument) if argument else module.get_config()
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise ConfigError(f"get_config() of {path} returned a {kind}; it must be a ConfigDict.")
+    config = _override(config, overrides)
+    try:
+        return _freeze(config)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} holds something that cannot be frozen: {error} Use a ConfigDict with named "
+            "entries where there is a list of dicts."
+        ) from error
+
+
+def load_module(path: str) -> ModuleType:
+    """Runs a recipe file, as `sweep` does to get at its `sweep(add)`.
+
+    A recipe can say `from configs.default import get_config` no matter where the command is called
+    from, and one in a `configs/` folder of your own can build on those of the repository.
+    """
+    file = _find(path)
+    spec = importlib.util.spec_from_file_location(f"_recipe_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    with _importable(file):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _repository() -> Path:
+    return Path(__file__).resolve().parent.parent
+
+
+def _find(path: str) -> Path:
+    """The file, which may also be named relative to the repository."""
+    for candidate in (Path(path), _repository() / path):
+        if candidate.is_file():
+            return candidate.resolve()
+    folders = [Path(path).parent, _repository() / "configs"]
+    files = sorted({str(f) for folder in folders if folder.is_dir() for f in folder.glob("*.py")})
+    by_name = {Path(file).name: file for file in files}
+    near = [by_name[name] for name in difflib.get_close_matches(Path(path).name, by_name, 5, 0.4)]
+    hint = "Did you mean one of these?" if near else "These are the recipes there are:"
+    listed = "\n".join(f"  {file}" for file in near or files) or "  (none)"
+    raise ConfigError(f"There is no config file {path}. {hint}\n{listed}")
+
+
+@contextlib.contextmanager
+def _importable(file: Path) -> Iterator[None]:
+    """While a recipe is loaded, makes `configs` the folder that it is in, then the repository's."""
+    folders = [parent for parent in file.parents if parent.name == "configs"]
+    package = ModuleType("configs")
+    package.__path__ = [str(folder) for folder in (*folders[:1], _repository() / "configs")]
+    # Another `configs`, of another checkout or an earlier call, must not answer the import.
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_config_module(name)}
+    sys.modules["configs"] = package
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if _is_config_module(name)]:
+            del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+def _is_config_module(name: str) -> bool:
+    return name == "configs" or name.startswith("configs.")
+
+
+def _override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Applies `--config.key=value` words in their order."""
+    known = _flat_keys(config)
+    for word in overrides:
+        key, _, value = word.removeprefix(OVERRIDE).partition("=")
+        if key not in known:
+            raise ConfigError(_unknown_key(key, known))
+        _set(config, key, value)
+    return config
+
+
+def _set(config: ConfigDict, key: str, value: str) -> None:
+    *parents, name = key.split(".")
+    holder = config
+    for parent in parents:
+        holder = holder[parent]
+    if isinstance(holder[name], ConfigDict):
+        inner = sorted(holder[name].keys())
+        raise ConfigError(f"{OVERRIDE}{key} is a group; set one of its keys: {', '.join(inner)}.")
+    wanted = holder.get_type(name)
+    if wanted is type(None):  # A key without a default takes any Python literal, or else text.
+        with holder.unlocked():
+            holder[name] = config_dict.placeholder(object)
+    elif wanted is list:  # ml_collections reads tuples only; a frozen config has no lists anyway.
+        with holder.unlocked():
+            before = holder[name]
+            del holder[name]
+            holder[name] = tuple(before)
+    word = f"{OVERRIDE}{key}={value}"
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["blip2", word])
+    try:
+        values(["blip2", word])
+    except (flags.Error, TypeError, ValueError) as error:
+        kind = "a tuple, as (1, 2)" if wanted in (tuple, list) else wanted.__name__
+        raise ConfigError(
+            f"{word}: {value!r} does not fit. The key takes {kind}; it is {holder[name]!r} in the "
+            "recipe."
+        ) from error
+
+
+def _flat_keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """All keys with their dots, groups included."""
+    keys = []
+    for name, value in config.items():
+        keys.append(prefix + name)
+        if isinstance(value, ConfigDict):
+            keys += _flat_keys(value, f"{prefix}{name}.")
+    return keys
+
+
+def _unknown_key(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, 3, 0.6)
+    # The right name in the wrong group looks nothing like the whole path.
+    last = key.rsplit(".", 1)[-1]
+    by_name = {path.rsplit(".", 1)[-1]: path for path in known}
+    near += [by_name[name] for name in difflib.get_close_matches(last, by_name, 3, 0.7)]
+    if near:
+        names = ", ".join(OVERRIDE + name for name in dict.fromkeys(near))
+        return f"There is no key {OVERRIDE}{key}. Did you mean {names}?"
+    groups = ", ".join(sorted(name for name in known if "." not in name))
+    return f"There is no key {OVERRIDE}{key}. At the top there are: {groups}."
+
+
+def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
+    """Refuses a workdir that holds another run.
+
+    Args:
+      saved: what the workdir says of its run; may say more than `now`.
+      now: what is about to run, as JSON would hold it.
+      workdir: named in the message.
+
+    Raises:
+      ConfigError: with each entry of `now` that is not the same in `saved`.
+    """
+    lines = [line for key in now for line in differences(key, saved.get(key), now[key])]
+    if lines:
+        raise ConfigError(
+            f"{workdir} holds another run. Use a new workdir, or what that run was started "
+            "with:\n" + "\n".join(lines)
+        )
+
+
+def config_to_json(config: Mapping[str, Any] | ConfigDict) -> str:
+    """The config as JSON; equal configs give equal text."""
+    return json.dumps(_freeze(config).to_dict(), sort_keys=True, indent=2)
+
+
+def config_from_json(text: str) -> FrozenConfigDict:
+    """The inverse of `config_to_json`; sequences come back as tuples, as in any frozen config."""
+    return _freeze(json.loads(text))
+
+
+def _freeze(config: Mapping[str, Any] | ConfigDict) -> FrozenConfigDict:
+    # Twice: a frozen config shows its lists as tuples but, when compared, still knows which is
+    # which. After the second round there are only tuples, before and after JSON.
+    return FrozenConfigDict(FrozenConfigDict(config).to_dict())

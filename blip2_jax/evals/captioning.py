@@ -1,0 +1,197 @@
+"""Captions against references: CIDEr-D, BLEU, ROUGE-L and, where Java is, METEOR.
+
+The scorers are those of `pycocoevalcap` (the COCO caption evaluation), one by one: its own
+`COCOEvalCap.evaluate` also runs SPICE, which downloads its models. Scales are the scorers' own:
+BLEU and ROUGE-L are 0..1, CIDEr-D is 0..10; papers print all of them times 100.
+
+CIDEr-D weighs n-grams by how many of the *evaluated* images have them in a reference. A part of
+a split therefore scores differently from the whole split, and a single image always scores 0.
+
+COCO's scores are defined on Penn Treebank tokens, which a Java program cuts. Without Java,
+`fallback_tokens` stands in, and the result says so under "tokenizer": on ordinary captions the
+two agree, on rare spellings (abbreviations, fractions, symbols) they may not.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.rouge.rouge import Rouge
+
+from blip2_jax.evals import check_ids
+
+TOKENIZERS = ("auto", "ptb", "fallback")
+
+# What the COCO evaluation drops after tokenizing. Texts are in lower case by then, so brackets
+# ("-lrb-") are in fact never dropped; scores are published with that, and so it stays.
+DROPPED = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
+
+_BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split(), strict=True))
+_SPLIT_WORDS = {
+    whole: f"{whole[:cut]} {whole[cut:]}"
+    for whole, cut in dict(cannot=3, gonna=3, wanna=3, gotta=3, gimme=3, lemme=3).items()
+}
+_PLAIN = str.maketrans(
+    {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"'}
+    | {"\u2013": "--", "\u2014": "--", "\u2026": "..."}
+)
+_TOKEN = re.compile(
+    r"""
+    \d+(?:[.,:/]\d+)+               # 3.5  1,000  9:30  1/2
+  | (?:[^\W\d_]\.){2,}              # u.s.  p.m.
+  | (?:mrs?|ms|dr|st|jr|sr|vs|etc)\.(?=\s+\S)   # titles and the like, inside of a sentence
+  | \w+(?:[-/&]\w+)*(?=n't\b)       # the "is" of "isn't"
+  | n't\b
+  | '(?:s|m|d|re|ve|ll)\b           # 's 're
+  | \w+(?:[-/&]\w+)*                # words; hyphens and slashes stay within: t-shirt  black/white
+  | \.{2,} | --+ | \S               # dots, dashes, any other mark alone
+    """,
+    re.VERBOSE,
+)
+
+
+def fallback_tokens(text: str) -> str:
+    """Cuts a caption as the Penn Treebank tokenizer does on ordinary text, and drops punctuation.
+
+    Lower case; "isn't" -> "is n't", "dog's" -> "dog 's", "cannot" -> "can not"; hyphens and
+    slashes stay within words; "(" -> "-lrb-".
+    """
+    tokens = []
+    for token in _TOKEN.findall(text.lower().translate(_PLAIN)):
+        if set(token) == {"."} and len(token) > 1:
+            token = "..."
+        tokens.append(_BRACKETS.get(token) or _SPLIT_WORDS.get(token, token))
+    return " ".join(token for token in tokens if token not in DROPPED and token != '"')
+
+
+def _ptb_tokens(texts: Sequence[str]) -> list[str]:
+    """The Stanford tokenizer that `pycocoevalcap` ships, one Java process for all texts.
+
+    Run here rather than through its wrapper, which writes into its own installation folder.
+    """
+    folder = find_spec("pycocoevalcap").submodule_search_locations[0]
+    jar = os.path.join(folder, "tokenizer", "stanford-corenlp-3.4.1.jar")
+    command = ["java", "-cp", jar, "edu.stanford.nlp.process.PTBTokenizer"]
+    lines = "".join(" ".join(text.split()) + "\n" for text in texts)
+    done = subprocess.run(
+        [*command, "-preserveLines", "-lowerCase", "-encoding", "utf-8"],
+        input=lines.encode(),
+        capture_output=True,
+        check=False,
+    )
+    tokenized = done.stdout.decode(errors="replace").split("\n")[:-1]
+    if done.returncode or len(tokenized) != len(texts):
+        raise RuntimeError(
+            f"Java's PTB tokenizer gave {len(tokenized)} lines for {len(texts)} texts (exit code "
+            f"{done.returncode}): {done.stderr.decode(errors='replace').strip()[-300:]}"
+        )
+    return [
+        " ".join(token for token in line.split(" ") if token and token not in DROPPED)
+        for line in tokenized
+    ]
+
+
+def tokenize(texts: Sequence[str], *, tokenizer: str = "auto") -> tuple[list[str], str]:
+    """Tokens of each text, joined by spaces, and the tokenizer used ("ptb" or "fallback").
+
+    Args:
+      texts: captions as written.
+      tokenizer: "ptb" needs Java; "fallback" is pure Python; "auto" takes "ptb" where `java` is
+        on the PATH and runs.
+    """
+    if tokenizer not in TOKENIZERS:
+        raise ValueError(f"Unknown tokenizer {tokenizer!r}; known: {', '.join(TOKENIZERS)}.")
+    if tokenizer == "ptb" and not has_java():
+        raise RuntimeError('tokenizer="ptb" needs Java: install a JRE, or take "fallback".')
+    if tokenizer == "ptb" or (tokenizer == "auto" and has_java()):
+        try:
+            return _ptb_tokens(texts), "ptb"
+        except (RuntimeError, OSError) as error:
+            if tokenizer == "ptb":
+                raise
+            warnings.warn(f"Tokenizing without Java, since it failed: {error}", stacklevel=2)
+    return [fallback_tokens(text) for text in texts], "fallback"
+
+
+def has_java() -> bool:
+    return shutil.which("java") is not None
+
+
+def caption_metrics(
+    predictions: Mapping[Hashable, str],
+    references: Mapping[Hashable, Sequence[str]],
+    *,
+    tokenizer: str = "auto",
+    meteor: bool = False,
+) -> dict[str, float | str]:
+    """The COCO caption scores.
+
+    Args:
+      predictions: one caption by image id.
+      references: one or more captions by image id.
+      tokenizer: see `tokenize`.
+      meteor: also METEOR 1.5, which needs Java and takes seconds per hundred images.
+
+    Returns:
+      {"cider", "bleu1", ..., "bleu4", "rouge_l"[, "meteor"]: float, "tokenizer": str}.
+
+    Raises:
+      ValueError: predictions for unknown ids or missing ones (the first few are named), an image
+        without references.
+      RuntimeError: METEOR or the PTB tokenizer was asked for and there is no Java.
+    """
+    check_ids(predictions, references, "images")
+    for key, texts in references.items():
+        if isinstance(texts, str) or not any(text.strip() for text in texts):
+            raise ValueError(
+                f"Image {key!r} has no usable references ({texts!r}): give a list of captions of "
+                "which at least one is not empty."
+            )
+    if meteor and not has_java():
+        raise RuntimeError("METEOR needs Java: install a JRE, or leave METEOR out.")
+
+    ids = list(references)
+    counts = [len(references[key]) for key in ids]
+    texts = [predictions[key] for key in ids] + [text for key in ids for text in references[key]]
+    tokens, used = tokenize(texts, tokenizer=tokenizer)
+    rest = iter(tokens[len(ids) :])
+    results = {key: [tokens[i]] for i, key in enumerate(ids)}
+    truths = {key: [next(rest) for _ in range(n)] for key, n in zip(ids, counts, strict=True)}
+
+    bleu, _ = Bleu(4).compute_score(truths, results, verbose=0)
+    metrics = {
+        "cider": Cider().compute_score(truths, results)[0],
+        **{f"bleu{n}": score for n, score in enumerate(bleu, 1)},
+        "rouge_l": Rouge().compute_score(truths, results)[0],
+    }
+    if meteor:
+        metrics["meteor"] = Meteor().compute_score(truths, results)[0]
+    return {name: float(score) for name, score in metrics.items()} | {"tokenizer": used}
+
+
+def facts_metrics(
+    predictions: Mapping[Hashable, str],
+    scenes: Mapping[Hashable, Any],
+    is_correct: Callable[[str, Any], bool],
+) -> dict[str, float]:
+    """The share of captions of which every claim holds, where the truth of a scene is known.
+
+    Args:
+      predictions: one caption by image id.
+      scenes: by image id, whatever `is_correct` understands.
+      is_correct: whether a caption is true of a scene, e.g. `data.world.facts_correct`.
+
+    Returns:
+      {"facts_correct": 0..1}.
+    """
+    check_ids(predictions, scenes, "images")
+    right = sum(bool(is_correct(predictions[key], scene)) for key, scene in scenes.items())
+    return {"facts_correct": right / len(scenes)}

@@ -1,0 +1,202 @@
+"""BLIP-2's two compositions: image encoder + Q-Former (stage 1), and both + LLM (stage 2).
+
+The top-level names below are the units of freezing, sharding and checkpoints: `vit`, `ln_vision`,
+`query_tokens`, `qformer`, ... A run names the ones it trains; the rest is frozen. `ln_vision` is
+trained in every stage, as in LAVIS, and therefore stands outside `vit`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from blip2_jax.models import qformer, vit
+from blip2_jax.models.layers import layer_norm, linear, normal
+from blip2_jax.models.opt import OPT, OPTConfig
+from blip2_jax.models.qformer import (
+    KeysValues,
+    LMHead,
+    QFormer,
+    QFormerConfig,
+    key_mask,
+    multimodal_causal_mask,
+)
+from blip2_jax.models.vit import ViT, ViTConfig
+
+AXES = (
+    *vit.AXES,
+    *qformer.AXES,
+    (r"^query_tokens$", (None,)),
+    (r"^temp$", ()),
+    (r"^(vision_proj|text_proj|itm_head|language_projection)/kernel$", ("embed", None)),
+    (r"^(vision_proj|text_proj|itm_head|language_projection)/bias$", (None,)),
+)
+
+# Every decoder-only LLM offers embed, init_cache, __call__ and logits as `opt.OPT` does.
+LLMS = {OPTConfig: OPT}
+
+
+@dataclasses.dataclass(frozen=True)
+class Blip2Config:
+    """A BLIP-2 model. `llm=None` is the stage-1 model, with the text branch and its heads."""
+
+    vit: ViTConfig = ViTConfig()
+    qformer: QFormerConfig = QFormerConfig()
+    llm: OPTConfig | None = None
+    projection_dim: int = 256  # of the image-text contrastive features
+    initial_temperature: float = 0.07  # ITC's, learned (LAVIS `blip2_qformer.py`)
+    ln_vision_eps: float = 1e-5  # LAVIS; Hugging Face uses its encoder's 1e-6 here too
+    freeze_vit: bool = True
+
+
+class Blip2(nnx.Module):
+    """What both stages share: frozen encoder, its norm, and queries that read the image."""
+
+    def __init__(self, config: Blip2Config, *, dtype: Any = None, rngs: nnx.Rngs):
+        self.config = config
+        width = config.qformer.hidden_size
+        self.vit = ViT(config.vit, dtype=dtype, rngs=rngs)
+        self.ln_vision = layer_norm(
+            config.vit.hidden_size, eps=config.ln_vision_eps, dtype=dtype, rngs=rngs
+        )
+        self.query_tokens = nnx.Param(
+            normal(0.02)(rngs.params(), (1, config.qformer.num_query_tokens, width))
+        )
+        self.qformer = QFormer(config.qformer, text=config.llm is None, dtype=dtype, rngs=rngs)
+
+    def encode_images(self, images: jax.Array) -> jax.Array:
+        """uint8[B, H, W, 3] -> float[B, N, D_image]; no gradient enters a frozen encoder."""
+        features = self.vit(images)
+        if self.config.freeze_vit:
+            features = jax.lax.stop_gradient(features)
+        return self.ln_vision(features)
+
+    def queries(self, batch: int) -> jax.Array:
+        """The learned queries, once for each image: float[B, Q, D]."""
+        tokens = self.query_tokens[...]
+        return jnp.broadcast_to(tokens, (batch, *tokens.shape[1:]))
+
+    def query_image(
+        self, image_kv: KeysValues, key: jax.Array | None = None
+    ) -> tuple[jax.Array, KeysValues]:
+        """Lets the queries read images, whose keys and values `qformer.image_keys_values` made.
+
+        Returns:
+          float[B, Q, D], and the self-attention keys and values that ITG continues from.
+        """
+        return self.qformer(self.queries(image_kv[0].shape[1]), image_kv=image_kv, key=key)
+
+    def attention_maps(self, images: jax.Array) -> jax.Array:
+        """Where each query looks, in the last layer that looks, averaged over heads.
+
+        Args:
+          images: uint8[B, H, W, 3].
+
+        Returns:
+          float32[B, Q, G, G] over the patches; the class token's share is left out.
+        """
+        image_kv = self.qformer.image_keys_values(self.encode_images(images))
+        maps = self.qformer.attention_maps(self.queries(len(images)), image_kv)
+        grid = self.config.vit.grid
+        return maps[-1].mean(axis=1)[..., 1:].reshape(*maps.shape[1:2], -1, grid, grid)
+
+
+class Blip2Stage1(Blip2):
+    """Representation learning: the Q-Former with its text branch and the heads of ITC, ITM, ITG."""
+
+    def __init__(self, config: Blip2Config, *, dtype: Any = None, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        width = config.qformer.hidden_size
+        self.vision_proj = linear(width, config.projection_dim, dtype=dtype, rngs=rngs)
+        self.text_proj = linear(width, config.projection_dim, dtype=dtype, rngs=rngs)
+        self.itm_head = linear(width, 2, dtype=dtype, rngs=rngs)
+        self.itg_head = LMHead(config.qformer, dtype=dtype, rngs=rngs)
+        self.temp = nnx.Param(jnp.array(config.initial_temperature, jnp.float32))
+
+    def project_image(self, query_output: jax.Array) -> jax.Array:
+        """float[B, Q, D] -> float32[B, Q, P], of unit length."""
+        return _unit(self.vision_proj(query_output))
+
+    def embed_text(self, ids: jax.Array, mask: jax.Array, key: jax.Array | None = None):
+        """Text alone, read out at [CLS]: int32[B, T] twice -> float32[B, P], of unit length."""
+        hidden, _ = self.qformer(text_ids=ids, mask=key_mask(mask), key=key)
+        return _unit(self.text_proj(hidden[:, 0]))
+
+    def match(
+        self, image_kv: KeysValues, ids: jax.Array, mask: jax.Array, key: jax.Array | None = None
+    ) -> jax.Array:
+        """ITM: queries and text see each other; float32[B, 2], index 1 means that they match."""
+        num_queries = self.config.qformer.num_query_tokens
+        hidden, _ = self.qformer(
+            self.queries(len(ids)),
+            ids,
+            image_kv=image_kv,
+            mask=key_mask(mask, num_queries),
+            key=key,
+        )
+        return self.itm_head(hidden[:, :num_queries]).astype(jnp.float32).mean(axis=1)
+
+    def generate_logits(
+        self, past: KeysValues, ids: jax.Array, mask: jax.Array, key: jax.Array | None = None
+    ) -> jax.Array:
+        """ITG: text continues what the queries left in `past`; float32[B, T, V]."""
+        num_queries = self.config.qformer.num_query_tokens
+        hidden, _ = self.qformer(
+            text_ids=ids, mask=multimodal_causal_mask(mask, num_queries), past=past, key=key
+        )
+        return self.itg_head(hidden, self.qformer.word_embeddings)
+
+
+class Blip2Stage2(Blip2):
+    """Generative learning: the queries' outputs, projected, stand before the LLM's text."""
+
+    def __init__(self, config: Blip2Config, *, dtype: Any = None, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        self.language_projection = linear(
+            config.qformer.hidden_size, config.llm.hidden_size, dtype=dtype, rngs=rngs
+        )
+        self.llm = LLMS[type(config.llm)](config.llm, dtype=dtype, rngs=rngs)
+
+    def visual_prompt(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """uint8[B, H, W, 3] -> float[B, Q, D_llm]: the image, as the LLM reads it."""
+        image_kv = self.qformer.image_keys_values(self.encode_images(images))
+        output, _ = self.query_image(image_kv, key)
+        return self.language_projection(output)
+
+    def language_logits(
+        self,
+        prompt: jax.Array,
+        ids: jax.Array,
+        mask: jax.Array,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Scores of the text that follows a visual prompt.
+
+        Args:
+          prompt: float[B, Q, D_llm].
+          ids, mask: int32[B, T], text with padding on either side.
+          key: randomness for the LLM's dropout, or None.
+
+        Returns:
+          float32[B, T, V]: position t holds the scores of token t, given the prompt and the
+          tokens before it.
+        """
+        num_queries = prompt.shape[1]
+        embeds = jnp.concatenate([prompt, self.llm.embed(ids).astype(prompt.dtype)], axis=1)
+        full_mask = jnp.pad(mask, ((0, 0), (num_queries, 0)), constant_values=1)
+        hidden, _ = self.llm(embeds, full_mask, key=key)
+        return self.llm.logits(hidden[:, num_queries - 1 : -1])
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Scales the last axis to unit length, in float32 (torch's `normalize`, eps 1e-12)."""
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def make_model(config: Blip2Config, *, dtype: Any = None, rngs: nnx.Rngs) -> Blip2:
+    """The stage-1 or stage-2 model of a config."""
+    kind = Blip2Stage1 if config.llm is None else Blip2Stage2
+    return kind(config, dtype=dtype, rngs=rngs)

@@ -1,0 +1,276 @@
+"""What every tower is built from: attention, feed-forward, norms, and a scanned stack of blocks.
+
+Modules hold parameters and nothing else: no randomness, no sharding, no caches. Dropout keys,
+caches and masks come in with the call; `key=None` means "deterministic".
+
+Shape words, here and in every tower: `B` batch, `Q` queries, `T` text tokens, `N` image tokens,
+`S` positions of a cache, `H` heads, `K` width of a head, `D` width of the model, `L` layers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # erf: what BERT, EVA and FlanT5 here use
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),  # tanh: stock FlanT5
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's CLIP
+}
+
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+# Which axes the parameters of these layers have, by path; names stand for the trailing dimensions,
+# so the leading axis of a stack needs none. `runtime.mesh` maps names to mesh axes by config.
+AXES = (
+    (r"(q|k|v)_proj/kernel$", ("embed", "heads")),
+    (r"(q|k|v)_proj/bias$", ("heads",)),
+    (r"out_proj/kernel$", ("heads", "embed")),
+    (r"fc1/kernel$", ("embed", "mlp")),
+    (r"fc1/bias$", ("mlp",)),
+    (r"fc2/kernel$", ("mlp", "embed")),
+    (r"(out_proj|fc2)/bias$", (None,)),
+    (r"embed_tokens/embedding$|word_embeddings/embedding$", ("vocab", "embed")),
+    (r"embed_positions/embedding$|position_embeddings/embedding$", (None, "embed")),
+    (r"norm[^/]*/(scale|bias)$|ln_[^/]*/(scale|bias)$", (None,)),
+)
+
+normal = nnx.initializers.normal
+
+
+def linear(
+    d_in: int, d_out: int, *, bias: bool = True, std: float = 0.02, dtype: Any = None, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A linear layer with N(0, std) weights and zero bias, computed in `dtype`."""
+    return nnx.Linear(
+        d_in, d_out, use_bias=bias, kernel_init=normal(std), dtype=dtype, rngs=rngs
+    )
+
+
+def layer_norm(width: int, *, eps: float, dtype: Any = None, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with float32 statistics.
+
+    The variance is taken in two passes: Flax's one-pass default errs by 4e-2 on residual streams
+    with a large mean, such as a ViT's, where two passes err by 3e-5.
+    """
+    return nnx.LayerNorm(width, epsilon=eps, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; the identity without a key or with rate 0."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def split_key(key: jax.Array | None, n: int) -> list[jax.Array | None]:
+    """`n` keys of one, or `n` times None."""
+    return [None] * n if key is None else list(jax.random.split(key, n))
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    scale: float,
+    dropout_rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention; scores and softmax in float32.
+
+    Args:
+      q: float[B, H, T, K].
+      k, v: float[B, H, S, K].
+      mask: bool, broadcastable to [B, H, T, S]; False hides a key. A row whose keys are all
+        hidden (a padding query) attends to all of them alike: never a NaN.
+      bias: float, broadcastable to [B, H, T, S], added to the scores (T5's relative positions).
+      scale: factor on the scores.
+      dropout_rate, key: dropout of the attention probabilities.
+
+    Returns:
+      float[B, H, T, K] in q's dtype.
+    """
+    scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    probabilities = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, key)
+    return jnp.einsum("bhts,bhsk->bhtk", probabilities.astype(v.dtype), v)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with separate q, k, v and output projections.
+
+    Args:
+      width: D of the queries and of the output.
+      num_heads: H.
+      head_dim: K; by default D / H.
+      kv_width: width of what keys and values are made from; by default D (self-attention).
+      bias: which of the projections "q", "k", "v", "o" have a bias (EVA's ViT-g has no "k").
+      scale: factor on the scores; by default K ** -0.5.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        kv_width: int | None = None,
+        bias: str = "qkvo",
+        scale: float | None = None,
+        dropout_rate: float = 0.0,
+        std: float = 0.02,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        head_dim = head_dim or width // num_heads
+        kv_width = kv_width or width
+        inner = num_heads * head_dim
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.dropout_rate = dropout_rate
+        make = lambda d_in, d_out, name: linear(  # noqa: E731
+            d_in, d_out, bias=name in bias, std=std, dtype=dtype, rngs=rngs
+        )
+        self.q_proj = make(width, inner, "q")
+        self.k_proj = make(kv_width, inner, "k")
+        self.v_proj = make(kv_width, inner, "v")
+        self.out_proj = make(inner, width, "o")
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        """float[B, T, H * K] -> float[B, H, T, K]."""
+        return x.reshape(*x.shape[:-1], self.num_heads, self.head_dim).swapaxes(-2, -3)
+
+    def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of x: float[B, S, D_kv] -> two of float[B, H, S, K]."""
+        return self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+
+    def probabilities(self, x: jax.Array, k: jax.Array) -> jax.Array:
+        """Where x, float[B, T, D], looks among keys, float[B, H, S, K]: float32[B, H, T, S]."""
+        q = self._heads(self.q_proj(x))
+        scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+        return jax.nn.softmax(scores * self.scale, axis=-1)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        keys_values: tuple[jax.Array, jax.Array] | None = None,
+        *,
+        mask: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attends from x, float[B, T, D], to itself or to given keys and values."""
+        k, v = self.keys_values(x) if keys_values is None else keys_values
+        q = self._heads(self.q_proj(x))
+        out = attend(
+            q, k, v, mask=mask, bias=bias, scale=self.scale, dropout_rate=self.dropout_rate, key=key
+        )
+        return self.out_proj(out.swapaxes(-2, -3).reshape(*x.shape[:-1], -1))
+
+
+class MLP(nnx.Module):
+    """Two linear layers with an activation between them (names as in the ViTs and in OPT)."""
+
+    def __init__(
+        self, width: int, hidden: int, *, activation: str, dtype: Any = None, rngs: nnx.Rngs
+    ):
+        self.fc1 = linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = linear(hidden, width, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class Stack(nnx.Module):
+    """`depth` blocks of one kind: parameters stacked on a leading axis L, run by one `lax.scan`.
+
+    Compile time does not grow with depth, and a checkpoint holds one array per kind of parameter.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[nnx.Rngs], nnx.Module],
+        depth: int,
+        *,
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        if remat not in REMAT_POLICIES:
+            raise ValueError(f"Unknown remat policy {remat!r}; known: {', '.join(REMAT_POLICIES)}.")
+        self.depth, self.remat = depth, remat
+        self.blocks = jax.vmap(make)(rngs.split(depth))
+
+    def __call__(
+        self,
+        step: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+        carry: Any,
+        xs: Any = None,
+        *,
+        key: jax.Array | None = None,
+    ) -> tuple[Any, Any]:
+        """Runs `carry, y = step(block, carry, x)` through all blocks.
+
+        Args:
+          step: called as `step(block, carry, (x, key))`; x is the layer's part of `xs` and key
+            its own randomness (None when deterministic).
+          carry: what is handed from block to block.
+          xs: pytree with leading axis L (per-layer caches), or None.
+          key: randomness for dropout, or None.
+
+        Returns:
+          The last carry, and the y's stacked on a leading axis L.
+        """
+        graph, params = nnx.split(self.blocks)
+        keys = None if key is None else jax.random.split(key, self.depth)
+
+        def body(carry, layer):
+            params, x, key = layer
+            return step(nnx.merge(graph, params), carry, (x, key))
+
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.lax.scan(body, carry, (params, xs, keys))
+
+
+def causal_mask(num_queries: int, num_keys: int, offset: int | jax.Array = 0) -> jax.Array:
+    """bool[T, S]: query t, which stands at position offset + t, sees keys 0 .. offset + t.
+
+    For T = S = 4 and offset 0 (x: seen)::
+
+        x . . .
+        x x . .
+        x x x .
+        x x x x
+    """
+    return jnp.arange(num_keys) <= offset + jnp.arange(num_queries)[:, None]
+
+
+def update_cache(
+    cache: tuple[jax.Array, jax.Array],
+    keys_values: tuple[jax.Array, jax.Array],
+    offset: int | jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Writes new keys and values, [B, H, T, K], into a cache, [B, H, S, K], at `offset`."""
+    return jax.tree.map(
+        lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+            old, new.astype(old.dtype), offset, axis=-2
+        ),
+        cache,
+        keys_values,
+    )

@@ -1,0 +1,149 @@
+"""Vision transformers that BLIP-2 freezes: EVA-CLIP's ViT-g/14 and CLIP's ViT-L/14 are two configs.
+
+Both return the residual stream of their last kept block for all tokens, class token first; the
+published models drop the final block and have no final norm here: `ln_vision`, which BLIP-2
+trains, stands outside (LAVIS `eva_vit.py`, `clip_vit.py`; the paper's section 3).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from blip2_jax.models import layers
+from blip2_jax.models.layers import MLP, Attention, Stack, layer_norm, linear, normal
+
+# Mean and standard deviation of RGB in 0..1: CLIP's, used by BLIP-2 with both encoders.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+AXES = (
+    *layers.AXES,
+    (r"patch_embed/kernel$", (None, "embed")),
+    (r"patch_embed/bias$|(cls_token|pos_embed)$", (None,)),
+    (r"heads/[^/]+/(kernel|bias)$", (None,)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Sizes of a vision transformer; the defaults are the truncated EVA-CLIP ViT-g/14's."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_size: int = 1408
+    num_layers: int = 39
+    num_heads: int = 16
+    mlp_dim: int = 6144
+    activation: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    attention_bias: str = "qvo"  # EVA has no key bias; CLIP: "qkvo"
+    patch_bias: bool = True  # CLIP: False
+    pre_norm: bool = False  # CLIP's ln_pre, on the embeddings
+    remat: str = "none"
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """N: all patches and the class token."""
+        return self.grid**2 + 1
+
+
+def normalize_images(images: jax.Array) -> jax.Array:
+    """uint8[B, H, W, 3] in 0..255 -> float32[B, H, W, 3] of zero mean and unit variance."""
+    mean, std = jnp.array(IMAGE_MEAN, jnp.float32), jnp.array(IMAGE_STD, jnp.float32)
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+class ViTBlock(nnx.Module):
+    """Self-attention and a feed-forward, each after its LayerNorm, each added to the stream."""
+
+    def __init__(self, config: ViTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
+        width = config.hidden_size
+        norm = lambda: layer_norm(width, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)  # noqa: E731
+        self.norm1 = norm()
+        self.attn = Attention(
+            width, config.num_heads, bias=config.attention_bias, dtype=dtype, rngs=rngs
+        )
+        self.norm2 = norm()
+        self.mlp = MLP(width, config.mlp_dim, activation=config.activation, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nnx.Module):
+    """Images in, one vector a patch (and a class token) out."""
+
+    def __init__(self, config: ViTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
+        if config.image_size % config.patch_size:
+            raise ValueError(
+                f"image_size {config.image_size} is not a multiple of patch_size "
+                f"{config.patch_size}."
+            )
+        self.config = config
+        width = config.hidden_size
+        # A convolution whose stride equals its kernel is a product over flattened patches.
+        self.patch_embed = linear(
+            3 * config.patch_size**2, width, bias=config.patch_bias, dtype=dtype, rngs=rngs
+        )
+        self.cls_token = nnx.Param(normal(0.02)(rngs.params(), (1, 1, width)))
+        self.pos_embed = nnx.Param(normal(0.02)(rngs.params(), (1, config.num_tokens, width)))
+        if config.pre_norm:
+            self.ln_pre = layer_norm(width, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.layers = Stack(
+            lambda r: ViTBlock(config, dtype=dtype, rngs=r),
+            config.num_layers,
+            remat=config.remat,
+            rngs=rngs,
+        )
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Encodes images.
+
+        Args:
+          images: uint8[B, H, W, 3], of the config's size; normalized here, on the device.
+
+        Returns:
+          float[B, N, D]: the residual stream after the last block, class token first.
+        """
+        size, patch, grid = self.config.image_size, self.config.patch_size, self.config.grid
+        if images.shape[1:] != (size, size, 3):
+            raise ValueError(f"Images are {images.shape[1:]}, this encoder reads {(size, size, 3)}.")
+        x = normalize_images(images).reshape(-1, grid, patch, grid, patch, 3)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid**2, 3 * patch**2)
+        x = self.patch_embed(x)
+        cls = jnp.broadcast_to(self.cls_token[...], (len(x), 1, x.shape[-1]))
+        x = jnp.concatenate([cls.astype(x.dtype), x], axis=1) + self.pos_embed[...].astype(x.dtype)
+        if self.config.pre_norm:
+            x = self.ln_pre(x)
+        x, _ = self.layers(lambda block, x, _: (block(x), None), x)
+        return x
+
+
+class PatchClassifier(nnx.Module):
+    """A ViT with one linear head an attribute on its patch tokens: for pre-training it.
+
+    Args:
+      labels: attribute -> number of classes.
+    """
+
+    def __init__(
+        self, config: ViTConfig, labels: dict[str, int], *, dtype: Any = None, rngs: nnx.Rngs
+    ):
+        self.vit = ViT(config, dtype=dtype, rngs=rngs)
+        self.heads = nnx.Dict(
+            {n: linear(config.hidden_size, c, dtype=dtype, rngs=rngs) for n, c in labels.items()}
+        )
+
+    def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
+        """uint8[B, H, W, 3] -> attribute -> float[B, G * G, classes]."""
+        patches = self.vit(images)[:, 1:]
+        return {name: head(patches) for name, head in self.heads.items()}

@@ -1,0 +1,213 @@
+"""From a config to what runs: model, abstract state, shardings, step.
+
+`train`, `plan` and the benchmark all start here, so that what is planned is what is trained.
+Nothing is allocated until `Recipe.init_state` or `Recipe.load_frozen` is called.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from blip2_jax.models import blip2, opt, vit
+from blip2_jax.models.qformer import QFormerConfig
+from blip2_jax.runtime import mesh as meshes
+from blip2_jax.runtime import optim
+from blip2_jax.runtime import state as states
+from blip2_jax.stages import pretrain_lm, pretrain_vit, stage1, stage2
+from blip2_jax.stages.step import Params, Spec, State
+from blip2_jax.weights import huggingface
+
+STAGES: dict[str, ModuleType] = {
+    "stage1": stage1,
+    "stage2": stage2,
+    "pretrain_vit": pretrain_vit,
+    "pretrain_lm": pretrain_lm,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A config, resolved.
+
+    Attributes:
+      config: what it was made from.
+      stage: the module with the stage's `train_step` and `eval_step`.
+      mesh: the devices.
+      spec: what the steps close over.
+      model_config: sizes (`Blip2Config`, or a tower's own config in its pre-training).
+      abstract_state: shapes, dtypes and shardings of the train state.
+      abstract_frozen: the same of the frozen parameters.
+      train_step: compiled (state, frozen, batch, key) -> (state, metrics); donates `state`.
+      eval_step: compiled (params, frozen, batch) -> metrics.
+    """
+
+    config: ConfigDict
+    stage: ModuleType
+    mesh: Mesh
+    spec: Spec
+    model_config: Any
+    abstract_state: State
+    abstract_frozen: Params
+    init_params: Callable[[jax.Array], Params]
+    train_step: Callable[..., Any]
+    eval_step: Callable[..., Any]
+
+    @property
+    def image_size(self) -> int:
+        return getattr(self.model_config, "vit", self.model_config).image_size
+
+    def init_state(self, key: jax.Array) -> State:
+        """Fresh parameters and optimizer state, made on the devices that hold them."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        make = functools.partial(states.init_state, self.init_params, self.spec.optimizer)
+        return jax.jit(make, out_shardings=shardings)(key)
+
+    def load_frozen(self) -> tuple[Params, dict[str, str]]:
+        """Reads the frozen towers, and checks their fingerprints.
+
+        Returns:
+          The frozen parameters, and each tower's fingerprint.
+        """
+        frozen, fingerprints = {}, {}
+        for key, abstract in self.abstract_frozen.items():
+            tower = self.config.model.get(key)
+            if tower is None or not tower.get("source"):
+                raise ValueError(
+                    f"`{key}` is frozen and has no source. Set config.model.{key}.source to a "
+                    f"folder with its weights, or add `{key}` to config.trainable."
+                )
+            frozen[key] = huggingface.load(tower.source, huggingface.TABLES[key](), abstract)
+            fingerprints[key] = states.fingerprint(frozen[key])
+            if tower.fingerprint not in ("", fingerprints[key]):
+                raise ValueError(
+                    f"The weights of `{key}` in {tower.source} have the fingerprint "
+                    f"{fingerprints[key]}, the config asks for {tower.fingerprint}. Install the "
+                    f"weights it was written for, or set --config.model.{key}.fingerprint='' to "
+                    "train on these."
+                )
+        return frozen, fingerprints
+
+
+def _tower_config(section: ConfigDict, from_source: Callable, kind: type, **fixed: Any):
+    """A tower's sizes: its source's where there is one, the config's otherwise."""
+    keep = {"remat": section.remat, **fixed}
+    if section.source:
+        return from_source(section.source, **keep)
+    sizes = {f.name: section[f.name] for f in dataclasses.fields(kind)}
+    return kind(**sizes)
+
+
+def model_config(config: ConfigDict) -> Any:
+    """The model's sizes, of the type that `make_module` knows."""
+    model = config.model
+    vit_config = functools.partial(
+        _tower_config, model.vit, huggingface.vit_config, vit.ViTConfig
+    )
+    llm_config = functools.partial(
+        _tower_config, model.llm, huggingface.llm_config, opt.OPTConfig, dropout=model.llm.dropout
+    )
+    if config.stage.name == "pretrain_vit":
+        return vit_config()
+    if config.stage.name == "pretrain_lm":
+        return llm_config()
+    encoder = vit_config()
+    return blip2.Blip2Config(
+        vit=encoder,
+        qformer=QFormerConfig(encoder_width=encoder.hidden_size, **model.qformer),
+        llm=llm_config() if config.stage.name == "stage2" else None,
+        projection_dim=model.projection_dim,
+        initial_temperature=model.initial_temperature,
+        ln_vision_eps=model.ln_vision_eps,
+        freeze_vit="vit" not in config.trainable,
+    )
+
+
+def make_module(config: ConfigDict, sizes: Any, *, rngs: nnx.Rngs) -> nnx.Module:
+    """The model of a config, with freshly initialized parameters."""
+    dtype = jnp.dtype(config.dtype)
+    if isinstance(sizes, vit.ViTConfig):
+        return vit.PatchClassifier(sizes, dict(config.stage.labels), dtype=dtype, rngs=rngs)
+    if isinstance(sizes, opt.OPTConfig):
+        return opt.LanguageModel(sizes, dtype=dtype, rngs=rngs)
+    return blip2.make_model(sizes, dtype=dtype, rngs=rngs)
+
+
+def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
+    """Resolves a config; allocates nothing.
+
+    Args:
+      config: a recipe's config.
+      mesh: the devices; None makes the config's mesh of all there are.
+
+    Raises:
+      ValueError: what does not fit together, naming the key and the remedy.
+    """
+    if config.stage.name not in STAGES:
+        raise ValueError(
+            f"config.stage.name is {config.stage.name!r}; known: {', '.join(STAGES)}."
+        )
+    mesh = meshes.make_mesh(config.mesh) if mesh is None else mesh
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.data.batch_size % devices:
+        raise ValueError(
+            f"config.data.batch_size {config.data.batch_size} does not divide over the "
+            f"{devices} devices of the mesh's data and fsdp axes; take a multiple."
+        )
+    sizes = model_config(config)
+
+    def params_of(key: jax.Array) -> Params:
+        module = make_module(config, sizes, rngs=nnx.Rngs(key))
+        return nnx.to_pure_dict(nnx.state(module))
+
+    def trainable_of(key: jax.Array) -> Params:
+        return states.split_by_keys(params_of(key), config.trainable)[0]
+
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make_module(config, sizes, rngs=nnx.Rngs(0))))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    trainable, frozen = states.split_by_keys(jax.eval_shape(params_of, key), config.trainable)
+    frozen = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.frozen_dtype)), frozen
+    )
+    optimizer, schedule = optim.make_optimizer(
+        {**config.optim, "total_steps": config.steps}, trainable
+    )
+    place = functools.partial(
+        meshes.shardings, axes_table=blip2.AXES, rules=config.sharding, mesh=mesh
+    )
+    abstract = states.abstract_state(trainable_of, optimizer)
+    shardings = states.state_shardings(abstract, place(abstract["params"]), optimizer, mesh)
+    frozen = states.with_shardings(frozen, place(frozen))
+    frozen_shardings = jax.tree.map(lambda x: x.sharding, frozen)
+
+    stage = STAGES[config.stage.name]
+    spec = Spec(graph, optimizer, schedule, FrozenConfigDict(config.stage))
+    batch, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
+    return Recipe(
+        config=config,
+        stage=stage,
+        mesh=mesh,
+        spec=spec,
+        model_config=sizes,
+        abstract_state=states.with_shardings(abstract, shardings),
+        abstract_frozen=frozen,
+        init_params=trainable_of,
+        train_step=jax.jit(
+            functools.partial(stage.train_step, spec=spec),
+            in_shardings=(shardings, frozen_shardings, batch, everywhere),
+            out_shardings=(shardings, everywhere),
+            donate_argnums=0,
+        ),
+        eval_step=jax.jit(
+            functools.partial(stage.eval_step, spec=spec),
+            in_shardings=(shardings["params"], frozen_shardings, batch),
+            out_shardings=everywhere,
+        ),
+    )

@@ -1,0 +1,242 @@
+"""Checkpoints of a run: the train state and one JSON document, saved together or not at all.
+
+A step's folder gets its final name only once all of it is written, so a process that is killed at
+any moment leaves the previous checkpoint as the latest one. Orbax is used through its stable
+(v0) interface, and only in this file.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from blip2_jax.runtime.compare import differences
+from blip2_jax.runtime.mesh import flatten_with_names
+
+
+class CheckpointError(ValueError):
+    """The checkpoint does not belong to what is being restored."""
+
+
+class Checkpointer:
+    """The checkpoints under one folder, local or `gs://`.
+
+    Use as a context manager, or call `close`: saving goes on in the background.
+
+    Args:
+      directory: holds one folder a step; made if need be.
+      keep_last: how many of the newest to keep.
+      keep_every: also keep, for good, every step that this number divides; 0 = none.
+    """
+
+    def __init__(self, directory: str | Path, *, keep_last: int = 2, keep_every: int = 0):
+        if keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last}; at least one checkpoint must be kept.")
+        self.directory = epath.Path(directory)
+        if "://" not in str(directory):
+            self.directory = epath.Path(Path(directory).absolute())
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            # Named here so that a fresh process can read the shapes before it reads the arrays.
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "extra": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep_last,
+                keep_period=keep_every or None,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def all_steps(self) -> list[int]:
+        """The complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> bool:
+        """Saves in the background; `state` may be donated as soon as this returns.
+
+        Args:
+          step: the number of steps that made `state`.
+          state: a tree of arrays.
+          extra: anything JSON can hold, e.g. config, tower fingerprints and data position.
+
+        Returns:
+          False if this step was saved before, in which case nothing is written.
+        """
+        if step in self._manager.all_steps():
+            return False
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(dict(extra))
+        )
+        return self._manager.save(step, args=items)
+
+    def extra(self, step: int | None = None) -> dict[str, Any]:
+        """The JSON document of a step (of the latest when None)."""
+        step = self._existing(step)
+        items = ocp.args.Composite(extra=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=items)["extra"]
+
+    def restore(
+        self,
+        abstract_state: Any,
+        step: int | None = None,
+        *,
+        expect: Mapping[str, Any] | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Reads a checkpoint onto the devices that `abstract_state` names.
+
+        Args:
+          abstract_state: `jax.ShapeDtypeStruct`s with `sharding`; the mesh need not be the one the
+            checkpoint was saved from.
+          step: the latest when None.
+          expect: entries that the JSON document must hold with these very values, e.g. the recipe
+            and the fingerprints of the frozen towers.
+
+        Returns:
+          The state and the JSON document.
+
+        Raises:
+          CheckpointError: no such checkpoint, another recipe, or other leaves, shapes or dtypes.
+            All differences are listed, before any array is read.
+        """
+        step = self._existing(step)
+        extra = self.extra(step)
+        # Through JSON, as the saved document was: its tuples are lists.
+        expected = json.loads(json.dumps(dict(expect or {})))
+        wrong = []
+        for key, value in expected.items():
+            wrong += differences(key, extra.get(key), value)
+        if wrong:
+            raise CheckpointError(
+                f"{self.directory} holds another run. Use a new workdir, or go back to what it was "
+                "trained with:\n" + "\n".join(wrong)
+            )
+        self._check_leaves(step, abstract_state)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        return self._manager.restore(step, args=items)["state"], extra
+
+    def restore_params_into(self, params: dict[str, Any]) -> tuple[dict[str, Any], int, list[str]]:
+        """Replaces those parameters that the latest checkpoint has too, matched by their path.
+
+        The optimizer state is left alone, and what the checkpoint has besides is not read.
+
+        Args:
+          params: a nested dict of arrays, whose shapes, dtypes and shardings are kept.
+
+        Returns:
+          The parameters, the number of arrays taken, and what was not found: whole top-level
+          keys, or the paths of single arrays.
+
+        Raises:
+          CheckpointError: no checkpoint, nothing in common, or an array of another shape.
+        """
+        step = self._existing(None)
+        theirs = _shapes(self._manager.item_metadata(step)["state"]["params"])
+        ours = dict(flatten_with_names(params))
+        common = [path for path in ours if path in theirs]
+        if not common:
+            raise CheckpointError(f"Step {step} in {self.directory} has none of {list(params)}.")
+        misfits = [
+            f"  {path}: {list(theirs[path][0])} saved, {list(ours[path].shape)} wanted"
+            for path in common
+            if theirs[path][0] != ours[path].shape
+        ]
+        if misfits:
+            raise CheckpointError(
+                f"Step {step} in {self.directory} was trained with other sizes. Give config.model "
+                "the sizes of that run:\n" + "\n".join(misfits)
+            )
+        item = {"params": _nested({path: ours[path] for path in common})}
+        with ocp.PyTreeCheckpointer() as reader:
+            found = reader.restore(
+                self.directory / str(step) / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=item,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                    partial_restore=True,
+                ),
+            )
+        merged = ours | dict(flatten_with_names(found["params"]))
+        return _nested(merged), len(common), _missing(ours, set(common))
+
+    def wait(self) -> None:
+        """Returns once all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes what is being saved."""
+        self._manager.close()
+
+    def _existing(self, step: int | None) -> int:
+        found = self.latest_step if step is None else step
+        if found is None or found not in self._manager.all_steps():
+            name = "checkpoint" if step is None else f"checkpoint of step {step}"
+            raise CheckpointError(
+                f"There is no {name} in {self.directory}; it holds the steps {self.all_steps()}."
+            )
+        return found
+
+    def _check_leaves(self, step: int, abstract_state: Any) -> None:
+        saved = _shapes(self._manager.item_metadata(step)["state"])
+        wanted = _shapes(abstract_state)
+        lines = []
+        for path in sorted(saved.keys() | wanted.keys()):
+            if saved.get(path) != wanted.get(path):
+                lines.append(f"  {path}: {_leaf(saved, path)} saved, {_leaf(wanted, path)} wanted")
+        if lines:
+            raise CheckpointError(
+                f"Step {step} in {self.directory} does not fit the model or optimizer of this "
+                "config. Use a new workdir, or the config the run was started with:\n"
+                + "\n".join(lines)
+            )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Path -> (shape, dtype)."""
+    return {
+        path: (tuple(leaf.shape), np.dtype(leaf.dtype).name)
+        for path, leaf in flatten_with_names(tree)
+    }
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        holder = tree
+        for parent in parents:
+            holder = holder.setdefault(parent, {})
+        holder[name] = leaf
+    return tree
+
+
+def _missing(paths: Collection[str], found: Collection[str]) -> list[str]:
+    """The top-level keys of which nothing was found, and the other paths one by one."""
+    some = {path.split("/")[0] for path in found}
+    names = [p if p.split("/")[0] in some else p.split("/")[0] for p in paths if p not in found]
+    return list(dict.fromkeys(names))
+
+
+def _leaf(leaves: Mapping[str, tuple[tuple[int, ...], str]], path: str) -> str:
+    if path not in leaves:
+        return "nothing"
+    shape, dtype = leaves[path]
+    return f"{dtype}{list(shape)}"

@@ -1,0 +1,112 @@
+"""Several hosts, the compilation cache, and being told to stop."""
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+ENABLE = "BLIP2_DISTRIBUTED"
+
+
+def initialize(enabled: bool = False) -> None:
+    """Joins this process with those of the other hosts; before anything else touches a device.
+
+    Addresses are found by JAX itself on Cloud TPU, GKE and SLURM; elsewhere set
+    `JAX_COORDINATOR_ADDRESS=host:port`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. It is asked for,
+    by the config or by `BLIP2_DISTRIBUTED=1` in the environment, and never tried by luck: on a
+    plain machine it would wait for hosts that do not exist, and on a pod a failure must not turn
+    into N separate runs.
+
+    Args:
+      enabled: the config's word; the environment can only switch it on.
+    """
+    value = os.environ.get(ENABLE, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"{ENABLE} is {value!r}; it must be 0 or 1.")
+    if (enabled or value == "1") and not jax.distributed.is_initialized():
+        # JAX reads the address from the environment by itself, but not these two.
+        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+        jax.distributed.initialize(
+            num_processes=None if count is None else int(count),
+            process_id=None if index is None else int(index),
+        )
+
+
+def process_index() -> int:
+    """Which host this is, from 0."""
+    return jax.process_index()
+
+
+def process_count() -> int:
+    """How many hosts there are."""
+    return jax.process_count()
+
+
+def is_first_process() -> bool:
+    """True on the one host that writes logs and reports."""
+    return jax.process_index() == 0
+
+
+def setup_compilation_cache(directory: str | None = None) -> str:
+    """Keeps compiled programs on disk, so that the second start of a recipe is quick.
+
+    Args:
+      directory: where; None means `JAX_COMPILATION_CACHE_DIR`, or else `blip2_jax/xla` in the
+        user's cache folder (`XDG_CACHE_HOME`, `~/.cache`).
+
+    Returns:
+      The folder.
+    """
+    if directory is None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        default = Path(home) / "blip2_jax" / "xla"
+        directory = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(default)
+    if "://" not in directory:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", directory)
+    return directory
+
+
+class Preemption:
+    """Hears SIGTERM, which spot machines, GKE and SLURM send some seconds before the end.
+
+    The loop asks `should_stop(step)` after each step, saves a checkpoint and leaves. On several
+    hosts all must stop after the same step, or the others would wait in a collective for ever:
+    there, JAX's own preemption service hears the signal and agrees on a step, and this object
+    leaves the signal to it.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._distributed = jax.distributed.is_initialized()
+        self._previous = None
+        if not self._distributed:
+            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+
+    def __enter__(self) -> "Preemption":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def should_stop(self, step: int) -> bool:
+        """True once the run must save and leave; the same answer on every host.
+
+        Args:
+          step: the number of steps done; each host asks once for each step.
+        """
+        if self._distributed:
+            self.requested |= multihost_utils.reached_preemption_sync_point(step)
+        return self.requested
+
+    def close(self) -> None:
+        """Gives the signal back to whoever had it."""
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self.requested = True

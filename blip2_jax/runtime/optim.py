@@ -1,0 +1,118 @@
+"""AdamW, its learning rate schedule and its weight decay, as LAVIS trains BLIP-2.
+
+What is decayed follows LAVIS `BaseModel.get_optimizer_params`: everything except 1-D parameters
+and names ending in `bias`. Our layers are stacked, so a LayerNorm scale is `float32[L, D]` here;
+the decision is therefore by name first and by shape second.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from blip2_jax.runtime.mesh import flatten_with_names
+
+# The last part of a path that means "one number per channel", stacked or not.
+NORM_SCALES = ("scale",)
+TEMPERATURES = ("temp", "temperature", "logit_scale")
+
+
+def make_optimizer(
+    config_optim: Mapping[str, Any], abstract_params: Any
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW with linear warmup and cosine decay, both per step.
+
+    Args:
+      config_optim: `peak_lr`, `warmup_start_lr`, `end_lr`, `warmup_steps`, `total_steps`,
+        `betas` (two numbers), `eps`, `weight_decay`, `clip_norm` (global norm; 0 = no clipping),
+        `decay_biases`, `decay_temperature` (bools; LAVIS: False, True).
+      abstract_params: the trainable parameters, arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      The optimizer, and the schedule `step -> learning rate` for the log.
+    """
+    schedule = make_schedule(config_optim)
+    beta1, beta2 = config_optim["betas"]
+    mask = decay_mask(
+        abstract_params,
+        decay_biases=config_optim["decay_biases"],
+        decay_temperature=config_optim["decay_temperature"],
+    )
+    parts = [
+        optax.scale_by_adam(b1=beta1, b2=beta2, eps=config_optim["eps"]),
+        optax.add_decayed_weights(config_optim["weight_decay"], mask),
+        optax.scale_by_learning_rate(schedule),
+    ]
+    if config_optim["clip_norm"] < 0:
+        raise ValueError(f"config.optim.clip_norm is {config_optim['clip_norm']}; 0 turns it off.")
+    if config_optim["clip_norm"]:
+        parts.insert(0, optax.clip_by_global_norm(config_optim["clip_norm"]))
+    return optax.chain(*parts), schedule
+
+
+def make_schedule(config_optim: Mapping[str, Any]) -> optax.Schedule:
+    """Linear from `warmup_start_lr` to `peak_lr`, then a half cosine to `end_lr`.
+
+    LAVIS warms up within its first epoch and then steps the cosine once an epoch; a step is the
+    only unit of time here, as in the paper (section 3.4), so streams without epochs work.
+    """
+    warmup, total = config_optim["warmup_steps"], config_optim["total_steps"]
+    if not 0 <= warmup < total:
+        raise ValueError(
+            f"config.optim.warmup_steps is {warmup} and total_steps is {total}; "
+            "the warmup must be shorter than the run."
+        )
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config_optim["warmup_start_lr"],
+        peak_value=config_optim["peak_lr"],
+        warmup_steps=warmup,
+        decay_steps=total,
+        end_value=config_optim["end_lr"],
+    )
+
+
+def decay_mask(params: Any, *, decay_biases: bool, decay_temperature: bool) -> Any:
+    """True where weight decay applies; a tree of bools like `params`.
+
+    Raises:
+      ValueError: no parameter at all, as an empty trainable set is always a mistake.
+    """
+    named = flatten_with_names(params)
+    if not named:
+        raise ValueError("There is nothing to train: the tree of trainable parameters is empty.")
+    mask = [_is_decayed(path, leaf, decay_biases, decay_temperature) for path, leaf in named]
+    return jax.tree.unflatten(jax.tree.structure(params), mask)
+
+
+def _is_decayed(path: str, leaf: Any, decay_biases: bool, decay_temperature: bool) -> bool:
+    name = path.rsplit("/", 1)[-1]
+    if name in TEMPERATURES:
+        return decay_temperature
+    if name.endswith("bias"):
+        return decay_biases
+    return name not in NORM_SCALES and len(leaf.shape) != 1
+
+
+def apply_gradients(
+    state: dict[str, Any], grads: Any, tx: optax.GradientTransformation
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """One optimizer step.
+
+    Args:
+      state: {"step", "params", "opt_state"}.
+      grads: like `state["params"]`.
+      tx: the optimizer.
+
+    Returns:
+      The next state, and the global L2 norms of the gradient (before clipping), of the update and
+      of the new parameters: `grad_norm`, `update_norm`, `param_norm`, float32[].
+    """
+    updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    norms = {
+        "grad_norm": optax.tree.norm(grads),
+        "update_norm": optax.tree.norm(updates),
+        "param_norm": optax.tree.norm(params),
+    }
+    return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, norms

@@ -1,0 +1,52 @@
+"""Pre-training of a language model on text alone: how the embedded world's LLM is made.
+
+Users of BLIP-2 take their LLM from a hub; this makes one where there is no hub. The only thing
+out of the ordinary is that tokens carry weights: what cannot be foreseen (a description of a
+scene nobody has seen) teaches little, what follows from the text before it (an answer) much.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from blip2_jax.stages import losses
+from blip2_jax.stages.step import Batch, Metrics, Params, Spec, State, update
+
+
+def loss_fn(
+    params: Params, frozen: Params, batch: Batch, key: jax.Array | None, *, spec: Spec
+) -> tuple[jax.Array, Metrics]:
+    """Weighted next-token loss.
+
+    Args:
+      params: `llm`, the language model; frozen: nothing.
+      batch: `llm_ids`, `llm_mask` int32[B, S]; `llm_weights` float32[B, S], the weight of each
+        token as a target (answers weigh 1).
+      key: randomness of dropout, or None.
+      spec: what the recipe decides.
+    """
+    llm = spec.merge(params, frozen).llm
+    ids, weights = batch["llm_ids"], batch["llm_weights"][:, 1:]
+    hidden, _ = llm(llm.embed(ids), batch["llm_mask"], key=key)
+    logits = llm.logits(hidden[:, :-1])
+    targets, real = losses.shift_labels(ids, batch["llm_mask"])
+    entropy = losses.cross_entropy(logits, targets)
+    loss = losses.weighted_mean(entropy, weights * real)
+    hits = logits.argmax(axis=-1) == targets
+    metrics = {
+        "loss": loss,
+        "lm/perplexity": jnp.exp(losses.weighted_mean(entropy, real)),
+        "lm/answer_accuracy": losses.weighted_mean(hits, (weights == 1.0) & (real > 0)),
+    }
+    return loss, metrics
+
+
+def train_step(
+    state: State, frozen: Params, batch: Batch, key: jax.Array, *, spec: Spec
+) -> tuple[State, Metrics]:
+    """One update of the language model. Pure; jit it with `state` donated."""
+    return update(loss_fn, state, frozen, batch, key, spec=spec)
+
+
+def eval_step(params: Params, frozen: Params, batch: Batch, *, spec: Spec) -> Metrics:
+    """The same loss without dropout."""
+    return loss_fn(params, frozen, batch, None, spec=spec)[1]

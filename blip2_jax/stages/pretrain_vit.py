@@ -1,0 +1,46 @@
+"""Pre-training of an image encoder on labeled images: how the embedded world's ViT is made.
+
+Every patch is classified by what stands there (which digit, which color, which size, or nothing).
+The heads are thrown away; BLIP-2 sees the encoder's patch features only.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from blip2_jax.stages import losses
+from blip2_jax.stages.step import Batch, Metrics, Params, Spec, State, update
+
+
+def loss_fn(
+    params: Params, frozen: Params, batch: Batch, key: jax.Array | None, *, spec: Spec
+) -> tuple[jax.Array, Metrics]:
+    """Sum of the patch-wise cross-entropies of all attributes.
+
+    Args:
+      params: `vit` and its heads; frozen: nothing.
+      batch: `image` uint8[B, H, W, 3], and for each attribute of `spec.stage.labels` int32[B, G * G]
+        classes of the patches, row by row; the last class is the background.
+      key: unused, there is no dropout.
+      spec: what the recipe decides.
+    """
+    del key
+    logits = spec.merge(params, frozen)(batch["image"])
+    metrics, total = {}, 0.0
+    for name, classes in spec.stage.labels.items():
+        labels = batch[name]
+        total += losses.cross_entropy(logits[name], labels).mean()
+        hits = logits[name].argmax(axis=-1) == labels
+        metrics[f"{name}/accuracy"] = losses.weighted_mean(hits, labels < classes - 1)
+    return total, {"loss": jnp.asarray(total), **metrics}
+
+
+def train_step(
+    state: State, frozen: Params, batch: Batch, key: jax.Array, *, spec: Spec
+) -> tuple[State, Metrics]:
+    """One update of the encoder and its heads. Pure; jit it with `state` donated."""
+    return update(loss_fn, state, frozen, batch, key, spec=spec)
+
+
+def eval_step(params: Params, frozen: Params, batch: Batch, *, spec: Spec) -> Metrics:
+    """The same loss."""
+    return loss_fn(params, frozen, batch, None, spec=spec)[1]

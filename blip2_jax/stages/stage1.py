@@ -1,0 +1,107 @@
+"""Stage 1: vision-language representation learning (paper, section 3.2).
+
+Three objectives over one batch of image-text pairs, all of weight 1: image-text contrast (ITC),
+matching (ITM) and image-grounded text generation (ITG). The image is encoded once; its
+cross-attention keys and values are made once and shared by the pass that ITC and ITG read and the
+three that ITM needs.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from blip2_jax.models.blip2 import Blip2Stage1
+from blip2_jax.stages import losses
+from blip2_jax.stages.step import Batch, Metrics, Params, Spec, State, update
+
+
+def loss_fn(
+    params: Params, frozen: Params, batch: Batch, key: jax.Array | None, *, spec: Spec
+) -> tuple[jax.Array, Metrics]:
+    """The sum of the three losses, and what to log of them.
+
+    Args:
+      params: trainable part; frozen: the rest.
+      batch: `image` uint8[B, H, W, 3], `text_ids` and `text_mask` int32[B, T] ([CLS] first,
+        [SEP] last), and `image_id` int32[B]: pairs with the same image are no negatives.
+      key: randomness of dropout and of the negatives; None: no dropout, fixed negatives.
+      spec: what the recipe decides (`spec.stage`: `label_smoothing` and
+        `itc_gather_grad`).
+    """
+    model: Blip2Stage1 = spec.merge(params, frozen)
+    options = spec.stage
+    ids, mask = batch["text_ids"], batch["text_mask"]
+    k_image, k_text, k_itm, k_itg, k_negatives = (
+        [None] * 4 + [jax.random.key(0)] if key is None else jax.random.split(key, 5)
+    )
+    same = batch["image_id"][:, None] == batch["image_id"][None, :]
+
+    image_kv = model.qformer.image_keys_values(model.encode_images(batch["image"]))
+    queries, past = model.query_image(image_kv, k_image)
+    itc, image_to_text, text_to_image = losses.itc_loss(
+        model.project_image(queries),
+        model.embed_text(ids, mask, k_text),
+        model.temp[...],
+        same,
+        label_smoothing=options.label_smoothing,
+        gather_grad=options.itc_gather_grad,
+    )
+    itm, itm_accuracy = _itm(
+        model, image_kv, ids, mask, same, image_to_text, text_to_image, k_negatives, k_itm
+    )
+    itg = _itg(model, past, ids, mask, options, k_itg)
+
+    loss = itc + itm + itg["loss"]
+    diagonal = jnp.arange(len(ids))
+    best = (image_to_text.argmax(axis=1), text_to_image.argmax(axis=1))
+    metrics = {
+        "loss": loss,
+        "itc/loss": itc,
+        "itc/accuracy": 0.5 * sum(same[diagonal, b].mean(dtype=jnp.float32) for b in best),
+        "itc/temperature": model.temp[...],
+        "itm/loss": itm,
+        "itm/accuracy": itm_accuracy,
+        **{f"itg/{name}": value for name, value in itg.items()},
+    }
+    return loss, metrics
+
+
+def _itm(model, image_kv, ids, mask, same, image_to_text, text_to_image, k_negatives, key):
+    """Matching, with a hard negative image for each text and a hard negative text for each image.
+
+    The batch of three: (text, its image), (text, hard image), (hard text, image); the first third
+    matches. Cross-attention keys of the hard images are rows of those already made.
+    """
+    k1, k2 = jax.random.split(k_negatives)
+    hard_image = losses.hard_negatives(k1, jax.lax.stop_gradient(text_to_image), same)
+    hard_text = losses.hard_negatives(k2, jax.lax.stop_gradient(image_to_text), same)
+    three_kv = jax.tree.map(
+        lambda x: jnp.concatenate([x, x[:, hard_image], x], axis=1), image_kv
+    )
+    three_ids = jnp.concatenate([ids, ids, ids[hard_text]])
+    three_mask = jnp.concatenate([mask, mask, mask[hard_text]])
+    logits = model.match(three_kv, three_ids, three_mask, key)
+    labels = (jnp.arange(3 * len(ids)) < len(ids)).astype(jnp.int32)
+    accuracy = (logits.argmax(axis=-1) == labels).mean(dtype=jnp.float32)
+    return losses.cross_entropy(logits, labels).mean(), accuracy
+
+
+def _itg(model, past, ids, mask, options, key):
+    """Generation: the text from [DEC] to [SEP], with nothing to look at but the queries."""
+    ids = ids.at[:, 0].set(model.config.qformer.bos_token_id)
+    logits = model.generate_logits(past, ids, mask, key)[:, :-1]
+    targets, weights = losses.shift_labels(ids, mask)
+    smoothed = losses.cross_entropy(logits, targets, label_smoothing=options.label_smoothing)
+    plain = losses.weighted_mean(losses.cross_entropy(logits, targets), weights)
+    return {"loss": losses.weighted_mean(smoothed, weights), "perplexity": jnp.exp(plain)}
+
+
+def train_step(
+    state: State, frozen: Params, batch: Batch, key: jax.Array, *, spec: Spec
+) -> tuple[State, Metrics]:
+    """One update of stage 1. Pure; jit it with `state` donated."""
+    return update(loss_fn, state, frozen, batch, key, spec=spec)
+
+
+def eval_step(params: Params, frozen: Params, batch: Batch, *, spec: Spec) -> Metrics:
+    """The same losses without dropout, with fixed negatives."""
+    return loss_fn(params, frozen, batch, None, spec=spec)[1]

@@ -1,0 +1,200 @@
+"""Train a recipe, or resume it when the workdir holds a run.
+
+  blip2 train --config=configs/digits/stage1.py --workdir=runs/stage1
+  blip2 train --config=configs/digits/stage2.py --workdir=runs/stage2 \\
+      --config.init.checkpoint=runs/stage1 --config.optim.peak_lr=5e-4
+
+The same command continues a run that was killed, from its last checkpoint: same data order, same
+randomness, same numbers. Every key that --config.KEY=VALUE can set is in configs/default.py.
+The workdir receives checkpoints/, metrics.jsonl, tensorboard/, config.json, and, at the end,
+done.json.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from blip2_jax import cli, recipe
+from blip2_jax.data import loader
+from blip2_jax.runtime import distributed, mesh
+from blip2_jax.runtime.checkpoint import Checkpointer
+from blip2_jax.runtime.metrics import MetricsWriter, Progress
+from blip2_jax.stages.step import Params, State
+
+PREEMPTED = 42  # exit code of a run that saved itself on SIGTERM: start it again to go on
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, help="folder of the run; made if need be")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = cli.parse(__doc__, argv, add_arguments)
+    return train(args.config, Path(args.workdir))
+
+
+def train(config, workdir: Path) -> int:
+    """Runs a recipe to its end; returns the exit code."""
+    started = time.monotonic()
+    distributed.initialize(config.distributed)
+    distributed.setup_compilation_cache()
+    done = workdir / "done.json"
+    identity = {"recipe": config.name, "config": json.loads(cli.config_to_json(config))}
+    if done.is_file():
+        cli.check_same_run(json.loads(done.read_text()), identity, workdir)
+        print(f"{config.name}: finished before; its results are in {workdir}.")
+        return 0
+
+    # Shapes and shardings first, then what is checked before anything expensive starts.
+    run = recipe.build(config)
+    frozen, fingerprints = run.load_frozen()
+    identity["fingerprints"] = fingerprints
+    print(_describe(run, fingerprints))
+
+    with (
+        Checkpointer(
+            workdir / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+        ) as checkpointer,
+        distributed.Preemption() as preemption,
+    ):
+        # A checkpoint of this run; else another run's parameters; else fresh ones.
+        seconds_before = 0.0
+        if checkpointer.latest_step is not None:
+            state, extra = checkpointer.restore(run.abstract_state, expect=identity)
+            seconds_before = extra["seconds"]
+            print(f"Resuming at step {int(state['step'])} of {config.steps}.")
+        else:
+            state = run.init_state(jax.random.key(config.seed))
+            if config.init.checkpoint:
+                state = start_from(state, Path(config.init.checkpoint), fingerprints)
+
+        def save(state: State) -> None:
+            seconds = seconds_before + time.monotonic() - started
+            checkpointer.save(int(state["step"]), state, {**identity, "seconds": seconds})
+
+        state, stopped = loop(run, state, frozen, workdir, save, preemption)
+        save(state)
+    if stopped:
+        print(f"Asked to stop: saved step {int(state['step'])}. The same command resumes.")
+        return PREEMPTED
+    if distributed.is_first_process():
+        seconds = seconds_before + time.monotonic() - started
+        done.write_text(json.dumps({**identity, "seconds": seconds}, indent=2))
+    return 0
+
+
+def loop(
+    run: recipe.Recipe, state: State, frozen: Params, workdir: Path, save, preemption
+) -> tuple[State, bool]:
+    """Steps from `state` to the config's last step.
+
+    Returns:
+      The last state, and whether the run was asked to stop before its end.
+    """
+    config = run.config
+    step = int(state["step"])
+    key = jax.device_put(jax.random.key(config.seed), mesh.replicated(run.mesh))
+    metrics: dict[str, Any] = {}
+    with (
+        loader.train_batches(config, run.image_size, start_step=step) as batches,
+        MetricsWriter(workdir, restored_step=step) as writer,
+        Progress(config.steps, initial=step, label=config.name) as progress,
+    ):
+        since, since_step = time.monotonic(), step
+        while step < config.steps:
+            batch = mesh.global_batch(next(batches), run.mesh)
+            state, metrics = run.train_step(state, frozen, batch, key)
+            step += 1
+            progress.update(1)
+            if step % config.log.every == 0 or step == config.steps:
+                numbers = {name: float(value) for name, value in metrics.items()}
+                check_finite(numbers, step)
+                now = time.monotonic()
+                rate = (step - since_step) * config.data.batch_size / (now - since)
+                since, since_step = now, step
+                if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
+                    numbers |= evaluate_losses(run, state["params"], frozen)
+                    since = time.monotonic()
+                numbers["data/skipped"] = batches.skipped.count
+                writer.write(step, numbers, timing={"examples_per_second": rate})
+                progress.update(0, loss=numbers["loss"])
+            if preemption.should_stop(step):
+                break
+            if step % config.checkpoint.every == 0 and step < config.steps:
+                save(state)
+        batches.skipped.report()
+    return state, step < config.steps
+
+
+def check_finite(numbers: dict[str, float], step: int) -> None:
+    """Stops a run that has diverged."""
+    bad = sorted(name for name, value in numbers.items() if value != value or abs(value) == float("inf"))
+    if bad:
+        raise FloatingPointError(
+            f"Step {step}: {', '.join(bad)} not finite. The last checkpoint is from before; lower "
+            "config.optim.peak_lr or set config.optim.clip_norm=1.0 and run again."
+        )
+
+
+def evaluate_losses(run: recipe.Recipe, params: Params, frozen: Params) -> dict[str, float]:
+    """The stage's metrics on `data.eval_split`, averaged over whole batches."""
+    totals: dict[str, float] = {}
+    count = 0
+    with loader.heldout_batches(run.config, run.image_size) as batches:
+        for batch in batches:
+            metrics = run.eval_step(params, frozen, mesh.global_batch(batch, run.mesh))
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+            count += 1
+    return {f"eval/{name}": value / count for name, value in totals.items()}
+
+
+def start_from(state: State, workdir: Path, fingerprints: dict[str, str]) -> State:
+    """Replaces parameters by those that another run's last checkpoint has in common with them.
+
+    Stage 2 starts so from stage 1: it takes the queries, `ln_vision` and the Q-Former without its
+    text branch. What the other run does not have (`language_projection`) stays as initialized.
+    """
+    if not (workdir / "done.json").is_file():
+        raise ValueError(
+            f"config.init.checkpoint: {workdir} holds no finished run. Train it first, or set "
+            "--config.init.checkpoint='' to start from scratch."
+        )
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
+        theirs = checkpointer.extra()["fingerprints"]
+        for tower in theirs.keys() & fingerprints.keys():
+            if theirs[tower] != fingerprints[tower]:
+                raise ValueError(
+                    f"{workdir} was trained on another `{tower}` (fingerprint {theirs[tower]}, "
+                    f"here {fingerprints[tower]}). Use the same config.model.{tower}.source."
+                )
+        params, taken, fresh = checkpointer.restore_params_into(state["params"])
+    print(f"From {workdir}: {taken} parameter arrays; freshly initialized: {', '.join(fresh) or 'none'}.")
+    return {**state, "params": params}
+
+
+def _describe(run: recipe.Recipe, fingerprints: dict[str, str]) -> str:
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    lines = [
+        f"{run.config.name}: {run.config.steps} steps of {run.config.data.batch_size} on "
+        f"{run.mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(run.mesh.shape)}",
+        *(
+            f"  trained  {key:<20} {count(tree):>14,}"
+            for key, tree in run.abstract_state["params"].items()
+        ),
+        *(
+            f"  frozen   {key:<20} {count(tree):>14,}  {fingerprints[key]}"
+            for key, tree in run.abstract_frozen.items()
+        ),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,147 @@
+"""Every key that a recipe has, with what it means. The values are the paper's stage 1 with ViT-g.
+
+A recipe is a short file beside this one: it takes these defaults, changes what it must, and may
+define `sweep(add)`. Keys that are not here are refused, in a recipe as on the command line
+(`--config.optim.peak_lr=3e-4`).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "stage1"  # of the recipe; a workdir belongs to one
+    config.seed = 0  # of initialization, data order, dropout and negatives
+    config.steps = 250_000
+    config.dtype = "bfloat16"  # of activations; parameters that are trained are float32
+    config.frozen_dtype = "bfloat16"  # of the frozen towers' parameters
+    config.distributed = False  # several hosts (or BLIP2_DISTRIBUTED=1): call jax.distributed
+
+    # Top-level names of parameters to train; all others are frozen. A name that the model does
+    # not have is an error. `ln_vision` is trained in every stage, as in LAVIS.
+    config.trainable = (
+        "ln_vision", "query_tokens", "qformer", "vision_proj", "text_proj",
+        "itm_head", "itg_head", "temp",
+    )  # fmt: skip
+
+    # The device mesh; -1 once: all that the others leave. Only `data` crosses slices.
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    # Which mesh axis (or None: replicated) the parameters' axes lie on.
+    config.sharding = ConfigDict(
+        {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+    )
+
+    config.stage = ConfigDict(
+        {
+            "name": "stage1",  # stage1, stage2, pretrain_vit or pretrain_lm
+            "label_smoothing": 0.1,  # of ITC and ITG
+            # True: ITC's gradient through both sides of the global batch. False: LAVIS on several
+            # devices, where each direction trains its row side only.
+            "itc_gather_grad": True,
+            # pretrain_vit: attribute of a patch -> classes, background last.
+            "labels": ConfigDict(),
+        }
+    )
+
+    config.model = ConfigDict()
+    # Towers: with a `source` (a Hugging Face folder, or package:NAME), sizes come from its
+    # config.json and those below are not used. `fingerprint`: refuse any other weights.
+    config.model.vit = ConfigDict(
+        {
+            "source": "",
+            "fingerprint": "",
+            "image_size": 224,
+            "patch_size": 14,
+            "hidden_size": 1408,
+            "num_layers": 39,
+            "num_heads": 16,
+            "mlp_dim": 6144,
+            "activation": "gelu",
+            "layer_norm_eps": 1e-6,
+            "attention_bias": "qvo",
+            "patch_bias": True,
+            "pre_norm": False,
+            "remat": "none",
+        }
+    )
+    config.model.qformer = ConfigDict(
+        {
+            "num_query_tokens": 32,
+            "hidden_size": 768,
+            "num_layers": 12,
+            "num_heads": 12,
+            "mlp_dim": 3072,
+            "cross_attention_frequency": 2,
+            "vocab_size": 30523,
+            "bos_token_id": 30522,
+            "max_position_embeddings": 512,
+            "layer_norm_eps": 1e-12,
+            "dropout": 0.1,
+            "remat": "none",  # none, dots or full
+        }
+    )
+    config.model.llm = ConfigDict(
+        {
+            "source": "",
+            "fingerprint": "",
+            "vocab_size": 50272,
+            "hidden_size": 2560,
+            "num_layers": 32,
+            "num_heads": 32,
+            "ffn_dim": 10240,
+            "max_position_embeddings": 2048,
+            "activation": "relu",
+            # LAVIS leaves the frozen LLM in training mode, so its dropout (0.1) is on; the paper
+            # does not say. 0 here: a frozen model is a fixed function.
+            "dropout": 0.0,
+            "remat": "none",
+        }
+    )
+    config.model.projection_dim = 256
+    config.model.initial_temperature = 0.07
+    config.model.ln_vision_eps = 1e-5  # LAVIS; Hugging Face: 1e-6
+
+    # Where trainable parameters start from: a run's workdir ("": from scratch). All that this
+    # model has in common with it is taken; stage 2 takes stage 1's queries and Q-Former.
+    config.init = ConfigDict({"checkpoint": ""})
+
+    config.data = ConfigDict(
+        {
+            "source": "tfds",  # tfds (a prepared folder), or stories (text of the embedded world)
+            "dir": "",
+            "split": "train",
+            "eval_split": "test",
+            "batch_size": 1680,  # global; the paper's for ViT-g
+            "text_length": 32,  # Q-Former tokens, [CLS] and [SEP] included
+            "llm_length": 32,
+            "qformer_tokenizer": "bert-base-uncased",
+            "llm_tokenizer": "",  # "": the LLM's source
+            "prompt": "",  # stands before every caption of stage 2, and is not learned
+            "crop_scale": (0.5, 1.0),  # random resized crop, share of the area; (1, 1): none
+            "flip": True,
+            "threads": 16,
+            "stories": 0,  # how many, where the source is stories
+            "easy": 0.3,  # share of them in easy-to-hard order, before all are as hard as it gets
+        }
+    )
+
+    config.optim = ConfigDict(
+        {
+            "peak_lr": 1e-4,
+            "warmup_start_lr": 1e-6,
+            "end_lr": 1e-5,  # LAVIS; the paper states none for stage 1
+            "warmup_steps": 2000,
+            "betas": (0.9, 0.98),
+            "eps": 1e-8,
+            "weight_decay": 0.05,
+            "decay_biases": False,
+            "decay_temperature": True,  # as LAVIS does
+            "clip_norm": 0.0,  # global norm; 0: no clipping, as in the paper
+        }
+    )
+
+    config.checkpoint = ConfigDict({"every": 1000, "keep_last": 2, "keep_every": 0})
+    config.log = ConfigDict({"every": 50})
+    # Losses on `data.eval_split`; 0: never. `batches` 0: all of it.
+    config.eval = ConfigDict({"every": 0, "batches": 0, "batch_size": 64})
+    return config

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Environment, install, lint and tests, on a fresh machine. Further arguments go to pytest.
+#   ./launch/test.sh                 everything
+#   ./launch/test.sh tests/models    some tests
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+blip2_environment "[test]"
+
+ruff check .
+ruff format --check .
+bash -n launch/*.sh .ci/run
+exec python -m pytest "$@"

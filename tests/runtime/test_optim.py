@@ -1,0 +1,118 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blip2_jax.runtime import optim, state
+
+CONFIG = {
+    "peak_lr": 1e-3,
+    "warmup_start_lr": 1e-6,
+    "end_lr": 1e-5,
+    "warmup_steps": 10,
+    "total_steps": 100,
+    "betas": (0.9, 0.98),
+    "eps": 1e-8,
+    "weight_decay": 0.05,
+    "clip_norm": 0.0,
+    "decay_biases": False,
+    "decay_temperature": True,
+}
+PARAMS = {
+    "layers": {  # Stacked: a layer axis in front.
+        "norm": {"scale": jnp.ones((3, 4)), "bias": jnp.ones((3, 4))},
+        "query": {"kernel": jnp.ones((3, 4, 4)), "bias": jnp.ones((3, 4))},
+        "q_bias": jnp.ones((3, 4)),
+    },
+    "norm": {"scale": jnp.ones(4)},
+    "query_tokens": jnp.ones((1, 2, 4)),
+    "temp": jnp.float32(0.07),
+}
+
+
+def test_the_learning_rate_at_its_corners():
+    schedule = optim.make_schedule(CONFIG)
+    assert schedule(0) == pytest.approx(1e-6, rel=1e-4)
+    assert schedule(5) == pytest.approx((1e-6 + 1e-3) / 2)
+    assert schedule(10) == pytest.approx(1e-3)
+    assert schedule(55) == pytest.approx((1e-3 + 1e-5) / 2)
+    assert schedule(100) == pytest.approx(1e-5)
+    assert schedule(1000) == pytest.approx(1e-5)
+
+
+def test_a_run_without_warmup_starts_at_the_peak():
+    assert optim.make_schedule(CONFIG | {"warmup_steps": 0})(0) == pytest.approx(1e-3)
+
+
+def test_a_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(ValueError, match="warmup_steps is 100 and total_steps is 100"):
+        optim.make_schedule(CONFIG | {"warmup_steps": 100})
+
+
+def test_what_lavis_decays_is_decayed_in_stacks_too():
+    mask = optim.decay_mask(PARAMS, decay_biases=False, decay_temperature=True)
+    assert mask == {
+        "layers": {
+            "norm": {"scale": False, "bias": False},
+            "query": {"kernel": True, "bias": False},
+            "q_bias": False,
+        },
+        "norm": {"scale": False},
+        "query_tokens": True,
+        "temp": True,
+    }
+
+
+def test_the_decay_flags_reach_biases_and_the_temperature():
+    mask = optim.decay_mask(PARAMS, decay_biases=True, decay_temperature=False)
+    assert mask["layers"]["query"]["bias"]
+    assert not mask["temp"]
+    assert not mask["layers"]["norm"]["scale"]
+
+
+def test_nothing_to_train_is_an_error():
+    with pytest.raises(ValueError, match="nothing to train"):
+        optim.make_optimizer(CONFIG, {})
+
+
+def adamw(params, grads, steps):
+    """AdamW as PyTorch documents it, on one array."""
+    beta1, beta2 = CONFIG["betas"]
+    schedule = optim.make_schedule(CONFIG)
+    m = v = np.zeros_like(params)
+    for t in range(1, steps + 1):
+        lr = float(schedule(t - 1))
+        m = beta1 * m + (1 - beta1) * grads
+        v = beta2 * v + (1 - beta2) * grads**2
+        params = params * (1 - lr * CONFIG["weight_decay"])
+        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+        params = params - lr * m_hat / (np.sqrt(v_hat) + CONFIG["eps"])
+    return params
+
+
+def test_steps_are_those_of_adamw():
+    kernel = np.asarray(jax.random.normal(jax.random.key(0), (4, 4)), np.float64)
+    grads = np.asarray(jax.random.normal(jax.random.key(1), (4, 4)), np.float64)
+    params = {"kernel": jnp.asarray(kernel, jnp.float32)}
+    tx, _ = optim.make_optimizer(CONFIG, params)
+    train_state = state.init_state(lambda key: params, tx, jax.random.key(0))
+    for _ in range(20):
+        train_state, metrics = optim.apply_gradients(
+            train_state, {"kernel": jnp.asarray(grads, jnp.float32)}, tx
+        )
+    assert train_state["step"] == 20
+    np.testing.assert_allclose(
+        train_state["params"]["kernel"], adamw(kernel, grads, 20), rtol=0, atol=1e-6
+    )
+    assert metrics["grad_norm"] == pytest.approx(np.linalg.norm(grads), rel=1e-5)
+    assert set(metrics) == {"grad_norm", "update_norm", "param_norm"}
+
+
+def test_clipping_is_by_the_global_norm():
+    params = {"a": jnp.zeros((2, 2)), "b": jnp.zeros((2, 2))}
+    grads = {"a": jnp.full((2, 2), 30.0), "b": jnp.full((2, 2), 40.0)}
+    tx, _ = optim.make_optimizer(CONFIG | {"clip_norm": 1.0}, params)
+    _, opt_state = tx.update(grads, tx.init(params), params)
+    (mu,) = [part.mu for part in opt_state if hasattr(part, "mu")]
+    np.testing.assert_allclose(mu["a"], 0.1 * 0.3, rtol=1e-5)
+    np.testing.assert_allclose(mu["b"], 0.1 * 0.4, rtol=1e-5)
