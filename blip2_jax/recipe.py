@@ -6,7 +6,9 @@ Nothing is allocated until `Recipe.init_state` or `Recipe.load_frozen` is called
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,11 +18,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from blip2_jax import cli
+from blip2_jax.data import tokenizers
+from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.models import blip2, opt, vit
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime import optim
 from blip2_jax.runtime import state as states
+from blip2_jax.runtime.checkpoint import Checkpointer
 from blip2_jax.stages import pretrain_lm, pretrain_vit, stage1, stage2
 from blip2_jax.stages.step import Params, Spec, State
 from blip2_jax.weights import huggingface
@@ -210,4 +216,37 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
             in_shardings=(shardings["params"], frozen_shardings, batch),
             out_shardings=everywhere,
         ),
+    )
+
+
+def load_run(workdir: Path, *, batch_size: int = 32) -> Blip2:
+    """The model that a finished run trained, on this machine's devices.
+
+    Raises:
+      ValueError: there is no finished run, or a tower is no longer the one it was trained on.
+    """
+    done = workdir / "done.json"
+    if not done.is_file():
+        raise ValueError(
+            f"{workdir} holds no finished run (no done.json). Train it to its end with "
+            f"blip2 train --workdir={workdir}, or name another workdir."
+        )
+    saved = json.loads(done.read_text())
+    config = cli.config_from_json(json.dumps(saved["config"]))
+    run = build(config)
+    frozen, fingerprints = run.load_frozen()
+    if fingerprints != saved["fingerprints"]:
+        raise ValueError(
+            f"{workdir} was trained on towers {saved['fingerprints']}, here are {fingerprints}. "
+            "Install the towers it was trained on."
+        )
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
+        state, _ = checkpointer.restore(run.abstract_state)
+    return Blip2(
+        run.spec.graph,
+        {**frozen, **state["params"]},
+        qformer_tokenizer=tokenizers.load(config.data.qformer_tokenizer),
+        llm_tokenizer=tokenizers.load(config.data.llm_tokenizer or config.model.llm.source),
+        text_length=config.data.text_length,
+        batch_size=batch_size,
     )

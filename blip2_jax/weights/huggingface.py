@@ -116,6 +116,12 @@ def _open(path: Path):
         raise WeightsError(f"{path} is damaged ({error}); download it again.") from error
 
 
+def _prefix(files: dict[str, Path], rows: tuple[Row, ...]) -> str:
+    """What this checkpoint puts before the table's names: it depends on who saved it."""
+    first = rows[0].theirs
+    return min((name[: -len(first)] for name in files if name.endswith(first)), key=len, default="")
+
+
 def _paths(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
@@ -137,6 +143,7 @@ def load(source: str, rows: tuple[Row, ...], abstract: Any) -> Any:
     """
     folder = find(source)
     files = _tensor_files(folder)
+    prefix = _prefix(files, rows)
     by_path = {row.ours: row for row in rows}
     problems, loaded = [], {}
     for path, leaf in _paths(abstract).items():
@@ -145,7 +152,7 @@ def load(source: str, rows: tuple[Row, ...], abstract: Any) -> Any:
             problems.append(f"{path}: the name table has no row for it")
             continue
         stacked = "{i}" in row.theirs
-        names = [row.theirs.format(i=i) for i in range(leaf.shape[0] if stacked else 1)]
+        names = [prefix + row.theirs.format(i=i) for i in range(leaf.shape[0] if stacked else 1)]
         layers = []
         for name in names:
             if name not in files:
@@ -171,14 +178,16 @@ def _read(file: Path, name: str, row: Row, shape: tuple[int, ...], problems: lis
     return KINDS[row.kind].load(array, shape)
 
 
-def save(folder: Path, rows: tuple[Row, ...], params: Any, config: dict[str, Any]) -> None:
+def save(
+    folder: Path, rows: tuple[Row, ...], params: Any, config: dict[str, Any], *, prefix: str = ""
+) -> None:
     """Writes a tower as `config.json` and `model.safetensors`, in the parameters' dtype."""
     tensors, leaves = {}, _paths(params)
     for row in rows:
         leaf = np.asarray(leaves.pop(row.ours))
         layers = leaf if "{i}" in row.theirs else [leaf]
         for i, layer in enumerate(layers):
-            tensors[row.theirs.format(i=i)] = jnp.asarray(KINDS[row.kind].save(layer, row.ndim))
+            tensors[prefix + row.theirs.format(i=i)] = jnp.asarray(KINDS[row.kind].save(layer, row.ndim))
     if leaves:
         raise WeightsError(f"The name table has no row for {', '.join(sorted(leaves))}.")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
 """Name tables: which tensor of a published checkpoint is which parameter here.
 
 One table a family, used in both directions. A row pairs a parameter's path with a tensor's name;
-`{i}` is the layer, which here is a leading axis of a stack. A row says nothing of shapes except
-how one side's array becomes the other's: `KINDS`.
+`{i}` is the layer, which here is a leading axis of a stack. How one side's array becomes the
+other's is a `KINDS` entry. Names are those of the bare model; a checkpoint may put a prefix before
+all of them (`model.`, `vision_model.`), and the loader finds out which.
 """
 
 import dataclasses
-import re
 from collections.abc import Callable
 
 import numpy as np
@@ -50,13 +50,6 @@ class Row:
     kind: str = "same"
     ndim: int = 1
 
-    def match(self, name: str) -> int | None:
-        """The layer of tensor `name` (0 where there are no layers), or None: not this row's."""
-        found = re.fullmatch(re.escape(self.theirs).replace(r"\{i\}", r"(\d+)"), name)
-        if found is None:
-            return None
-        return int(found[1]) if found.groups() else 0
-
 
 def _linear(ours: str, theirs: str, bias: bool = True) -> tuple[Row, ...]:
     rows = (Row(f"{ours}/kernel", f"{theirs}.weight", "linear", 2),)
@@ -73,11 +66,11 @@ def _embedding(ours: str, theirs: str) -> Row:
 
 def opt_rows() -> tuple[Row, ...]:
     """`OPTForCausalLM`."""
-    ours, theirs = "layers/blocks", "model.decoder.layers.{i}"
+    ours, theirs = "layers/blocks", "decoder.layers.{i}"
     rows = [
-        _embedding("embed_tokens", "model.decoder.embed_tokens"),
-        _embedding("embed_positions", "model.decoder.embed_positions"),
-        *_norm("final_layer_norm", "model.decoder.final_layer_norm"),
+        _embedding("embed_tokens", "decoder.embed_tokens"),
+        _embedding("embed_positions", "decoder.embed_positions"),
+        *_norm("final_layer_norm", "decoder.final_layer_norm"),
     ]
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
         rows += _linear(f"{ours}/self_attn/{name}", f"{theirs}.self_attn.{name}")
@@ -90,12 +83,12 @@ def opt_rows() -> tuple[Row, ...]:
 
 def clip_vision_rows() -> tuple[Row, ...]:
     """`CLIPVisionModel`; its `post_layernorm` has no part in BLIP-2."""
-    ours, theirs = "layers/blocks", "vision_model.encoder.layers.{i}"
+    ours, theirs = "layers/blocks", "encoder.layers.{i}"
     rows = [
-        Row("cls_token", "vision_model.embeddings.class_embedding"),
-        Row("pos_embed", "vision_model.embeddings.position_embedding.weight", ndim=2),
-        Row("patch_embed/kernel", "vision_model.embeddings.patch_embedding.weight", "patches", 4),
-        *_norm("ln_pre", "vision_model.pre_layrnorm"),  # spelled so in the checkpoints
+        Row("cls_token", "embeddings.class_embedding"),
+        Row("pos_embed", "embeddings.position_embedding.weight", ndim=2),
+        Row("patch_embed/kernel", "embeddings.patch_embedding.weight", "patches", 4),
+        *_norm("ln_pre", "pre_layrnorm"),  # spelled so in the checkpoints
     ]
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
         rows += _linear(f"{ours}/attn/{name}", f"{theirs}.self_attn.{name}")

@@ -1,0 +1,123 @@
+"""OPT and CLIP's ViT compute what transformers computes, on random weights."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from blip2_jax.models.opt import OPT
+from blip2_jax.models.vit import ViT, normalize_images
+from blip2_jax.weights import huggingface
+
+LAYER = 1e-5
+
+
+def abstract(module, dtype=jnp.float32):
+    state = nnx.to_pure_dict(nnx.state(nnx.eval_shape(module)))
+    import jax
+
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), state)
+
+
+@pytest.fixture(scope="module", params=[(64, 4, 2), (160, 2, 3)], ids=["head16", "head80"])
+def opts(request, tmp_path_factory):
+    width, heads, layers = request.param
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=99, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        ffn_dim=2 * width, max_position_embeddings=40, word_embed_proj_dim=width, dropout=0.0,
+        init_std=0.2,
+    )  # fmt: skip
+    theirs = transformers.OPTForCausalLM(config).eval()
+    folder = tmp_path_factory.mktemp("opt")
+    theirs.save_pretrained(folder)
+    sizes = huggingface.llm_config(str(folder))
+    make = lambda: OPT(sizes, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
+    params = huggingface.load(str(folder), huggingface.TABLES["llm"](), abstract(make))
+    graph = nnx.graphdef(nnx.eval_shape(make))
+    return theirs, nnx.merge(graph, params)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+def test_opt_logits_equal_transformers(opts, side):
+    theirs, ours = opts
+    ids = np.random.default_rng(0).integers(4, 99, (3, 11))
+    mask = np.ones_like(ids)
+    if side == "left":
+        mask[1, :4] = 0
+    if side == "right":
+        mask[1, -4:] = 0
+    with torch.no_grad():
+        want = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
+    hidden, _ = ours(ours.embed(jnp.asarray(ids)), jnp.asarray(mask))
+    real = mask > 0
+    np.testing.assert_allclose(np.asarray(ours.logits(hidden))[real], want[real], atol=1e-4)
+
+
+def test_opt_with_a_cache_equals_opt_without(opts):
+    _, ours = opts
+    ids = jnp.asarray(np.random.default_rng(1).integers(4, 99, (2, 9)))
+    mask = jnp.ones((2, 9), jnp.int32).at[0, :3].set(0)
+    whole, _ = ours(ours.embed(ids), mask)
+    cache = ours.init_cache(2, 9)
+    first, cache = ours(ours.embed(ids[:, :5]), mask, cache=cache)
+    parts = [first]
+    for i in range(5, 9):
+        hidden, cache = ours(ours.embed(ids[:, i : i + 1]), mask, cache=cache, offset=i)
+        parts.append(hidden)
+    got = jnp.concatenate(parts, axis=1)
+    real = np.asarray(mask) > 0
+    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(whole)[real], atol=LAYER)
+
+
+def test_clip_vit_equals_transformers(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        image_size=32, patch_size=8, initializer_range=0.2,
+    )  # fmt: skip
+    theirs = transformers.CLIPVisionModel(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.05 * torch.randn_like(p))  # norms and biases are not left at 1 and 0
+    theirs.save_pretrained(tmp_path)
+    sizes = huggingface.vit_config(str(tmp_path))
+    make = lambda: ViT(sizes, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
+    params = huggingface.load(str(tmp_path), huggingface.TABLES["vit"](), abstract(make))
+    ours = nnx.merge(nnx.graphdef(nnx.eval_shape(make)), params)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    pixels = np.array(normalize_images(jnp.asarray(images))).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        want = theirs(torch.tensor(pixels), output_hidden_states=True).hidden_states[-1].numpy()
+    np.testing.assert_allclose(np.asarray(ours(jnp.asarray(images))), want, atol=1e-4)
+
+
+def test_towers_survive_a_round_trip(tmp_path):
+    """Written to a folder and read back: the same bits."""
+    from blip2_jax.models.opt import OPTConfig
+
+    sizes = OPTConfig(50, 32, 2, 4, 64, 20)
+    module = OPT(sizes, rngs=nnx.Rngs(3))
+    params = nnx.to_pure_dict(nnx.state(module))
+    rows = huggingface.TABLES["llm"]()
+    huggingface.save(tmp_path, rows, params, {"model_type": "opt"})
+    back = huggingface.load(str(tmp_path), rows, abstract(lambda: OPT(sizes, rngs=nnx.Rngs(0))))
+    import jax
+
+    jax.tree.map(np.testing.assert_array_equal, params, back)
+
+
+def test_what_does_not_fit_is_reported_together(tmp_path):
+    from blip2_jax.models.opt import OPTConfig
+
+    module = OPT(OPTConfig(50, 32, 2, 4, 64, 20), rngs=nnx.Rngs(3))
+    rows = huggingface.TABLES["llm"]()
+    params = nnx.to_pure_dict(nnx.state(module))
+    huggingface.save(tmp_path, rows, params, {"model_type": "opt"})
+    wide = abstract(lambda: OPT(OPTConfig(50, 48, 3, 4, 64, 20), rngs=nnx.Rngs(0)))
+    with pytest.raises(huggingface.WeightsError) as error:
+        huggingface.load(str(tmp_path), rows, wide)
+    assert "no tensor decoder.layers.2.fc1.weight" in str(error.value)
+    assert "decoder.embed_tokens.weight is (50, 32)" in str(error.value)
