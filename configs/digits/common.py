@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
             "num_layers": 2,
             "num_heads": 4,
             "mlp_dim": 384,
-            "vocab_size": 128,
-            "bos_token_id": 127,
+            "vocab_size": 190,
+            "bos_token_id": 189,
             "max_position_embeddings": 64,
             "dropout": 0.0,  # thousands of scenes, a few epochs: nothing to overfit yet
         }

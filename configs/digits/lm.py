@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.model.llm.update(
         {
             "source": "",
-            "vocab_size": 128,
+            "vocab_size": 208,
             "hidden_size": 128,
             "num_layers": 4,
             "num_heads": 4,

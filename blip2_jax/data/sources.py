@@ -1,0 +1,79 @@
+"""Where records come from: sequences with random access, so that order and resume are exact."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blip2_jax.data import world
+
+
+class TfdsSource:
+    """A split of a prepared TFDS folder (ArrayRecord); images stay encoded, text becomes `str`."""
+
+    def __init__(self, folder: str | Path, split: str):
+        import tensorflow_datasets as tfds  # needs no TensorFlow for ArrayRecord
+
+        folders = sorted(Path(folder).rglob("dataset_info.json"))
+        if not folders:
+            raise ValueError(
+                f"No prepared data in {folder}. Make it with: "
+                f"blip2 prepare --source=digits --out={folder}"
+            )
+        builder = tfds.builder_from_directory(folders[0].parent)
+        if split not in builder.info.splits:
+            raise ValueError(
+                f"No split {split!r} in {folder}; there are {', '.join(builder.info.splits)}."
+            )
+        self._records = builder.as_data_source(
+            split, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _as_text(self._records[index])
+
+
+def _as_text(record: dict[str, Any]) -> dict[str, Any]:
+    """bytes -> str everywhere but in `image`; TFDS's dict of lists -> list of dicts."""
+    out: dict[str, Any] = {}
+    for key, value in record.items():
+        if key == "image":
+            out[key] = value
+        elif isinstance(value, dict):
+            columns = {name: [_decode(v) for v in values] for name, values in value.items()}
+            rows = zip(*columns.values(), strict=True)
+            out[key] = [dict(zip(columns, row, strict=True)) for row in rows]
+        elif isinstance(value, (list, tuple)) or getattr(value, "ndim", 0):
+            out[key] = [_decode(v) for v in value]
+        else:
+            out[key] = _decode(value)
+    return out
+
+
+def _decode(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+class StorySource:
+    """Stories of the embedded world, written as they are read: item i depends on (seed, i) alone.
+
+    Args:
+      count: number of stories.
+      seed: of all of them.
+      easy: share of the stories, from the first on, that grow from one thing to three: a language
+        model learns what belongs to what sooner where there is little to confuse.
+    """
+
+    def __init__(self, count: int, seed: int, easy: float = 0.0):
+        self.count, self.seed, self.easy = count, seed, easy
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng([self.seed, index])
+        grown = 3 if not self.easy else 1 + int(3 * index / (self.count * self.easy))
+        return {"story": world.story(rng, most=min(3, grown))}

@@ -1,0 +1,179 @@
+"""Tokenizers of the Q-Former (BERT's kind) and of the LLM (OPT's kind), and texts as arrays.
+
+The embedded world's own two are trained here and ship with the package; all others are folders as
+transformers saves them. The two are different on purpose, as in the published models.
+"""
+
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PACKAGE = "package:"
+IGNORED = -100  # a label that no loss counts (torch's convention, which the checkpoints' world uses)
+BOS_OF_QFORMER = "[DEC]"  # begins generated text (LAVIS `blip2.py`)
+
+# Weights of a story's tokens in the language model's pre-training. What cannot be foreseen (the
+# description of a scene nobody has seen, the choice of a question) teaches little.
+UNFORESEEN, RETOLD, ANSWER = 0.1, 0.5, 1.0
+
+
+def load(source: str) -> Any:
+    """The tokenizer in a folder, or in the package's own `package:NAME`."""
+    from transformers import AutoTokenizer  # seconds of import, only where texts are read
+
+    folder = Path(source)
+    if source.startswith(PACKAGE):
+        folder = Path(str(resources.files("blip2_jax") / "assets" / source.removeprefix(PACKAGE)))
+    if not folder.is_dir():
+        raise ValueError(
+            f"No tokenizer folder {folder} (from {source!r}). Give a local folder with "
+            "tokenizer.json, as transformers' save_pretrained writes it."
+        )
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+def train_qformer_tokenizer(texts: Iterable[str]) -> Any:
+    """A WordPiece tokenizer whose words are those of `texts`; specials as in BERT, [DEC] last."""
+    import tokenizers
+    from transformers import BertTokenizer
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    model = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=400, special_tokens=specials, show_progress=False
+    )
+    model.train_from_iterator(texts, trainer)
+    words = sorted(model.get_vocab(), key=model.get_vocab().get)
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    tokenizer.add_special_tokens({"bos_token": BOS_OF_QFORMER})
+    return tokenizer
+
+
+def train_lm_tokenizer(texts: Iterable[str]) -> Any:
+    """A byte-level BPE tokenizer like OPT's: `</s>` begins a text, a newline ends it."""
+    import tokenizers
+    from transformers import GPT2Tokenizer
+
+    specials = ["<s>", "<pad>", "</s>", "<unk>"]
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=specials,
+        initial_alphabet=["Ċ"],  # the newline, as byte-level BPE writes it
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    import json
+
+    trained = json.loads(model.to_str())["model"]
+    return GPT2Tokenizer(
+        vocab=trained["vocab"],
+        merges=[tuple(pair) for pair in trained["merges"]],
+        bos_token="</s>",
+        eos_token="</s>",
+        unk_token="</s>",
+        pad_token="<pad>",
+        add_bos_token=True,
+    )
+
+
+# ----------------------------------------------------------------------------------- encoding
+
+
+def _pad(rows: Sequence[Sequence], length: int, fill, dtype=np.int32, side="right") -> np.ndarray:
+    out = np.full((len(rows), length), fill, dtype)
+    for row, values in zip(out, rows, strict=True):
+        values = values[:length]
+        if side == "right":
+            row[: len(values)] = values
+        else:
+            row[length - len(values) :] = values
+    return out
+
+
+def newline_id(tokenizer: Any) -> int:
+    """The token that ends a generated text (OPT: 50118)."""
+    return tokenizer("\n", add_special_tokens=False)["input_ids"][0]
+
+
+def encode_qformer(
+    tokenizer: Any, texts: Sequence[str], length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """[CLS] text [SEP], cut and right-padded: ids and mask, int32[B, length]."""
+    rows = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
+    mask = _pad([[1] * len(row) for row in rows], length, 0)
+    return _pad(rows, length, tokenizer.pad_token_id), mask
+
+
+def encode_captions(
+    tokenizer: Any, texts: Sequence[str], length: int, prompt: str = ""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Stage 2's text for a decoder-only LLM: BOS, prompt, text, newline; right-padded.
+
+    Returns:
+      ids, mask and labels, int32[B, length]. Labels are the ids, and -100 at padding and, where
+      there is a prompt, at BOS and prompt; without a prompt BOS is a label (LAVIS
+      `blip2_opt.py`). A text that is too long loses its newline, not its place.
+    """
+    head = [tokenizer.bos_token_id]
+    if prompt:
+        head += tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    space = " " if prompt else ""
+    lines = [f"{space}{text}\n" for text in texts]
+    bodies = tokenizer(lines, add_special_tokens=False)["input_ids"]
+    hidden = [IGNORED] * len(head) if prompt else head
+    ids = _pad([head + body for body in bodies], length, tokenizer.pad_token_id)
+    mask = _pad([[1] * (len(head) + len(body)) for body in bodies], length, 0)
+    return ids, mask, _pad([hidden + body for body in bodies], length, IGNORED)
+
+
+def encode_prompts(tokenizer: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """BOS and prompt, left-padded to the longest: ids and mask, int32[B, T]."""
+    rows = [
+        [tokenizer.bos_token_id, *row]
+        for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    ]
+    length = max(map(len, rows))
+    mask = _pad([[1] * len(row) for row in rows], length, 0, side="left")
+    return _pad(rows, length, tokenizer.pad_token_id, side="left"), mask
+
+
+def encode_stories(
+    tokenizer: Any, stories: Sequence[Sequence[str]], length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Stories (`world.story`) for a language model: every segment is BOS, text, newline.
+
+    The description has no newline: a visual prompt, which takes its place later, has none.
+
+    Returns:
+      ids and mask, int32[B, length]; weights, float32[B, length], of each token as a target.
+    """
+    rows, weights = [], []
+    for description, *rest in stories:
+        segments = [(description, "", UNFORESEEN)] if description else []
+        for text in rest:
+            asked, answer = text.split("Answer:") if "Answer:" in text else (text, "")
+            if answer:
+                segments += [(f"{asked}Answer:", answer + "\n", UNFORESEEN)]
+            else:
+                segments += [(text + "\n", "", RETOLD)]
+        ids, row_weights = [], []
+        for text, answer, weight in segments:
+            first = tokenizer(text, add_special_tokens=False)["input_ids"]
+            second = tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else []
+            ids += [tokenizer.bos_token_id, *first, *second]
+            row_weights += [weight] * (1 + len(first)) + [ANSWER] * len(second)
+        rows.append(ids)
+        weights.append(row_weights)
+    mask = _pad([[1] * len(row) for row in rows], length, 0)
+    ids = _pad(rows, length, tokenizer.pad_token_id)
+    return ids, mask, _pad(weights, length, 0.0, np.float32)

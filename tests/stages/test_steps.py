@@ -1,0 +1,114 @@
+"""What the train steps of both stages promise."""
+
+import jax
+import numpy as np
+import pytest
+
+import tests.tiny as tiny
+from blip2_jax import recipe
+
+STAGES = ("stage1", "stage2")
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def trained(request):
+    """A run of ten steps on a (2, 2, 2) mesh."""
+    config = tiny.config(request.param, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    run = recipe.build(config)
+    state, frozen = run.init_state(jax.random.key(0)), tiny.frozen(run)
+    before = tiny.copy((state, frozen))
+    metrics = []
+    for _ in range(10):
+        state, m = run.train_step(state, frozen, tiny.batch(config), jax.random.key(1))
+        metrics.append({k: float(v) for k, v in m.items()})
+    return run, before, state, frozen, metrics
+
+
+def test_frozen_means_frozen(trained):
+    """Towers keep every bit; they have no gradient, no optimizer slot, no place in the state."""
+    run, (_, frozen_before), state, frozen, _ = trained
+    jax.tree.map(np.testing.assert_array_equal, frozen_before, frozen)
+    assert frozen.keys() >= {"vit"} and not frozen.keys() & state["params"].keys()
+    slots = sum(x.size for x in jax.tree.leaves(state["opt_state"]))
+    params = sum(x.size for x in jax.tree.leaves(state["params"]))
+    assert slots < 2 * params + 10
+
+
+def test_everything_trainable_is_trained(trained):
+    run, (before, _), state, _, _ = trained
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), before["params"], state["params"])
+    still = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, moved in jax.tree_util.tree_leaves_with_path(changed)
+        if not moved
+    ]
+    assert not still, still
+
+
+def test_loss_falls_and_metrics_are_complete(trained):
+    run, _, state, _, metrics = trained
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    parts = {"stage1": ("itc/accuracy", "itm/accuracy", "itg/perplexity", "itc/temperature")}
+    wanted = {"grad_norm", "update_norm", "learning_rate", *parts.get(run.config.stage.name, ())}
+    assert wanted <= metrics[0].keys()
+    assert int(state["step"]) == 10
+
+
+def test_one_compile(trained):
+    assert trained[0].train_step._cache_size() == 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_loss_and_update_do_not_depend_on_the_mesh(stage, mesh):
+    def step(run):
+        state, frozen = run.init_state(jax.random.key(0)), tiny.frozen(run)
+        state, metrics = run.train_step(state, frozen, tiny.batch(run.config), jax.random.key(1))
+        return jax.device_get((state["params"], metrics))
+
+    sizes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
+    many = step(recipe.build(tiny.config(stage, **sizes)))
+    one_device = recipe.meshes.make_mesh(
+        {"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1]
+    )
+    one = step(recipe.build(tiny.config(stage), one_device))
+    for name, value in one[1].items():
+        np.testing.assert_allclose(many[1][name], value, rtol=1e-4, err_msg=name)
+    assert abs(many[1]["loss"] - one[1]["loss"]) < 1e-5 * max(1.0, abs(one[1]["loss"]))
+
+
+def test_no_gradient_reaches_the_frozen_encoder_through_the_model():
+    """`stop_gradient` on its output, not only the absence of an optimizer."""
+    run = recipe.build(tiny.config("stage2"))
+    params, frozen = run.init_state(jax.random.key(0))["params"], tiny.frozen(run)
+
+    def loss(frozen):
+        return run.stage.loss_fn(params, frozen, tiny.batch(run.config), None, spec=run.spec)[0]
+
+    grads = jax.grad(loss)(frozen)
+    assert all(not g.any() for g in jax.tree.leaves(grads["vit"]))
+    assert any(g.any() for g in jax.tree.leaves(grads["llm"]))  # gradients do flow through it
+
+
+def test_itm_of_two_pairs_takes_the_only_negative_there_is():
+    """With a batch of two the hard negatives are certain: the loss does not depend on the key."""
+    run = recipe.build(
+        tiny.config("stage1", **{"data.batch_size": 2}),
+        recipe.meshes.make_mesh(
+            {"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1]
+        ),
+    )
+    params, frozen = run.init_state(jax.random.key(0))["params"], tiny.frozen(run)
+    batch = tiny.batch(run.config)
+    loss = lambda key: run.stage.loss_fn(params, frozen, batch, key, spec=run.spec)[1]["itm/loss"]  # noqa: E731
+    assert loss(jax.random.key(0)) == loss(jax.random.key(1)) == loss(None)
+
+
+def test_a_typo_in_trainable_is_an_error():
+    with pytest.raises(ValueError, match="qfromer"):
+        recipe.build(tiny.config("stage1", trainable=("qfromer",)))
+
+
+def test_a_batch_that_does_not_divide_is_an_error():
+    with pytest.raises(ValueError, match=r"batch_size 6 .* 8 devices"):
+        recipe.build(tiny.config("stage1", **{"data.batch_size": 6}))
