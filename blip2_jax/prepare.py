@@ -7,6 +7,8 @@ here; the same seed and sizes give the same bytes. A folder that is finished is 
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -48,14 +50,18 @@ def prepare_digits(out: Path, seed: int, sizes: dict[str, int]) -> int:
         found = json.loads((out / DONE).read_text())
         if {name: found.get(name) for name in settings} != settings:
             raise SystemExit(
-                f"blip2 prepare: {out} holds other data ({found}); remove it, or name another --out."
+                f"blip2 prepare: {out} holds other data ({found}); name another --out."
             )
         print(f"{out}: prepared before.")
         return 0
     if out.is_dir() and any(out.iterdir()):
         raise SystemExit(f"blip2 prepare: {out} is not empty and not ours; name another --out.")
 
-    from blip2_jax.data.digits import DigitScenes  # imports TFDS, which takes a while
+    import tensorflow_datasets as tfds  # only where there is something to do: it takes a while
+
+    from blip2_jax.data.digits import DigitScenes
+
+    tfds.disable_progress_bar()  # it shows three bars a split, none with an end; ours has one
 
     started = time.monotonic()
     # Built beside its final place and moved when whole: a kill leaves nothing half-made behind.
@@ -63,14 +69,16 @@ def prepare_digits(out: Path, seed: int, sizes: dict[str, int]) -> int:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     builder = DigitScenes(seed=seed, sizes=sizes, data_dir=draft)
-    builder.download_and_prepare()
+    with contextlib.redirect_stdout(io.StringIO()):  # "Downloading ...": there is nothing to
+        builder.download_and_prepare()
     counts = {name: builder.info.splits[name].num_examples for name in sizes}
     seconds = time.monotonic() - started
     (draft / DONE).write_text(json.dumps({**settings, "seconds": seconds}, indent=2) + "\n")
     if out.is_dir():
         out.rmdir()
     os.replace(draft, out)
-    print(f"{out}: " + ", ".join(f"{n} {name}" for name, n in counts.items()) + f" in {seconds:.0f} s")
+    written = ", ".join(f"{count} {name}" for name, count in counts.items())
+    print(f"{out}: {written} scenes in {seconds:.0f} s")
     return 0
 
 

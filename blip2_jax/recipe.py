@@ -114,9 +114,7 @@ def _tower_config(section: ConfigDict, from_source: Callable, kind: type, **fixe
 def model_config(config: ConfigDict) -> Any:
     """The model's sizes, of the type that `make_module` knows."""
     model = config.model
-    vit_config = functools.partial(
-        _tower_config, model.vit, huggingface.vit_config, vit.ViTConfig
-    )
+    vit_config = functools.partial(_tower_config, model.vit, huggingface.vit_config, vit.ViTConfig)
     llm_config = functools.partial(
         _tower_config, model.llm, huggingface.llm_config, opt.OPTConfig, dropout=model.llm.dropout
     )
@@ -157,9 +155,7 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
       ValueError: what does not fit together, naming the key and the remedy.
     """
     if config.stage.name not in STAGES:
-        raise ValueError(
-            f"config.stage.name is {config.stage.name!r}; known: {', '.join(STAGES)}."
-        )
+        raise ValueError(f"config.stage.name is {config.stage.name!r}; known: {', '.join(STAGES)}.")
     mesh = meshes.make_mesh(config.mesh) if mesh is None else mesh
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.data.batch_size % devices:

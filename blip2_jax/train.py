@@ -12,6 +12,7 @@ done.json.
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def loop(
 
 def check_finite(numbers: dict[str, float], step: int) -> None:
     """Stops a run that has diverged."""
-    bad = sorted(name for name, value in numbers.items() if value != value or abs(value) == float("inf"))
+    bad = sorted(name for name, value in numbers.items() if not math.isfinite(value))
     if bad:
         raise FloatingPointError(
             f"Step {step}: {', '.join(bad)} not finite. The last checkpoint is from before; lower "
@@ -175,7 +176,7 @@ def start_from(state: State, workdir: Path, fingerprints: dict[str, str]) -> Sta
                     f"here {fingerprints[tower]}). Use the same config.model.{tower}.source."
                 )
         params, taken, fresh = checkpointer.restore_params_into(state["params"])
-    print(f"From {workdir}: {taken} parameter arrays; freshly initialized: {', '.join(fresh) or 'none'}.")
+    print(f"From {workdir}: {taken} parameter arrays; fresh: {', '.join(fresh) or 'none'}.")
     return {**state, "params": params}
 
 

@@ -11,6 +11,7 @@ import json
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+from tqdm import tqdm
 
 from blip2_jax.data import world
 
@@ -67,9 +68,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return np.clip(base + shade[..., None] + noise, 0, 110)
 
 
-def draw(
-    scene: world.Scene, rng: np.random.Generator, split: str
-) -> tuple[np.ndarray, np.ndarray]:
+def draw(scene: world.Scene, rng: np.random.Generator, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Draws a scene.
 
     Args:
@@ -155,7 +154,7 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str):
-        for index in range(self.sizes[split]):
+        for index in tqdm(range(self.sizes[split]), desc=split, unit=" scenes"):
             example = record(self.seed, split, index)
             yield example["id"], example
 

@@ -1,6 +1,6 @@
 """Batches, as a pure function of the step.
 
-    record numbers -> shuffle, repeat -> record + randomness -> example -> this host's share -> batch
+    numbers -> shuffle, repeat -> record + randomness -> example -> this host's share -> batch
 
 The randomness of an example comes from its place in the global order, before the hosts' shares are
 cut, so the global batch of a step is the same for any number of hosts and after any restart.

@@ -33,6 +33,8 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")  # which ends a `for` loop
         return _as_text(self._records[index])
 
 

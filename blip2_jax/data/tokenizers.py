@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 PACKAGE = "package:"
-IGNORED = -100  # a label that no loss counts (torch's convention, which the checkpoints' world uses)
+IGNORED = -100  # a label that no loss counts (torch's convention)
 BOS_OF_QFORMER = "[DEC]"  # begins generated text (LAVIS `blip2.py`)
 
 # Weights of a story's tokens in the language model's pre-training. What cannot be foreseen (the

@@ -191,7 +191,12 @@ _THING = re.compile(
     rf"|the (?P<digit2>\d)(?: in the (?P<place3>{_P}))? is "
     rf"(?:(?P<size2>{_S}) and )?(?P<said>{_C}|{_S})(?![\w])"
 )
-_BETWEEN = {"to the left of": "left", "to the right of": "right", "above": "above", "below": "below"}
+_BETWEEN = {
+    "to the left of": "left",
+    "to the right of": "right",
+    "above": "above",
+    "below": "below",
+}
 _CAPTION = re.compile(
     rf"(?:{_options(h for h in _HEADS if h)}|(?P<count>{_options(COUNTS)}) digits?: )?"
     rf"@(?:(?:, | and )@)*|@ (?P<relation>{_options(_BETWEEN)}) @"
@@ -265,7 +270,8 @@ def ask(scene: Scene, type: str, rng: np.random.Generator) -> Question:
         form = _pick(rng, ("what color is the {}?", "which color does the {} have?"))
         return Question(form.format(thing.digit), thing.color, type)
     if type == "digit":
-        form = _pick(rng, ("which digit is {0}?", "what is the {0} digit?", "which digit is in the {1}?"))
+        forms = ("which digit is {0}?", "what is the {0} digit?", "which digit is in the {1}?")
+        form = _pick(rng, forms)
         return Question(form.format(thing.color, thing.place), str(thing.digit), type)
     if type == "size":
         form = _pick(rng, ("is {} small or large?", "what size is {}?", "how big is {}?"))
@@ -294,7 +300,9 @@ def _absent(scene: Scene, thing: Thing, rng: np.random.Generator) -> tuple[str, 
     if swaps and rng.random() < 0.7:
         return _pick(rng, swaps)
     while True:
-        color, digit = _pick(rng, ((_pick(rng, COLORS), thing.digit), (thing.color, int(rng.integers(10)))))
+        other_color = (_pick(rng, COLORS), thing.digit)
+        other_digit = (thing.color, int(rng.integers(10)))
+        color, digit = _pick(rng, (other_color, other_digit))
         if (digit, color) not in there:
             return color, digit
 

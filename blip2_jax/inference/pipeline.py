@@ -51,7 +51,10 @@ class Blip2:
         self._kind = type(model)
 
         def compiled(function, **static):
-            return jax.jit(lambda params, *xs, **kw: function(nnx.merge(graph, params), *xs, **kw), **static)
+            def call(params, *arrays, **options):
+                return function(nnx.merge(graph, params), *arrays, **options)
+
+            return jax.jit(call, **static)
 
         self._embed_images = compiled(_embed_images)
         self._embed_texts = compiled(lambda model, ids, mask: model.embed_text(ids, mask))

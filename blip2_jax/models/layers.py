@@ -47,12 +47,16 @@ normal = nnx.initializers.normal
 
 
 def linear(
-    d_in: int, d_out: int, *, bias: bool = True, std: float = 0.02, dtype: Any = None, rngs: nnx.Rngs
+    d_in: int,
+    d_out: int,
+    *,
+    bias: bool = True,
+    std: float = 0.02,
+    dtype: Any = None,
+    rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """A linear layer with N(0, std) weights and zero bias, computed in `dtype`."""
-    return nnx.Linear(
-        d_in, d_out, use_bias=bias, kernel_init=normal(std), dtype=dtype, rngs=rngs
-    )
+    return nnx.Linear(d_in, d_out, use_bias=bias, kernel_init=normal(std), dtype=dtype, rngs=rngs)
 
 
 def layer_norm(width: int, *, eps: float, dtype: Any = None, rngs: nnx.Rngs) -> nnx.LayerNorm:

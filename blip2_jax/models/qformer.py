@@ -65,6 +65,10 @@ class QFormerConfig:
     remat: str = "none"
 
 
+def _norm(config: QFormerConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return layer_norm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+
+
 class Residual(nnx.Module):
     """BERT's post-norm: LayerNorm(x + Dropout(f(x))) around a feed-forward."""
 
@@ -72,7 +76,7 @@ class Residual(nnx.Module):
         self.mlp = MLP(
             config.hidden_size, config.mlp_dim, activation="gelu", dtype=dtype, rngs=rngs
         )
-        self.norm = layer_norm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = _norm(config, dtype, rngs)
         self.dropout = config.dropout
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -93,7 +97,7 @@ class ResidualAttention(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.norm = layer_norm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = _norm(config, dtype, rngs)
         self.dropout = config.dropout
 
     def __call__(self, x, keys_values, *, mask=None, key=None) -> jax.Array:
@@ -113,7 +117,7 @@ class QFormerLayer(nnx.Module):
 
 
 class QFormerGroup(nnx.Module):
-    """`cross_attention_frequency` layers, the first with a cross-attention: what the scan repeats."""
+    """`cross_attention_frequency` layers, the first with a cross-attention; a scan repeats it."""
 
     def __init__(self, config: QFormerConfig, text: bool, *, dtype=None, rngs: nnx.Rngs):
         self.frequency = config.cross_attention_frequency
@@ -178,7 +182,7 @@ class QFormer(nnx.Module):
             )
             self.word_embeddings = embed(config.vocab_size)
             self.position_embeddings = embed(config.max_position_embeddings)
-        self.norm = layer_norm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = _norm(config, dtype, rngs)
         self.groups = Stack(
             lambda r: QFormerGroup(config, text, dtype=dtype, rngs=r),
             groups,

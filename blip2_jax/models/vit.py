@@ -116,7 +116,7 @@ class ViT(nnx.Module):
         """
         size, patch, grid = self.config.image_size, self.config.patch_size, self.config.grid
         if images.shape[1:] != (size, size, 3):
-            raise ValueError(f"Images are {images.shape[1:]}, this encoder reads {(size, size, 3)}.")
+            raise ValueError(f"Images are {images.shape[1:]}; the encoder reads {(size, size, 3)}.")
         x = normalize_images(images).reshape(-1, grid, patch, grid, patch, 3)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid**2, 3 * patch**2)
         x = self.patch_embed(x)

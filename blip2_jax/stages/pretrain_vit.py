@@ -18,8 +18,8 @@ def loss_fn(
 
     Args:
       params: `vit` and its heads; frozen: nothing.
-      batch: `image` uint8[B, H, W, 3], and for each attribute of `spec.stage.labels` int32[B, G * G]
-        classes of the patches, row by row; the last class is the background.
+      batch: `image` uint8[B, H, W, 3], and for each attribute of `spec.stage.labels` the classes
+        of the patches, int32[B, G * G], row by row; the last class is the background.
       key: unused, there is no dropout.
       spec: what the recipe decides.
     """

@@ -74,9 +74,7 @@ def _itm(model, image_kv, ids, mask, same, image_to_text, text_to_image, k_negat
     k1, k2 = jax.random.split(k_negatives)
     hard_image = losses.hard_negatives(k1, jax.lax.stop_gradient(text_to_image), same)
     hard_text = losses.hard_negatives(k2, jax.lax.stop_gradient(image_to_text), same)
-    three_kv = jax.tree.map(
-        lambda x: jnp.concatenate([x, x[:, hard_image], x], axis=1), image_kv
-    )
+    three_kv = jax.tree.map(lambda x: jnp.concatenate([x, x[:, hard_image], x], axis=1), image_kv)
     three_ids = jnp.concatenate([ids, ids, ids[hard_text]])
     three_mask = jnp.concatenate([mask, mask, mask[hard_text]])
     logits = model.match(three_kv, three_ids, three_mask, key)

@@ -67,9 +67,7 @@ def update(
       The new state, and the metrics of the loss with norms and learning rate added.
     """
     key = jax.random.fold_in(key, state["step"])
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(
-        state["params"], frozen, batch, key, spec=spec
-    )
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(state["params"], frozen, batch, key, spec=spec)
     rate = spec.schedule(state["step"])
     state, norms = apply_gradients(state, grads, spec.optimizer)
     return state, {**metrics, **norms, "learning_rate": rate}

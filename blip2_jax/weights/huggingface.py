@@ -187,7 +187,8 @@ def save(
         leaf = np.asarray(leaves.pop(row.ours))
         layers = leaf if "{i}" in row.theirs else [leaf]
         for i, layer in enumerate(layers):
-            tensors[prefix + row.theirs.format(i=i)] = jnp.asarray(KINDS[row.kind].save(layer, row.ndim))
+            name = prefix + row.theirs.format(i=i)
+            tensors[name] = jnp.asarray(KINDS[row.kind].save(layer, row.ndim))
     if leaves:
         raise WeightsError(f"The name table has no row for {', '.join(sorted(leaves))}.")
     folder.mkdir(parents=True, exist_ok=True)

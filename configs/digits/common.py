@@ -1,7 +1,8 @@
 """What the recipes of the embedded world share: small towers, one CPU's worth of everything."""
 
-from configs.default import get_config as default
 from ml_collections import ConfigDict
+
+from configs.default import get_config as default
 
 
 def get_config() -> ConfigDict:

@@ -3,8 +3,9 @@
 blip2 train --config=configs/digits/lm.py --workdir=runs/towers/lm
 """
 
-from configs.digits.common import get_config as common
 from ml_collections import ConfigDict
+
+from configs.digits.common import get_config as common
 
 
 def get_config() -> ConfigDict:

@@ -1,7 +1,8 @@
 """Stage 2 in the embedded world: captions through the frozen language model."""
 
-from configs.digits.common import get_config as common
 from ml_collections import ConfigDict
+
+from configs.digits.common import get_config as common
 
 
 def get_config() -> ConfigDict:
@@ -11,9 +12,7 @@ def get_config() -> ConfigDict:
     config.trainable = ("ln_vision", "query_tokens", "qformer", "language_projection")
     config.init.checkpoint = "runs/quickstart/stage1"
     config.steps = 1200
-    config.optim.update(
-        {"peak_lr": 1e-3, "end_lr": 5e-5, "warmup_steps": 100, "clip_norm": 1.0}
-    )
+    config.optim.update({"peak_lr": 1e-3, "end_lr": 5e-5, "warmup_steps": 100, "clip_norm": 1.0})
     config.eval.update({"every": 400, "batch_size": 100})
     return config
 

@@ -94,9 +94,7 @@ def test_itm_of_two_pairs_takes_the_only_negative_there_is():
     """With a batch of two the hard negatives are certain: the loss does not depend on the key."""
     run = recipe.build(
         tiny.config("stage1", **{"data.batch_size": 2}),
-        recipe.meshes.make_mesh(
-            {"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1]
-        ),
+        recipe.meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1]),
     )
     params, frozen = run.init_state(jax.random.key(0))["params"], tiny.frozen(run)
     batch = tiny.batch(run.config)

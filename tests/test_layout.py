@@ -1,0 +1,59 @@
+"""Imports run one way, and importing the package is cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "blip2_jax"
+
+# What a folder may import of the package, besides itself. Files at the top are commands, which may
+# import everything, except those named here.
+ALLOWED = {
+    "models": set(),
+    "runtime": set(),
+    "data": set(),
+    "evals": set(),
+    "stages": {"models", "runtime"},
+    "weights": {"models"},
+    "inference": {"models", "data"},
+    "cli": {"runtime"},
+    "report": set(),
+}
+
+
+def imports(file: Path) -> set[str]:
+    """First part below blip2_jax of everything a file imports from the package."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("blip2_jax.")}
+    return found
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_run_one_way(part):
+    files = [ROOT / f"{part}.py"] if (ROOT / f"{part}.py").exists() else (ROOT / part).rglob("*.py")
+    for file in files:
+        extra = imports(file) - ALLOWED[part] - {part}
+        assert not extra, f"{file.relative_to(ROOT)} imports {', '.join(sorted(extra))}"
+
+
+def test_every_folder_has_a_rule():
+    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and list(p.glob("*.py"))}
+    assert folders <= ALLOWED.keys()
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, blip2_jax; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"jax", "flax", "transformers", "torch", "tensorflow_datasets"} & set(loaded)
