@@ -215,34 +215,46 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
     )
 
 
-def load_run(workdir: Path, *, batch_size: int = 32) -> Blip2:
-    """The model that a finished run trained, on this machine's devices.
-
-    Raises:
-      ValueError: there is no finished run, or a tower is no longer the one it was trained on.
-    """
+def _finished(workdir: Path) -> dict[str, Any]:
+    """What a finished run says of itself."""
     done = workdir / "done.json"
     if not done.is_file():
         raise ValueError(
             f"{workdir} holds no finished run (no done.json). Train it to its end with "
             f"blip2 train --workdir={workdir}, or name another workdir."
         )
-    saved = json.loads(done.read_text())
-    config = cli.config_from_json(json.dumps(saved["config"]))
-    run = build(config)
-    frozen, fingerprints = run.load_frozen()
-    if fingerprints != saved["fingerprints"]:
-        raise ValueError(
-            f"{workdir} was trained on towers {saved['fingerprints']}, here are {fingerprints}. "
-            "Install the towers it was trained on."
-        )
+    return json.loads(done.read_text())
+
+
+def load_params(workdir: Path) -> tuple[Recipe, Params]:
+    """The recipe of a finished run, and the parameters that it trained."""
+    saved = _finished(workdir)
+    run = build(cli.config_from_json(json.dumps(saved["config"])))
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         state, _ = checkpointer.restore(run.abstract_state)
+    return run, state["params"]
+
+
+def load_run(workdir: Path, *, batch_size: int = 32) -> Blip2:
+    """The BLIP-2 model of a finished run, on this machine's devices.
+
+    Raises:
+      ValueError: there is no finished run, or a tower is no longer the one it was trained on.
+    """
+    fingerprints = _finished(workdir)["fingerprints"]
+    run, params = load_params(workdir)
+    frozen, found = run.load_frozen()
+    if found != fingerprints:
+        raise ValueError(
+            f"{workdir} was trained on towers {fingerprints}, here are {found}. "
+            "Install the towers it was trained on."
+        )
+    data, llm = run.config.data, run.config.model.llm
     return Blip2(
         run.spec.graph,
-        {**frozen, **state["params"]},
-        qformer_tokenizer=tokenizers.load(config.data.qformer_tokenizer),
-        llm_tokenizer=tokenizers.load(config.data.llm_tokenizer or config.model.llm.source),
-        text_length=config.data.text_length,
+        {**frozen, **params},
+        qformer_tokenizer=tokenizers.load(data.qformer_tokenizer),
+        llm_tokenizer=tokenizers.load(data.llm_tokenizer or llm.source),
+        text_length=data.text_length,
         batch_size=batch_size,
     )

@@ -94,6 +94,7 @@ def get_config() -> ConfigDict:
             # LAVIS leaves the frozen LLM in training mode, so its dropout (0.1) is on; the paper
             # does not say. 0 here: a frozen model is a fixed function.
             "dropout": 0.0,
+            "sinusoid": 0.0,  # pretrain_lm: amplitude of sinusoidal positions at the start
             "remat": "none",
         }
     )
@@ -107,7 +108,9 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict(
         {
-            "source": "tfds",  # tfds (a prepared folder), or stories (text of the embedded world)
+            # tfds: a prepared folder. stories, easy_stories: text of the embedded world, written as
+            # it is read (`data/sources.py`).
+            "source": "tfds",
             "dir": "",
             "split": "train",
             "eval_split": "test",
@@ -120,8 +123,7 @@ def get_config() -> ConfigDict:
             "crop_scale": (0.5, 1.0),  # random resized crop, share of the area; (1, 1): none
             "flip": True,
             "threads": 16,
-            "stories": 0,  # how many, where the source is stories
-            "easy": 0.3,  # share of them in easy-to-hard order, before all are as hard as it gets
+            "story_warmup": 0.0,  # share of the stories, at first, that are easier still
         }
     )
 

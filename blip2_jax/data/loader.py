@@ -85,7 +85,7 @@ def train_batches(config, image_size: int, *, start_step: int = 0) -> Batches:
     source = make_source(config, config.data.split)
     read, skipped = _reader(source, make_example(config, image_size, train=True))
     order = grain.MapDataset.range(len(source)).seed(config.seed)
-    if config.data.source != "stories":  # stories are in easy-to-hard order, each read once
+    if config.data.source == "tfds":  # stories are in easy-to-hard order, each read once
         order = order.shuffle()
     local = _local_batch(config.data.batch_size)
     dataset = (
@@ -133,12 +133,14 @@ def make_source(config, split: str) -> Any:
     data = config.data
     if data.source == "tfds":
         return sources.TfdsSource(data.dir, split)
-    if data.source == "stories":
-        held_out = split != data.split  # other stories than those trained on, all of them hard
-        seed, easy = (1, 0.0) if held_out else (0, data.easy)
-        count = max(1, config.eval.batches) * config.eval.batch_size if held_out else data.stories
-        return sources.StorySource(count, seed, easy)
-    raise ValueError(f"config.data.source is {data.source!r}; known: tfds, stories.")
+    if data.source in ("stories", "easy_stories"):
+        if split == data.split:
+            count = config.steps * data.batch_size
+            return sources.StorySource(data.source, count, 0, data.story_warmup)
+        count = max(1, config.eval.batches) * config.eval.batch_size
+        return sources.StorySource("stories", count, 1)  # others than those trained on, all hard
+    known = "tfds, stories, easy_stories"
+    raise ValueError(f"config.data.source is {data.source!r}; known: {known}.")
 
 
 def _reader(source: Any, example: Callable[..., Example]) -> tuple[Callable, Skipped]:

@@ -62,20 +62,31 @@ def _decode(value: Any) -> Any:
 class StorySource:
     """Stories of the embedded world, written as they are read: item i depends on (seed, i) alone.
 
+    A small language model learns what belongs to what only if it meets that in an easy order.
+
     Args:
+      kind: "stories" (`world.story`) or "easy_stories" (`world.easy_story`, and word lists).
       count: number of stories.
       seed: of all of them.
-      easy: share of the stories, from the first on, that grow from one thing to three: a language
-        model learns what belongs to what sooner where there is little to confuse.
+      warmup: share of the stories, from the first on, that are easier still: of "easy_stories"
+        all are word lists there (and some afterwards); "stories" have two things at most.
     """
 
-    def __init__(self, count: int, seed: int, easy: float = 0.0):
-        self.count, self.seed, self.easy = count, seed, easy
+    LISTS = 0.15  # share of word lists among the easy stories after the warmup
+
+    def __init__(self, kind: str, count: int, seed: int, warmup: float = 0.0):
+        self.kind, self.count, self.seed, self.warmup = kind, count, seed, warmup
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.count:
+            raise IndexError(f"story {index} of {self.count}")
         rng = np.random.default_rng([self.seed, index])
-        grown = 3 if not self.easy else 1 + int(3 * index / (self.count * self.easy))
-        return {"story": world.story(rng, most=min(3, grown))}
+        early = index < self.warmup * self.count
+        if self.kind == "stories":
+            return {"story": world.story(rng, most=2 if early else 3)}
+        if early or rng.random() < self.LISTS:
+            return {"story": world.word_list(rng)}
+        return {"story": world.easy_story(rng)}

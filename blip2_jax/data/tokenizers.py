@@ -18,6 +18,7 @@ BOS_OF_QFORMER = "[DEC]"  # begins generated text (LAVIS `blip2.py`)
 # Weights of a story's tokens in the language model's pre-training. What cannot be foreseen (the
 # description of a scene nobody has seen, the choice of a question) teaches little.
 UNFORESEEN, RETOLD, ANSWER = 0.1, 0.5, 1.0
+BOS = ""  # in a list of pieces of text, the token that begins a text
 
 
 def load(source: str) -> Any:
@@ -157,23 +158,24 @@ def encode_stories(
     Returns:
       ids and mask, int32[B, length]; weights, float32[B, length], of each token as a target.
     """
-    rows, weights = [], []
-    for description, *rest in stories:
-        segments = [(description, "", UNFORESEEN)] if description else []
+    pieces: list[tuple[int, str, float]] = []  # story, text, weight; a BOS stands for itself
+    for number, (description, *rest) in enumerate(stories):
+        if description:
+            pieces += [(number, BOS, UNFORESEEN), (number, description, UNFORESEEN)]
         for text in rest:
-            asked, answer = text.split("Answer:") if "Answer:" in text else (text, "")
-            if answer:
-                segments += [(f"{asked}Answer:", answer + "\n", UNFORESEEN)]
+            question, colon, answer = text.partition("Answer:")
+            if colon:
+                pieces += [(number, BOS, UNFORESEEN), (number, question + colon, UNFORESEEN)]
+                pieces += [(number, answer + "\n", ANSWER)]
             else:
-                segments += [(text + "\n", "", RETOLD)]
-        ids, row_weights = [], []
-        for text, answer, weight in segments:
-            first = tokenizer(text, add_special_tokens=False)["input_ids"]
-            second = tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else []
-            ids += [tokenizer.bos_token_id, *first, *second]
-            row_weights += [weight] * (1 + len(first)) + [ANSWER] * len(second)
-        rows.append(ids)
-        weights.append(row_weights)
+                pieces += [(number, BOS, RETOLD), (number, text + "\n", RETOLD)]
+    encoded = tokenizer([text for _, text, _ in pieces], add_special_tokens=False)["input_ids"]
+    rows: list[list[int]] = [[] for _ in stories]
+    weights: list[list[float]] = [[] for _ in stories]
+    for (number, text, weight), ids in zip(pieces, encoded, strict=True):
+        ids = [tokenizer.bos_token_id] if text == BOS else ids
+        rows[number] += ids
+        weights[number] += [weight] * len(ids)
     mask = _pad([[1] * len(row) for row in rows], length, 0)
     ids = _pad(rows, length, tokenizer.pad_token_id)
     return ids, mask, _pad(weights, length, 0.0, np.float32)

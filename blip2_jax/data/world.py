@@ -317,6 +317,38 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
 QA_PROMPT = "Question: {} Answer:"  # the paper's zero-shot prompt for OPT (section 4.1)
 
 
+WORDS = (*COLORS, *SIZES, *map(str, range(10)), *sorted({w for p in PLACES for w in p.split()}))
+
+
+def word_list(rng: np.random.Generator, *, times: int = 4) -> list[str]:
+    """Random words, and the same words again: what teaches a young model to look back."""
+    words = [_pick(rng, WORDS) for _ in range(rng.integers(4, 20))]
+    return [" ".join(words)] * times
+
+
+def easy_story(rng: np.random.Generator) -> list[str]:
+    """A story of one or two things, told three times in full, with up to three questions.
+
+    The retellings are what it is for: after "the 3 is" comes the color that stood beside the 3,
+    so nearly every word asks which attribute belongs to which digit. Half of the stories speak of
+    no places. Returns segments as `story` does.
+    """
+    scene = sample_scene(rng, most=2)
+    kinds = list(QUESTION_TYPES)
+    if rng.random() < 0.5:
+        scene = tuple(thing._replace(place=None) for thing in scene)
+        kinds.remove("place")
+    asked = [ask(scene, str(kind), rng) for kind in rng.permutation(kinds)[:3]]
+    segments = [
+        f"{QA_PROMPT.format(question.question)} {question.answer}"
+        for question in asked
+        if "None" not in question.question  # asks for a place that nobody told
+    ]
+    for _ in range(2):
+        segments.insert(rng.integers(len(segments) + 1), describe(scene, rng))
+    return [describe(scene, rng), *segments]
+
+
 def story(rng: np.random.Generator, *, most: int = 3, asked: int = 6) -> list[str]:
     """Text alone about one scene of the training world: a description, then what follows from it.
 

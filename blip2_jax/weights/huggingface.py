@@ -92,6 +92,42 @@ def vit_config(source: str, **overrides: Any) -> ViTConfig:
     )
 
 
+def config_of(sizes: OPTConfig | ViTConfig) -> dict[str, Any]:
+    """The `config.json` that transformers reads for a tower of these sizes.
+
+    A ViT is written as a CLIP vision model, which it must be: without `patch_bias`, with
+    `pre_norm`, and with biases of q, k and v.
+    """
+    if isinstance(sizes, OPTConfig):
+        return {
+            "architectures": ["OPTForCausalLM"],
+            "model_type": "opt",
+            "vocab_size": sizes.vocab_size,
+            "hidden_size": sizes.hidden_size,
+            "word_embed_proj_dim": sizes.hidden_size,
+            "num_hidden_layers": sizes.num_layers,
+            "num_attention_heads": sizes.num_heads,
+            "ffn_dim": sizes.ffn_dim,
+            "max_position_embeddings": sizes.max_position_embeddings,
+            "activation_function": sizes.activation,
+            "dropout": sizes.dropout,
+        }
+    if sizes.patch_bias or not sizes.pre_norm or sorted(sizes.attention_bias) != sorted("qkvo"):
+        raise WeightsError("Only a CLIP-like ViT can be written as clip_vision_model.")
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        "image_size": sizes.image_size,
+        "patch_size": sizes.patch_size,
+        "hidden_size": sizes.hidden_size,
+        "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "intermediate_size": sizes.mlp_dim,
+        "hidden_act": sizes.activation,
+        "layer_norm_eps": sizes.layer_norm_eps,
+    }
+
+
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, of a folder with one safetensors file or with shards and an index."""
     index = folder / "model.safetensors.index.json"
