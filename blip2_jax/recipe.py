@@ -68,7 +68,8 @@ class Recipe:
 
     @property
     def image_size(self) -> int:
-        return getattr(self.model_config, "vit", self.model_config).image_size
+        """Side of the images, in pixels; 0 for a language model, which has none."""
+        return getattr(getattr(self.model_config, "vit", self.model_config), "image_size", 0)
 
     def init_state(self, key: jax.Array) -> State:
         """Fresh parameters and optimizer state, made on the devices that hold them."""

@@ -53,18 +53,19 @@ def llm_config(source: str, **overrides: Any) -> OPTConfig:
     config = read_config(source)
     if config.get("model_type") != "opt":
         raise WeightsError(f"{source}: model_type {config.get('model_type')!r}; known: opt.")
-    sizes = OPTConfig(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        ffn_dim=config["ffn_dim"],
-        max_position_embeddings=config["max_position_embeddings"],
-        activation=config.get("activation_function", "relu"),
-        dropout=config.get("dropout", 0.1),
-        **overrides,
+    return OPTConfig(
+        **{
+            "vocab_size": config["vocab_size"],
+            "hidden_size": config["hidden_size"],
+            "num_layers": config["num_hidden_layers"],
+            "num_heads": config["num_attention_heads"],
+            "ffn_dim": config["ffn_dim"],
+            "max_position_embeddings": config["max_position_embeddings"],
+            "activation": config.get("activation_function", "relu"),
+            "dropout": config.get("dropout", 0.1),
+            **overrides,
+        }
     )
-    return sizes
 
 
 def vit_config(source: str, **overrides: Any) -> ViTConfig:

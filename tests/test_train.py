@@ -1,0 +1,200 @@
+"""The training command from outside: resume after any end, refuse what does not belong together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import tests.tiny as tiny
+from blip2_jax import cli, prepare, recipe, train
+from blip2_jax.models.opt import OPT, OPTConfig
+from blip2_jax.models.vit import ViT, ViTConfig
+from blip2_jax.runtime.checkpoint import Checkpointer
+from blip2_jax.runtime.metrics import read_jsonl
+from blip2_jax.weights import huggingface
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Data and two towers on disk, as a user would have them."""
+    root = tmp_path_factory.mktemp("world")
+    prepare.prepare_digits(root / "data", 0, {"train": 40, "test": 10, "held_out": 1})
+    towers = {
+        "vit": ViT(
+            ViTConfig(16, 8, 24, 2, 2, 32, "quick_gelu", 1e-5, "qkvo", False, True),
+            rngs=nnx.Rngs(0),
+        ),
+        "llm": OPT(OPTConfig(208, 16, 2, 2, 32, 64), rngs=nnx.Rngs(1)),
+    }
+    for name, tower in towers.items():
+        params = nnx.to_pure_dict(nnx.state(tower))
+        sizes = huggingface.config_of(tower.config)
+        huggingface.save(root / name, huggingface.TABLES[name](), params, sizes)
+    return root
+
+
+def flags(world, stage="stage1", **changes):
+    """A tiny run as a config; also as `--config.key=value` words."""
+    return tiny.config(
+        stage,
+        **{
+            "steps": 12,
+            "data.dir": str(world / "data"),
+            "data.qformer_tokenizer": "package:digits-bert",
+            "data.llm_tokenizer": "package:digits-opt",
+            "data.text_length": 28,
+            "data.llm_length": 28,
+            "data.threads": 2,
+            "model.vit.source": str(world / "vit"),
+            "model.llm.source": str(world / "llm"),
+            "model.qformer.vocab_size": 190,
+            "model.qformer.bos_token_id": 189,
+            "model.qformer.max_position_embeddings": 32,
+            "model.qformer.dropout": 0.1,
+            "checkpoint.every": 4,
+            "log.every": 2,
+            "eval.every": 6,
+            "eval.batch_size": 8,
+            **changes,
+        },
+    )
+
+
+def frozen_config(config):
+    return cli.config_from_json(cli.config_to_json(config))
+
+
+def run(config, workdir) -> int:
+    return train.train(frozen_config(config), Path(workdir))
+
+
+def result(workdir):
+    """Parameters at the end, and everything that was logged."""
+    _, params = recipe.load_params(Path(workdir))
+    return jax.device_get(params), read_jsonl(Path(workdir) / "metrics.jsonl")
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a[0], b[0])
+    assert a[1] == b[1]
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "stage1"
+    assert run(flags(world), workdir) == 0
+    return workdir
+
+
+def test_a_finished_run_returns_at_once(whole, world, capsys):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+    assert run(flags(world), whole) == 0
+    assert "finished before" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(whole, world, tmp_path):
+    """kill -9 of a real process, several times, wherever it happens to be."""
+    config_file = tmp_path / "killed.json"
+    config_file.write_text(cli.config_to_json(flags(world)))
+    code = (
+        "import sys; from pathlib import Path; from blip2_jax import cli, train;"
+        "c = cli.config_from_json(Path(sys.argv[1]).read_text());"
+        "sys.exit(train.train(c, Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", code, str(config_file), str(tmp_path / "stage1")]
+    kills = 0
+    for lines in (1, 3, 5):  # killed once this many lines are logged
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL)
+        log = tmp_path / "stage1" / "metrics.jsonl"
+        while process.poll() is None:
+            if log.is_file() and len(log.read_text().splitlines()) >= lines:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.01)
+        process.wait()
+    assert kills >= 2
+    assert subprocess.run(command, cwd=ROOT, env=os.environ).returncode == 0
+    assert_same(result(tmp_path / "stage1"), result(whole))
+
+
+def test_sigterm_saves_and_leaves_with_its_own_code(whole, world, tmp_path, monkeypatch):
+    real = train.check_finite
+
+    def terminate(numbers, step):
+        real(numbers, step)
+        if step == 6:  # between two checkpoints
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "check_finite", terminate)
+    assert run(flags(world), tmp_path / "stage1") == train.PREEMPTED
+    with Checkpointer(tmp_path / "stage1" / "checkpoints") as checkpointer:
+        assert checkpointer.latest_step == 6
+    monkeypatch.setattr(train, "check_finite", real)
+    assert run(flags(world), tmp_path / "stage1") == 0
+    assert_same(result(tmp_path / "stage1"), result(whole))
+
+
+def test_stage_2_starts_from_stage_1_and_checkpoints_hold_no_tower(whole, world, tmp_path, capsys):
+    config = flags(world, "stage2", **{"init.checkpoint": str(whole)})
+    assert run(config, tmp_path / "stage2") == 0
+    assert "fresh: language_projection" in capsys.readouterr().out
+    for workdir in (whole, tmp_path / "stage2"):
+        saved = {
+            part
+            for path in (workdir / "checkpoints").rglob("*")
+            for part in path.name.split(".")
+        } | {json.dumps(recipe.load_params(workdir)[0].config.trainable)}
+        assert not saved & {"vit", "llm"}
+        _, params = recipe.load_params(workdir)
+        assert not params.keys() & {"vit", "llm"}
+
+
+def test_the_towers_are_bit_identical_after_training(whole, world):
+    """Read anew, they have the fingerprints that the run recorded when it began."""
+    done = json.loads((whole / "done.json").read_text())
+    built = recipe.build(frozen_config(flags(world)))
+    assert built.load_frozen()[1] == done["fingerprints"]
+
+
+def test_another_recipe_in_the_workdir_is_refused(whole, world):
+    with pytest.raises(ValueError, match=r"(?s)another run.*peak_lr"):
+        run(flags(world, **{"optim.peak_lr": 0.5}), whole)
+
+
+def test_a_tower_of_another_fingerprint_is_refused(world, tmp_path):
+    with pytest.raises(ValueError, match=r"(?s)`vit`.*fingerprint.*the config asks for feed"):
+        run(flags(world, **{"model.vit.fingerprint": "feed"}), tmp_path / "x")
+
+
+def test_stage_2_on_another_encoder_than_stage_1_is_refused(whole, world, tmp_path):
+    other = ViT(
+        ViTConfig(16, 8, 24, 2, 2, 32, "quick_gelu", 1e-5, "qkvo", False, True), rngs=nnx.Rngs(9)
+    )
+    params = nnx.to_pure_dict(nnx.state(other))
+    rows, sizes = huggingface.TABLES["vit"](), huggingface.config_of(other.config)
+    huggingface.save(tmp_path / "vit", rows, params, sizes)
+    changes = {"init.checkpoint": str(whole), "model.vit.source": str(tmp_path / "vit")}
+    with pytest.raises(ValueError, match="trained on another `vit`"):
+        run(flags(world, "stage2", **changes), tmp_path / "stage2")
+
+
+def test_a_start_from_nothing_is_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="holds no finished run"):
+        run(flags(world, "stage2", **{"init.checkpoint": str(tmp_path)}), tmp_path / "stage2")
+
+
+def test_divergence_stops_the_run():
+    with pytest.raises(FloatingPointError, match=r"Step 7: itc/loss.*peak_lr"):
+        train.check_finite({"loss": 1.0, "itc/loss": float("nan")}, 7)
