@@ -20,8 +20,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
-from blip2_jax import cli, recipe
+from blip2_jax import __version__, cli, recipe
 from blip2_jax.data import sources, transforms, world
 from blip2_jax.evals import captioning, retrieval, vqa
 from blip2_jax.inference.pipeline import Blip2
@@ -116,7 +117,7 @@ def evaluate_retrieval(blip2: Blip2, examples: Examples, config) -> dict[str, fl
             f"{size} of config.retrieval.candidates; lower it."
         )
     totals: dict[str, float] = {}
-    for group in range(groups):
+    for group in tqdm(range(groups), desc="retrieval", unit=" groups", leave=False):
         rows = slice(group * size, (group + 1) * size)
         images, texts = examples.images[rows], [c[0] for c in examples.captions[rows]]
         itc = blip2.similarity(images, texts)
@@ -132,7 +133,7 @@ def evaluate_retrieval(blip2: Blip2, examples: Examples, config) -> dict[str, fl
         plain = retrieval.recall_metrics(itc, same)
         reranked = retrieval.recall_metrics(ranked[0], same, scores_t2i=ranked[1])
         for name, value in {
-            **{f"retrieval/{n}": v for n, v in reranked.items()},
+            **{f"retrieval/{n}": v for n, v in reranked.items() if "_r" in n},
             **{f"retrieval/itc_{n}": v for n, v in plain.items() if "_r" in n},
         }.items():
             totals[name] = totals.get(name, 0.0) + float(value) / groups
@@ -217,7 +218,7 @@ def report(workdir: Path, config, metrics, predictions, test: Examples, loaded) 
         for row, maps in zip(some, last.attention_maps(test.images[some]), strict=True)
     ]
     runs = [Path(w) for w in dict.fromkeys(config.models.values())]
-    names = ("blip2_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
     write_report(
         workdir / "report.html",
         title="BLIP-2 in the embedded world",
@@ -233,6 +234,7 @@ def report(workdir: Path, config, metrics, predictions, test: Examples, loaded) 
         versions={
             "python": platform.python_version(),
             "machine": f"{platform.machine()}, {jax.device_count()} {jax.devices()[0].device_kind}",
+            "blip2_jax": __version__,
             **{name: metadata.version(name) for name in names},
         },
         config=cli.config_to_json(config),

@@ -152,9 +152,7 @@ def test_stage_2_starts_from_stage_1_and_checkpoints_hold_no_tower(whole, world,
     assert "fresh: language_projection" in capsys.readouterr().out
     for workdir in (whole, tmp_path / "stage2"):
         saved = {
-            part
-            for path in (workdir / "checkpoints").rglob("*")
-            for part in path.name.split(".")
+            part for path in (workdir / "checkpoints").rglob("*") for part in path.name.split(".")
         } | {json.dumps(recipe.load_params(workdir)[0].config.trainable)}
         assert not saved & {"vit", "llm"}
         _, params = recipe.load_params(workdir)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from blip2_jax.data import tokenizers
 from blip2_jax.inference.decode import greedy
@@ -142,6 +143,7 @@ class Blip2:
             *([] if images is None else [images]),
             ids,
             mask,
+            progress="generating",
             max_new_tokens=max_new_tokens,
             eos_id=tokenizers.newline_id(self.llm_tokenizer),
             pad_id=self.llm_tokenizer.pad_token_id,
@@ -177,12 +179,16 @@ class Blip2:
     def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         return tokenizers.encode_qformer(self.qformer_tokenizer, list(texts), self.text_length)
 
-    def _batched(self, function, *arrays: np.ndarray, **static: Any) -> Any:
+    def _batched(self, function, *arrays: np.ndarray, progress: str = "", **static: Any) -> Any:
         """Applies a compiled function to batches of one size, and puts the results together."""
-        results = [
-            jax.tree.map(lambda x: np.asarray(x)[:count], function(self.params, *batch, **static))  # noqa: B023
-            for batch, count in _batches(arrays, self.batch_size)
-        ]
+        results = []
+        with tqdm(
+            total=len(arrays[0]), desc=progress, leave=False, disable=not progress or None
+        ) as bar:
+            for batch, count in _batches(arrays, self.batch_size):
+                result = function(self.params, *batch, **static)
+                results.append(jax.tree.map(lambda x: np.asarray(x)[:count], result))  # noqa: B023
+                bar.update(count)
         return jax.tree.map(lambda *xs: np.concatenate(xs), *results)
 
 
