@@ -12,7 +12,6 @@ a score ending in _blind is the same thing done without the image.
 import argparse
 import json
 import platform
-import resource
 import time
 from importlib import metadata
 from pathlib import Path
@@ -71,8 +70,7 @@ def evaluate(config, workdir: Path, model: str | None = None) -> int:
             for split, name in ((test, "vqa"), (held_out, "vqa_held_out")):
                 scores, predictions[name] = evaluate_vqa(blip2, split, config, name)
                 metrics |= scores
-    metrics |= timings(config, time.monotonic() - started)
-    metrics["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    metrics |= costs(config, time.monotonic() - started)
     settings = json.loads(cli.config_to_json(config))
     for name, content in {
         "metrics.json": {**metrics, "settings": settings},
@@ -176,17 +174,20 @@ def evaluate_vqa(
     return scores, said
 
 
-def timings(config, seconds: float) -> dict[str, float]:
-    """What each part took, over all its restarts."""
-    parts = {"seconds/evaluate": seconds}
-    prepared = Path(config.data.dir) / "done.json"
-    if prepared.is_file():
-        parts["seconds/prepare"] = json.loads(prepared.read_text()).get("seconds", 0.0)
-    for workdir in dict.fromkeys(config.models.values()):
-        done = Path(workdir) / "done.json"
-        if done.is_file():
-            parts[f"seconds/{Path(workdir).name}"] = json.loads(done.read_text())["seconds"]
-    return {**parts, "seconds/total": sum(parts.values())}
+def costs(config, seconds: float) -> dict[str, float]:
+    """Seconds of each part over all its restarts, and the most host memory of any of them."""
+    runs = {"prepare": Path(config.data.dir)}
+    runs |= {Path(workdir).name: Path(workdir) for workdir in config.models.values()}
+    finished = {name: run / "done.json" for name, run in runs.items()}
+    done = {name: json.loads(path.read_text()) for name, path in finished.items() if path.is_file()}
+    parts = {f"seconds/{name}": of["seconds"] for name, of in done.items()}
+    parts["seconds/evaluate"] = seconds
+    memory = [of.get("peak_memory_gb", 0.0) for of in done.values()]
+    return {
+        **parts,
+        "seconds/total": sum(parts.values()),
+        "peak_memory_gb": max([distributed.peak_memory_gb(), *memory]),
+    }
 
 
 def report(workdir: Path, config, metrics, predictions, test: Examples, loaded) -> None:

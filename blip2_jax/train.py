@@ -86,7 +86,8 @@ def train(config, workdir: Path) -> int:
         return PREEMPTED
     if distributed.is_first_process():
         seconds = seconds_before + time.monotonic() - started
-        done.write_text(json.dumps({**identity, "seconds": seconds}, indent=2))
+        cost = {"seconds": seconds, "peak_memory_gb": distributed.peak_memory_gb()}
+        done.write_text(json.dumps({**identity, **cost}, indent=2) + "\n")
     return 0
 
 

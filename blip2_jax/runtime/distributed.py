@@ -1,6 +1,7 @@
 """Several hosts, the compilation cache, and being told to stop."""
 
 import os
+import resource
 import signal
 from pathlib import Path
 from types import FrameType
@@ -48,6 +49,11 @@ def process_count() -> int:
 def is_first_process() -> bool:
     """True on the one host that writes logs and reports."""
     return jax.process_index() == 0
+
+
+def peak_memory_gb() -> float:
+    """The most host memory that this process held so far, in 10**9 bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
 
 
 def setup_compilation_cache(directory: str | None = None) -> str:
