@@ -1,6 +1,7 @@
 """What the train steps of both stages promise."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -97,7 +98,7 @@ def test_itm_of_two_pairs_takes_the_only_negative_there_is():
         recipe.meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1]),
     )
     params, frozen = run.init_state(jax.random.key(0))["params"], tiny.frozen(run)
-    batch = tiny.batch(run.config)
+    batch = jax.tree.map(jnp.asarray, tiny.batch(run.config))
     loss = lambda key: run.stage.loss_fn(params, frozen, batch, key, spec=run.spec)[1]["itm/loss"]  # noqa: E731
     assert loss(jax.random.key(0)) == loss(jax.random.key(1)) == loss(None)
 
