@@ -43,17 +43,16 @@ def convert(source: Path, target: Path, dtype: Any) -> int:
     run, params = recipe.load_params(source)
     sizes = run.model_config
     if isinstance(sizes, OPTConfig):
-        name, prefix = "llm", "model."
+        name = "llm"
     elif isinstance(sizes, ViTConfig):
-        name, prefix = "vit", ""
+        name = "vit"
     else:
         raise SystemExit(
             f"blip2 convert: {source} trained {run.config.stage.name}, which is no tower; "
             "name the workdir of a pretrain_vit or pretrain_lm run."
         )
     tower = jax.tree.map(lambda x: x.astype(dtype), params[name])
-    config = {**huggingface.config_of(sizes), "dtype": str(dtype)}
-    huggingface.save(target, huggingface.TABLES[name](), tower, config, prefix=prefix)
+    huggingface.save(target, sizes, tower)
     report = {"fingerprint": states.fingerprint(tower), "parameters": _count(tower)}
     print(f"{target}: {json.dumps(report)}")
     return 0

@@ -218,7 +218,7 @@ def report(workdir: Path, config, metrics, predictions, test: Examples, loaded) 
         {"image": test.images[row], "attention": maps, "text": test.captions[row][0]}
         for row, maps in zip(some, last.attention_maps(test.images[some]), strict=True)
     ]
-    runs = [Path(w) for w in dict.fromkeys(config.models.values())]
+    runs = [Path(w) for w in dict.fromkeys(config.models[task] for task in TASKS)]
     names = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
     write_report(
         workdir / "report.html",

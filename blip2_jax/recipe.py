@@ -91,7 +91,8 @@ class Recipe:
                     f"`{key}` is frozen and has no source. Set config.model.{key}.source to a "
                     f"folder with its weights, or add `{key}` to config.trainable."
                 )
-            frozen[key] = huggingface.load(tower.source, huggingface.TABLES[key](), abstract)
+            sizes = getattr(self.model_config, key)
+            frozen[key] = huggingface.load(tower.source, sizes, abstract)
             fingerprints[key] = states.fingerprint(frozen[key])
             if tower.fingerprint not in ("", fingerprints[key]):
                 raise ValueError(

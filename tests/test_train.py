@@ -38,8 +38,7 @@ def world(tmp_path_factory):
     }
     for name, tower in towers.items():
         params = nnx.to_pure_dict(nnx.state(tower))
-        sizes = huggingface.config_of(tower.config)
-        huggingface.save(root / name, huggingface.TABLES[name](), params, sizes)
+        huggingface.save(root / name, tower.config, params)
     return root
 
 
@@ -181,8 +180,7 @@ def test_stage_2_on_another_encoder_than_stage_1_is_refused(whole, world, tmp_pa
         ViTConfig(16, 8, 24, 2, 2, 32, "quick_gelu", 1e-5, "qkvo", False, True), rngs=nnx.Rngs(9)
     )
     params = nnx.to_pure_dict(nnx.state(other))
-    rows, sizes = huggingface.TABLES["vit"](), huggingface.config_of(other.config)
-    huggingface.save(tmp_path / "vit", rows, params, sizes)
+    huggingface.save(tmp_path / "vit", other.config, params)
     changes = {"init.checkpoint": str(whole), "model.vit.source": str(tmp_path / "vit")}
     with pytest.raises(ValueError, match="trained on another `vit`"):
         run(flags(world, "stage2", **changes), tmp_path / "stage2")

@@ -14,6 +14,7 @@ from flax import nnx
 
 from blip2_jax.models import qformer, vit
 from blip2_jax.models.layers import layer_norm, linear, normal
+from blip2_jax.models.llama import Llama, LlamaConfig
 from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.qformer import (
     KeysValues,
@@ -35,7 +36,7 @@ AXES = (
 )
 
 # Every decoder-only LLM offers embed, init_cache, __call__ and logits as `opt.OPT` does.
-LLMS = {OPTConfig: OPT}
+LLMS = {OPTConfig: OPT, LlamaConfig: Llama}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Blip2Config:
 
     vit: ViTConfig = ViTConfig()
     qformer: QFormerConfig = QFormerConfig()
-    llm: OPTConfig | None = None
+    llm: OPTConfig | LlamaConfig | None = None
     projection_dim: int = 256  # of the image-text contrastive features
     initial_temperature: float = 0.07  # ITC's, learned (LAVIS `blip2_qformer.py`)
     ln_vision_eps: float = 1e-5  # LAVIS; Hugging Face uses its encoder's 1e-6 here too

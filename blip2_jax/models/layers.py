@@ -38,6 +38,10 @@ AXES = (
     (r"fc1/bias$", ("mlp",)),
     (r"fc2/kernel$", ("mlp", "embed")),
     (r"(out_proj|fc2)/bias$", (None,)),
+    (r"mlp/(gate|up)/kernel$", ("embed", "mlp")),
+    (r"mlp/down/kernel$", ("mlp", "embed")),
+    (r"lm_head/kernel$", ("embed", "vocab")),
+    (r"relative_bias/embedding$", (None, "heads")),
     (r"embed_tokens/embedding$|word_embeddings/embedding$", ("vocab", "embed")),
     (r"embed_positions/embedding$|position_embeddings/embedding$", (None, "embed")),
     (r"norm[^/]*/(scale|bias)$|ln_[^/]*/(scale|bias)$", (None,)),
@@ -96,7 +100,7 @@ def attend(
 
     Args:
       q: float[B, H, T, K].
-      k, v: float[B, H, S, K].
+      k, v: float[B, H, S, K], or with fewer heads, which divide H.
       mask: bool, broadcastable to [B, H, T, S]; False hides a key. A row whose keys are all
         hidden (a padding query) attends to all of them alike: never a NaN.
       bias: float, broadcastable to [B, H, T, S], added to the scores (T5's relative positions).
@@ -106,6 +110,8 @@ def attend(
     Returns:
       float[B, H, T, K] in q's dtype.
     """
+    if k.shape[1] != q.shape[1]:  # grouped queries: each head of keys serves several in a row
+        k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
     scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
@@ -121,6 +127,8 @@ class Attention(nnx.Module):
     Args:
       width: D of the queries and of the output.
       num_heads: H.
+      num_kv_heads: heads of keys and values, each shared by H / num_kv_heads query heads (GQA);
+        by default H.
       head_dim: K; by default D / H.
       kv_width: width of what keys and values are made from; by default D (self-attention).
       bias: which of the projections "q", "k", "v", "o" have a bias (EVA's ViT-g has no "k").
@@ -132,6 +140,7 @@ class Attention(nnx.Module):
         width: int,
         num_heads: int,
         *,
+        num_kv_heads: int | None = None,
         head_dim: int | None = None,
         kv_width: int | None = None,
         bias: str = "qkvo",
@@ -143,21 +152,27 @@ class Attention(nnx.Module):
     ):
         head_dim = head_dim or width // num_heads
         kv_width = kv_width or width
-        inner = num_heads * head_dim
-        self.num_heads, self.head_dim = num_heads, head_dim
+        num_kv_heads = num_kv_heads or num_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(f"{num_heads} heads cannot share {num_kv_heads} heads of keys evenly.")
+        self.head_dim = head_dim
         self.scale = head_dim**-0.5 if scale is None else scale
         self.dropout_rate = dropout_rate
         make = lambda d_in, d_out, name: linear(  # noqa: E731
             d_in, d_out, bias=name in bias, std=std, dtype=dtype, rngs=rngs
         )
-        self.q_proj = make(width, inner, "q")
-        self.k_proj = make(kv_width, inner, "k")
-        self.v_proj = make(kv_width, inner, "v")
-        self.out_proj = make(inner, width, "o")
+        self.q_proj = make(width, num_heads * head_dim, "q")
+        self.k_proj = make(kv_width, num_kv_heads * head_dim, "k")
+        self.v_proj = make(kv_width, num_kv_heads * head_dim, "v")
+        self.out_proj = make(num_heads * head_dim, width, "o")
 
     def _heads(self, x: jax.Array) -> jax.Array:
         """float[B, T, H * K] -> float[B, H, T, K]."""
-        return x.reshape(*x.shape[:-1], self.num_heads, self.head_dim).swapaxes(-2, -3)
+        return x.reshape(*x.shape[:-1], -1, self.head_dim).swapaxes(-2, -3)
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """Queries of x: float[B, T, D] -> float[B, H, T, K]."""
+        return self._heads(self.q_proj(x))
 
     def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values of x: float[B, S, D_kv] -> two of float[B, H, S, K]."""
@@ -165,8 +180,9 @@ class Attention(nnx.Module):
 
     def probabilities(self, x: jax.Array, k: jax.Array) -> jax.Array:
         """Where x, float[B, T, D], looks among keys, float[B, H, S, K]: float32[B, H, T, S]."""
-        q = self._heads(self.q_proj(x))
-        scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            "bhtk,bhsk->bhts", self.queries(x), k, preferred_element_type=jnp.float32
+        )
         return jax.nn.softmax(scores * self.scale, axis=-1)
 
     def __call__(
@@ -174,13 +190,17 @@ class Attention(nnx.Module):
         x: jax.Array,
         keys_values: tuple[jax.Array, jax.Array] | None = None,
         *,
+        queries: jax.Array | None = None,
         mask: jax.Array | None = None,
         bias: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Attends from x, float[B, T, D], to itself or to given keys and values."""
+        """Attends from x, float[B, T, D], to itself or to given keys and values.
+
+        `queries` are those of x where the caller has made them (and turned them by position).
+        """
         k, v = self.keys_values(x) if keys_values is None else keys_values
-        q = self._heads(self.q_proj(x))
+        q = self.queries(x) if queries is None else queries
         out = attend(
             q, k, v, mask=mask, bias=bias, scale=self.scale, dropout_rate=self.dropout_rate, key=key
         )
@@ -199,6 +219,26 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class GatedMLP(nnx.Module):
+    """down(activation(gate(x)) * up(x)), without biases: T5 v1.1's and Llama's feed-forward."""
+
+    def __init__(
+        self, width: int, hidden: int, *, activation: str, dtype: Any = None, rngs: nnx.Rngs
+    ):
+        self.gate = linear(width, hidden, bias=False, dtype=dtype, rngs=rngs)
+        self.up = linear(width, hidden, bias=False, dtype=dtype, rngs=rngs)
+        self.down = linear(hidden, width, bias=False, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+
+
+def rms_norm(width: int, *, eps: float, dtype: Any = None, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Root-mean-square norm with float32 statistics (T5's and Llama's)."""
+    return nnx.RMSNorm(width, epsilon=eps, dtype=dtype, rngs=rngs)
 
 
 class Stack(nnx.Module):

@@ -14,15 +14,22 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.flax import save_file
 
+from blip2_jax.models.llama import LlamaConfig
 from blip2_jax.models.opt import OPTConfig
+from blip2_jax.models.t5 import T5Config
 from blip2_jax.models.vit import ViTConfig
-from blip2_jax.weights.tables import KINDS, Row, clip_vision_rows, opt_rows
+from blip2_jax.weights import configs, tables
+from blip2_jax.weights.configs import LLMConfig, WeightsError
+from blip2_jax.weights.tables import KINDS, Row
 
 PACKAGE = "package:"
 
-
-class WeightsError(ValueError):
-    """A checkpoint that cannot be what it should be; the message names file, tensor and remedy."""
+TABLES = {
+    OPTConfig: tables.opt_rows,
+    LlamaConfig: tables.llama_rows,
+    T5Config: tables.t5_rows,
+    ViTConfig: tables.clip_vision_rows,
+}
 
 
 def find(source: str) -> Path:
@@ -48,85 +55,19 @@ def read_config(source: str) -> dict[str, Any]:
         raise WeightsError(f"{path} is not JSON ({error}); download the folder again.") from error
 
 
-def llm_config(source: str, **overrides: Any) -> OPTConfig:
-    """The language model's sizes, from its `config.json`."""
-    config = read_config(source)
-    if config.get("model_type") != "opt":
-        raise WeightsError(f"{source}: model_type {config.get('model_type')!r}; known: opt.")
-    return OPTConfig(
-        **{
-            "vocab_size": config["vocab_size"],
-            "hidden_size": config["hidden_size"],
-            "num_layers": config["num_hidden_layers"],
-            "num_heads": config["num_attention_heads"],
-            "ffn_dim": config["ffn_dim"],
-            "max_position_embeddings": config["max_position_embeddings"],
-            "activation": config.get("activation_function", "relu"),
-            "dropout": config.get("dropout", 0.1),
-            **overrides,
-        }
-    )
+def llm_config(source: str, **overrides: Any) -> LLMConfig:
+    """The language model's sizes, from its `config.json`; see `configs.parse`."""
+    return configs.parse(read_config(source), configs.LLMS, source, **overrides)
 
 
 def vit_config(source: str, **overrides: Any) -> ViTConfig:
-    """The image encoder's sizes, from its `config.json`."""
-    config = read_config(source)
-    if config.get("model_type") != "clip_vision_model":
-        raise WeightsError(
-            f"{source}: model_type {config.get('model_type')!r}; known: clip_vision_model."
-        )
-    return ViTConfig(
-        **{
-            "image_size": config["image_size"],
-            "patch_size": config["patch_size"],
-            "hidden_size": config["hidden_size"],
-            "num_layers": config["num_hidden_layers"],
-            "num_heads": config["num_attention_heads"],
-            "mlp_dim": config["intermediate_size"],
-            "activation": config["hidden_act"],
-            "layer_norm_eps": config["layer_norm_eps"],
-            "attention_bias": "qkvo",
-            "patch_bias": False,
-            "pre_norm": True,
-            **overrides,
-        }
-    )
+    """The image encoder's sizes, from its `config.json`; see `configs.parse`."""
+    return configs.parse(read_config(source), configs.VITS, source, **overrides)
 
 
-def config_of(sizes: OPTConfig | ViTConfig) -> dict[str, Any]:
-    """The `config.json` that transformers reads for a tower of these sizes.
-
-    A ViT is written as a CLIP vision model, which it must be: without `patch_bias`, with
-    `pre_norm`, and with biases of q, k and v.
-    """
-    if isinstance(sizes, OPTConfig):
-        return {
-            "architectures": ["OPTForCausalLM"],
-            "model_type": "opt",
-            "vocab_size": sizes.vocab_size,
-            "hidden_size": sizes.hidden_size,
-            "word_embed_proj_dim": sizes.hidden_size,
-            "num_hidden_layers": sizes.num_layers,
-            "num_attention_heads": sizes.num_heads,
-            "ffn_dim": sizes.ffn_dim,
-            "max_position_embeddings": sizes.max_position_embeddings,
-            "activation_function": sizes.activation,
-            "dropout": sizes.dropout,
-        }
-    if sizes.patch_bias or not sizes.pre_norm or sorted(sizes.attention_bias) != sorted("qkvo"):
-        raise WeightsError("Only a CLIP-like ViT can be written as clip_vision_model.")
-    return {
-        "architectures": ["CLIPVisionModel"],
-        "model_type": "clip_vision_model",
-        "image_size": sizes.image_size,
-        "patch_size": sizes.patch_size,
-        "hidden_size": sizes.hidden_size,
-        "num_hidden_layers": sizes.num_layers,
-        "num_attention_heads": sizes.num_heads,
-        "intermediate_size": sizes.mlp_dim,
-        "hidden_act": sizes.activation,
-        "layer_norm_eps": sizes.layer_norm_eps,
-    }
+def rows_of(sizes: Any) -> tuple[Row, ...]:
+    """The name table of a tower with these sizes."""
+    return TABLES[type(sizes)]()
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -159,12 +100,18 @@ def _prefix(files: dict[str, Path], rows: tuple[Row, ...]) -> str:
     return min((name[: -len(first)] for name in files if name.endswith(first)), key=len, default="")
 
 
+def _full_name(prefix: str, row: Row, layer: int) -> str:
+    """A tensor's name in a checkpoint."""
+    name = row.theirs.format(i=layer)
+    return name[1:] if name.startswith("/") else prefix + name
+
+
 def _paths(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
 
 
-def load(source: str, rows: tuple[Row, ...], abstract: Any) -> Any:
+def load(source: str, sizes: Any, abstract: Any) -> Any:
     """Reads a tower into the structure, dtypes and shardings of `abstract`.
 
     Tensors that no row names (heads and final norms that BLIP-2 drops) and layers beyond the
@@ -172,7 +119,7 @@ def load(source: str, rows: tuple[Row, ...], abstract: Any) -> Any:
 
     Args:
       source: see `find`.
-      rows: the family's name table.
+      sizes: the tower's config, whose type chooses the name table.
       abstract: nested dict of `jax.ShapeDtypeStruct`, with a sharding each or None.
 
     Raises:
@@ -180,6 +127,7 @@ def load(source: str, rows: tuple[Row, ...], abstract: Any) -> Any:
     """
     folder = find(source)
     files = _tensor_files(folder)
+    rows = rows_of(sizes)
     prefix = _prefix(files, rows)
     by_path = {row.ours: row for row in rows}
     problems, loaded = [], {}
@@ -189,7 +137,7 @@ def load(source: str, rows: tuple[Row, ...], abstract: Any) -> Any:
             problems.append(f"{path}: the name table has no row for it")
             continue
         stacked = "{i}" in row.theirs
-        names = [prefix + row.theirs.format(i=i) for i in range(leaf.shape[0] if stacked else 1)]
+        names = [_full_name(prefix, row, i) for i in range(leaf.shape[0] if stacked else 1)]
         layers = []
         for name in names:
             if name not in files:
@@ -215,16 +163,17 @@ def _read(file: Path, name: str, row: Row, shape: tuple[int, ...], problems: lis
     return KINDS[row.kind].load(array, shape)
 
 
-def save(
-    folder: Path, rows: tuple[Row, ...], params: Any, config: dict[str, Any], *, prefix: str = ""
-) -> None:
+def save(folder: Path, sizes: Any, params: Any) -> None:
     """Writes a tower as `config.json` and `model.safetensors`, in the parameters' dtype."""
     tensors, leaves = {}, _paths(params)
+    rows = [row for row in rows_of(sizes) if row.ours in leaves]
+    prefix = configs.PREFIXES[type(sizes)]
+    config = {**configs.write(sizes), "dtype": str(next(iter(leaves.values())).dtype)}
     for row in rows:
         leaf = np.asarray(leaves.pop(row.ours))
         layers = leaf if "{i}" in row.theirs else [leaf]
         for i, layer in enumerate(layers):
-            name = prefix + row.theirs.format(i=i)
+            name = _full_name(prefix, row, i)
             tensors[name] = jnp.asarray(KINDS[row.kind].save(layer, row.ndim))
     if leaves:
         raise WeightsError(f"The name table has no row for {', '.join(sorted(leaves))}.")
@@ -233,6 +182,3 @@ def save(
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.rename(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-TABLES = {"vit": clip_vision_rows, "llm": opt_rows}

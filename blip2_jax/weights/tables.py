@@ -3,7 +3,8 @@
 One table a family, used in both directions. A row pairs a parameter's path with a tensor's name;
 `{i}` is the layer, which here is a leading axis of a stack. How one side's array becomes the
 other's is a `KINDS` entry. Names are those of the bare model; a checkpoint may put a prefix before
-all of them (`model.`, `vision_model.`), and the loader finds out which.
+all of them (`model.`, `vision_model.`), and the loader finds out which; a name with a leading
+slash stands outside that prefix.
 """
 
 import dataclasses
@@ -78,6 +79,56 @@ def opt_rows() -> tuple[Row, ...]:
         rows += _norm(f"{ours}/{name}", f"{theirs}.{name}")
     for name in ("fc1", "fc2"):
         rows += _linear(f"{ours}/mlp/{name}", f"{theirs}.{name}")
+    return tuple(rows)
+
+
+def _scale(ours: str, theirs: str) -> Row:
+    return Row(f"{ours}/scale", f"{theirs}.weight")
+
+
+def llama_rows() -> tuple[Row, ...]:
+    """`LlamaForCausalLM`; a tied head has no row's parameter and is left out."""
+    ours, theirs = "layers/blocks", "layers.{i}"
+    rows = [
+        _embedding("embed_tokens", "embed_tokens"),
+        _scale("norm", "norm"),
+        *_linear("lm_head", "/lm_head", bias=False),
+        _scale(f"{ours}/input_norm", f"{theirs}.input_layernorm"),
+        _scale(f"{ours}/post_attention_norm", f"{theirs}.post_attention_layernorm"),
+    ]
+    for name, part in zip("qkvo", ("q_proj", "k_proj", "v_proj", "out_proj"), strict=True):
+        rows += _linear(f"{ours}/self_attn/{part}", f"{theirs}.self_attn.{name}_proj", bias=False)
+    for name in ("gate", "up", "down"):
+        rows += _linear(f"{ours}/mlp/{name}", f"{theirs}.mlp.{name}_proj", bias=False)
+    return tuple(rows)
+
+
+def t5_rows() -> tuple[Row, ...]:
+    """`T5ForConditionalGeneration`, v1.1."""
+    rows = [
+        _embedding("embed_tokens", "shared"),
+        *_linear("lm_head", "lm_head", bias=False),
+    ]
+    parts = ("q_proj", "k_proj", "v_proj", "out_proj")
+    for side, feed_forward in (("encoder", 1), ("decoder", 2)):
+        ours, theirs = f"{side}/blocks", f"{side}.block.{{i}}.layer"
+        first = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias"
+        rows += [
+            _embedding(f"{side}_relative_bias", first),
+            _scale(f"{side}_norm", f"{side}.final_layer_norm"),
+            _scale(f"{ours}/self_attn_norm", f"{theirs}.0.layer_norm"),
+            _scale(f"{ours}/mlp_norm", f"{theirs}.{feed_forward}.layer_norm"),
+        ]
+        for name, part in zip("qkvo", parts, strict=True):
+            self_attention = f"{theirs}.0.SelfAttention.{name}"
+            rows += _linear(f"{ours}/self_attn/{part}", self_attention, bias=False)
+        for name, part in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
+            dense = f"{theirs}.{feed_forward}.DenseReluDense.{name}"
+            rows += _linear(f"{ours}/mlp/{part}", dense, bias=False)
+    rows.append(_scale("decoder/blocks/cross_attn_norm", "decoder.block.{i}.layer.1.layer_norm"))
+    for name, part in zip("qkvo", parts, strict=True):
+        cross = f"decoder.block.{{i}}.layer.1.EncDecAttention.{name}"
+        rows += _linear(f"decoder/blocks/cross_attn/{part}", cross, bias=False)
     return tuple(rows)
 
 

@@ -26,11 +26,10 @@ def models(request, tmp_path_factory):
     theirs = transformers.OPTForCausalLM(config).eval()
     folder = tmp_path_factory.mktemp("opt")
     theirs.save_pretrained(folder)
-    make = lambda: OPT(  # noqa: E731
-        huggingface.llm_config(str(folder)), dtype=jnp.float32, rngs=nnx.Rngs(0)
-    )
+    sizes = huggingface.llm_config(str(folder))
+    make = lambda: OPT(sizes, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
     abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make)))
-    params = huggingface.load(str(folder), huggingface.TABLES["llm"](), abstract)
+    params = huggingface.load(str(folder), sizes, abstract)
     return theirs, nnx.merge(nnx.graphdef(nnx.eval_shape(make)), params)
 
 

@@ -35,7 +35,7 @@ def opts(request, tmp_path_factory):
     theirs.save_pretrained(folder)
     sizes = huggingface.llm_config(str(folder))
     make = lambda: OPT(sizes, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
-    params = huggingface.load(str(folder), huggingface.TABLES["llm"](), abstract(make))
+    params = huggingface.load(str(folder), sizes, abstract(make))
     graph = nnx.graphdef(nnx.eval_shape(make))
     return theirs, nnx.merge(graph, params)
 
@@ -85,7 +85,7 @@ def test_clip_vit_equals_transformers(tmp_path):
     theirs.save_pretrained(tmp_path)
     sizes = huggingface.vit_config(str(tmp_path))
     make = lambda: ViT(sizes, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
-    params = huggingface.load(str(tmp_path), huggingface.TABLES["vit"](), abstract(make))
+    params = huggingface.load(str(tmp_path), sizes, abstract(make))
     ours = nnx.merge(nnx.graphdef(nnx.eval_shape(make)), params)
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
     pixels = np.array(normalize_images(jnp.asarray(images))).transpose(0, 3, 1, 2)
@@ -101,9 +101,9 @@ def test_towers_survive_a_round_trip(tmp_path):
     sizes = OPTConfig(50, 32, 2, 4, 64, 20)
     module = OPT(sizes, rngs=nnx.Rngs(3))
     params = nnx.to_pure_dict(nnx.state(module))
-    rows = huggingface.TABLES["llm"]()
-    huggingface.save(tmp_path, rows, params, {"model_type": "opt"})
-    back = huggingface.load(str(tmp_path), rows, abstract(lambda: OPT(sizes, rngs=nnx.Rngs(0))))
+    huggingface.save(tmp_path, sizes, params)
+    assert huggingface.llm_config(str(tmp_path), dropout=sizes.dropout) == sizes
+    back = huggingface.load(str(tmp_path), sizes, abstract(lambda: OPT(sizes, rngs=nnx.Rngs(0))))
     import jax
 
     jax.tree.map(np.testing.assert_array_equal, params, back)
@@ -113,11 +113,10 @@ def test_what_does_not_fit_is_reported_together(tmp_path):
     from blip2_jax.models.opt import OPTConfig
 
     module = OPT(OPTConfig(50, 32, 2, 4, 64, 20), rngs=nnx.Rngs(3))
-    rows = huggingface.TABLES["llm"]()
     params = nnx.to_pure_dict(nnx.state(module))
-    huggingface.save(tmp_path, rows, params, {"model_type": "opt"})
+    huggingface.save(tmp_path, module.config, params)
     wide = abstract(lambda: OPT(OPTConfig(50, 48, 3, 4, 64, 20), rngs=nnx.Rngs(0)))
     with pytest.raises(huggingface.WeightsError) as error:
-        huggingface.load(str(tmp_path), rows, wide)
-    assert "no tensor decoder.layers.2.fc1.weight" in str(error.value)
-    assert "decoder.embed_tokens.weight is (50, 32)" in str(error.value)
+        huggingface.load(str(tmp_path), module.config, wide)
+    assert "no tensor model.decoder.layers.2.fc1.weight" in str(error.value)
+    assert "model.decoder.embed_tokens.weight is (50, 32)" in str(error.value)

@@ -1,0 +1,203 @@
+"""The Llama family (Touvron et al. 2023): Vicuna for InstructBLIP, and today's open LLMs.
+
+Pre-norm transformer with RMSNorm, rotary positions, grouped-query attention and a gated SiLU
+feed-forward. Offers what `opt.OPT` does, so everything above it takes either.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from blip2_jax.models.layers import (
+    Attention,
+    GatedMLP,
+    Stack,
+    causal_mask,
+    linear,
+    normal,
+    rms_norm,
+    update_cache,
+)
+
+Cache = tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions (Su et al. 2021) and how they are stretched beyond the trained length.
+
+    Attributes:
+      kind: "default"; "linear" divides all frequencies by `factor`; "llama3" only those whose
+        wavelength is long against `original_length`, with a smooth passage (Llama 3.1's rule).
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a Llama; the defaults are those of 7B and of Vicuna-7B."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    head_dim: int = 128
+    mlp_dim: int = 11008
+    activation: str = "silu"
+    rms_norm_eps: float = 1e-6
+    tied_head: bool = False
+    rope: RopeConfig = RopeConfig()
+    remat: str = "none"
+
+
+def frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Angle per position of each pair of channels: float32[K / 2]."""
+    rates = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.kind == "linear":
+        rates = rates / rope.factor
+    elif rope.kind == "llama3":
+        turns = rope.original_length * rates / (2 * math.pi)  # within the trained length
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        rates = (1 - smooth) * rates / rope.factor + smooth * rates
+    elif rope.kind != "default":
+        raise ValueError(f"Unknown rotary scaling {rope.kind!r}; known: default, linear, llama3.")
+    return rates.astype(np.float32)
+
+
+def rotate(x: jax.Array, positions: jax.Array, rates: np.ndarray) -> jax.Array:
+    """Turns each pair of channels (i, i + K / 2) by position times rate.
+
+    Args:
+      x: float[B, H, T, K], queries or keys.
+      positions: int32[B, T].
+      rates: see `frequencies`.
+    """
+    angles = positions[:, None, :, None].astype(jnp.float32) * rates
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+class LlamaBlock(nnx.Module):
+    """Self-attention and a gated feed-forward, each after its RMSNorm, each added to the stream."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: Any = None, rngs: nnx.Rngs):
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.input_norm = rms_norm(width, eps=eps, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(
+            width,
+            config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            bias="",
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.post_attention_norm = rms_norm(width, eps=eps, dtype=dtype, rngs=rngs)
+        self.mlp = GatedMLP(
+            width, config.mlp_dim, activation=config.activation, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(
+        self, x: jax.Array, turn, mask: jax.Array, cache: Cache | None, offset
+    ) -> tuple[jax.Array, Cache | None]:
+        h = self.input_norm(x)
+        k, v = self.self_attn.keys_values(h)
+        keys_values = (turn(k), v)
+        if cache is not None:
+            keys_values = cache = update_cache(cache, keys_values, offset)
+        queries = turn(self.self_attn.queries(h))
+        x = x + self.self_attn(h, keys_values, queries=queries, mask=mask)
+        return x + self.mlp(self.post_attention_norm(x)), cache
+
+
+class Llama(nnx.Module):
+    """The language model: embeddings in, hidden states or logits out."""
+
+    def __init__(self, config: LlamaConfig, *, dtype: Any = None, rngs: nnx.Rngs):
+        self.config, self.dtype = config, dtype
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            embedding_init=normal(0.02),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.layers = Stack(
+            lambda r: LlamaBlock(config, dtype=dtype, rngs=r),
+            config.num_layers,
+            remat=config.remat,
+            rngs=rngs,
+        )
+        self.norm = rms_norm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        if not config.tied_head:
+            self.lm_head = linear(
+                config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs
+            )
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """Token embeddings: int32[B, T] -> float[B, T, D]."""
+        return self.embed_tokens(ids)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache of keys and values, two of float[L, B, H_kv, S, K]."""
+        c = self.config
+        shape = (c.num_layers, batch, c.num_kv_heads, length, c.head_dim)
+        return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+
+    def __call__(
+        self,
+        embeds: jax.Array,
+        mask: jax.Array,
+        *,
+        cache: Cache | None = None,
+        offset: int | jax.Array = 0,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs the decoder; arguments and results as in `opt.OPT.__call__`.
+
+        Positions count real tokens, so padding on either side changes nothing. There is no
+        dropout: `key` is taken for the interface's sake.
+        """
+        del key
+        length = embeds.shape[1]
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        positions = jax.lax.dynamic_slice_in_dim(positions, offset, length, axis=1)
+        seen = causal_mask(length, mask.shape[1], offset)[None, None] & (mask > 0)[:, None, None]
+
+        rates = frequencies(self.config.rope, self.config.head_dim)
+
+        def turn(x):
+            return rotate(x, positions, rates)
+
+        def step(block, x, layer):
+            layer_cache, _ = layer
+            return block(x, turn, seen, layer_cache, offset)
+
+        x, cache = self.layers(step, embeds, cache)
+        return self.norm(x), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Next-token scores: float[B, T, D] -> float32[B, T, V]."""
+        table = (
+            self.embed_tokens.embedding[...].T
+            if self.config.tied_head
+            else self.lm_head.kernel[...]
+        )
+        return jnp.einsum(
+            "btd,dv->btv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )

@@ -1,0 +1,135 @@
+"""Llama and T5 compute what transformers computes, on random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from blip2_jax.models.llama import Llama
+from blip2_jax.models.t5 import T5
+from blip2_jax.weights import huggingface
+
+
+def load(kind, theirs, folder):
+    """Our model with transformers' weights, by way of a folder."""
+    theirs.save_pretrained(folder)
+    sizes = huggingface.llm_config(str(folder))
+    make = lambda: kind(sizes, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
+    abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make)))
+    params = huggingface.load(str(folder), sizes, abstract)
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(make)), params)
+
+
+def shake(model):
+    """Norms are not left at one."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model.eval()
+
+
+LLAMAS = {
+    "plain": {},
+    "grouped": {"num_key_value_heads": 2},
+    "head dim 24": {"head_dim": 24, "num_key_value_heads": 1},
+    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16, "rope_theta": 5e5,
+        }
+    },
+    "tied": {"tie_word_embeddings": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_llama_logits_equal_transformers(name, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **{
+            "vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "initializer_range": 0.15, "max_position_embeddings": 64,
+            **LLAMAS[name],
+        }
+    )  # fmt: skip
+    theirs = shake(transformers.LlamaForCausalLM(config))
+    ours = load(Llama, theirs, tmp_path)
+    ids = np.random.default_rng(0).integers(3, 61, (3, 30))
+    mask = np.ones_like(ids)
+    mask[1, :6] = 0
+    mask[2, -6:] = 0
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    with torch.no_grad():
+        want = theirs(
+            torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            position_ids=torch.tensor(positions),
+        ).logits.numpy()
+    hidden, _ = ours(ours.embed(jnp.asarray(ids)), jnp.asarray(mask))
+    got = np.asarray(ours.logits(hidden))
+    np.testing.assert_allclose(got[mask > 0], want[mask > 0], atol=1e-4)
+
+    cache = ours.init_cache(3, 30)
+    parts = []
+    for start, end in ((0, 20), (20, 21), (21, 30)):
+        embeds = ours.embed(jnp.asarray(ids[:, start:end]))
+        hidden, cache = ours(embeds, jnp.asarray(mask), cache=cache, offset=start)
+        parts.append(hidden)
+    stepped = np.asarray(ours.logits(jnp.concatenate(parts, axis=1)))
+    np.testing.assert_allclose(stepped[mask > 0], got[mask > 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_t5_logits_equal_transformers(activation, tied, tmp_path):
+    """Also past the farthest bucket (128), with padding, and step by step with a cache."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=61, d_model=48, d_kv=12, d_ff=80, num_layers=2, num_decoder_layers=3,
+        num_heads=4, feed_forward_proj="gated-gelu", dense_act_fn=activation,
+        tie_word_embeddings=tied, dropout_rate=0.0, initializer_factor=1.0,
+    )  # fmt: skip
+    theirs = transformers.T5ForConditionalGeneration(config)
+    if not tied:  # transformers 5 ties at construction whatever the config says
+        theirs.lm_head.weight = torch.nn.Parameter(torch.randn(61, 48) * 0.5)
+    theirs = shake(theirs)
+    ours = load(T5, theirs, tmp_path)
+    rng = np.random.default_rng(0)
+    ids, mask = rng.integers(3, 61, (2, 150)), np.ones((2, 150), int)
+    mask[1, 100:] = 0
+    targets = rng.integers(3, 61, (2, 140))
+    with torch.no_grad():
+        want = theirs(
+            torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            decoder_input_ids=torch.tensor(targets),
+        ).logits.numpy()
+
+    encoded = ours.encode(ours.embed(jnp.asarray(ids)), jnp.asarray(mask))
+    encoder_kv = ours.encoder_keys_values(encoded)
+    ones = jnp.ones(targets.shape, jnp.int32)
+    hidden, _ = ours.decode(ours.embed(jnp.asarray(targets)), ones, encoder_kv, jnp.asarray(mask))
+    got = np.asarray(ours.logits(hidden))
+    np.testing.assert_allclose(got, want, atol=1e-4 * max(1.0, np.abs(want).max()))
+
+    step = jax.jit(
+        lambda e, cache, offset: ours.decode(
+            e, ones, encoder_kv, jnp.asarray(mask), cache=cache, offset=offset
+        )
+    )
+    cache, parts = ours.init_cache(2, 140), []
+    for start, end in ((0, 130), (130, 131), (131, 132)):
+        hidden, cache = step(ours.embed(jnp.asarray(targets[:, start:end])), cache, start)
+        parts.append(hidden)
+    stepped = np.asarray(ours.logits(jnp.concatenate(parts, axis=1)))
+    np.testing.assert_allclose(stepped, got[:, :132], atol=1e-4)
+
+
+def test_other_families_are_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(huggingface.WeightsError, match=r"'mamba'; known: opt, llama, t5"):
+        huggingface.llm_config(str(tmp_path))
