@@ -180,5 +180,6 @@ def save(folder: Path, sizes: Any, params: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "model.safetensors.partial"
     save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)  # the library makes it the owner's alone; others of a team read it too
     temporary.rename(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
