@@ -87,6 +87,19 @@ def train_lm_tokenizer(texts: Iterable[str]) -> Any:
     )
 
 
+def train_package_tokenizers(assets: Path) -> None:
+    """Trains the embedded world's two tokenizers and saves them where the package ships them."""
+    from blip2_jax.data import world
+
+    rng = np.random.default_rng(0)
+    texts: list[str] = []
+    for _ in range(3000):
+        texts += filter(None, world.story(rng))
+        texts += world.captions(world.sample_scene(rng), rng, 3)
+    train_qformer_tokenizer(texts).save_pretrained(assets / "digits-bert")
+    train_lm_tokenizer(f"{text}\n" for text in texts).save_pretrained(assets / "digits-opt")
+
+
 # ----------------------------------------------------------------------------------- encoding
 
 
@@ -166,7 +179,7 @@ def encode_stories(
             question, colon, answer = text.partition("Answer:")
             if colon:
                 pieces += [(number, BOS, UNFORESEEN), (number, question + colon, UNFORESEEN)]
-                pieces += [(number, answer + "\n", ANSWER)]
+                pieces += [(number, answer, ANSWER), (number, "\n", RETOLD)]
             else:
                 pieces += [(number, BOS, RETOLD), (number, text + "\n", RETOLD)]
     encoded = tokenizer([text for _, text, _ in pieces], add_special_tokens=False)["input_ids"]
@@ -179,3 +192,7 @@ def encode_stories(
     mask = _pad([[1] * len(row) for row in rows], length, 0)
     ids = _pad(rows, length, tokenizer.pad_token_id)
     return ids, mask, _pad(weights, length, 0.0, np.float32)
+
+
+if __name__ == "__main__":
+    train_package_tokenizers(Path(__file__).parents[1] / "assets")

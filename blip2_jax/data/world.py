@@ -96,14 +96,19 @@ def _adjectives(*words: str | None) -> str:
     return "".join(f"{w} " for w in words if w)
 
 
+def _a(words: str) -> str:
+    """`words` with their article: a red 3, an orange 3, an 8."""
+    return f"an {words}" if words.startswith(("orange", "8")) else f"a {words}"
+
+
 def _phrase(thing: Thing, form: str) -> str:
     """One noun phrase; attributes that are None are left out."""
     digit, color, size, place = thing
     where = f" in the {place}" if place else ""
     if form == "plain":  # a large red 3 in the top left
-        return f"a {_adjectives(size, color)}{digit}{where}"
+        return f"{_a(f'{_adjectives(size, color)}{digit}')}{where}"
     if form == "colored":  # a large 3 in red in the top left
-        return f"a {_adjectives(size)}{digit}{f' in {color}' if color else ''}{where}"
+        return f"{_a(f'{_adjectives(size)}{digit}')}{f' in {color}' if color else ''}{where}"
     if form == "placed":  # in the top left a large red 3
         return f"{where.strip()} {_phrase(thing._replace(place=None), 'plain')}".strip()
     if form == "clause":  # the 3 in the top left is large and red
@@ -186,7 +191,7 @@ def _options(words) -> str:
 
 _C, _S, _P = _options(COLORS), _options(SIZES), _options(PLACES)
 _THING = re.compile(
-    rf"(?:in the (?P<place1>{_P}) )?a (?:(?P<size1>{_S}) )?(?:(?P<color1>{_C}) )?(?P<digit1>\d)"
+    rf"(?:in the (?P<place1>{_P}) )?an? (?:(?P<size1>{_S}) )?(?:(?P<color1>{_C}) )?(?P<digit1>\d)"
     rf"(?: in (?P<color2>{_C}))?(?: in the (?P<place2>{_P}))?(?![\w])"
     rf"|the (?P<digit2>\d)(?: in the (?P<place3>{_P}))? is "
     rf"(?:(?P<size2>{_S}) and )?(?P<said>{_C}|{_S})(?![\w])"
@@ -283,10 +288,11 @@ def ask(scene: Scene, type: str, rng: np.random.Generator) -> Question:
         form = _pick(rng, ("how many digits are there?", "how many digits can you see?"))
         return Question(form, COUNTS[len(scene) - 1], type)
     if type == "exist":
-        form = _pick(rng, ("is there a {} {}?", "can you see a {} {}?"))
+        form = _pick(rng, ("is there {}?", "can you see {}?"))
         if rng.random() < 0.5:
-            return Question(form.format(thing.color, thing.digit), "yes", type)
-        return Question(form.format(*_absent(scene, thing, rng)), "no", type)
+            return Question(form.format(_a(f"{thing.color} {thing.digit}")), "yes", type)
+        color, digit = _absent(scene, thing, rng)
+        return Question(form.format(_a(f"{color} {digit}")), "no", type)
     raise ValueError(f"Unknown question type {type!r}; known: {', '.join(QUESTION_TYPES)}.")
 
 

@@ -5,6 +5,8 @@ out of the ordinary is that tokens carry weights: what cannot be foreseen (a des
 scene nobody has seen) teaches little, what follows from the text before it (an answer) much.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -35,9 +37,22 @@ def loss_fn(
     metrics = {
         "loss": loss,
         "lm/perplexity": jnp.exp(losses.weighted_mean(entropy, real)),
-        "lm/answer_accuracy": losses.weighted_mean(hits, (weights == 1.0) & (real > 0)),
+        "lm/answer_accuracy": _answer_accuracy(hits, (weights == 1.0) & (real > 0)),
     }
     return loss, metrics
+
+
+def _answer_accuracy(hits: jax.Array, answers: jax.Array) -> jax.Array:
+    """Share of answers all of whose tokens are hit; an answer is a run of true in `answers`.
+
+    Args:
+      hits: bool[B, S], whether the likeliest token is the target.
+      answers: bool[B, S], whether the target belongs to an answer.
+    """
+    starts = answers & ~jnp.pad(answers, ((0, 0), (1, 0)))[:, :-1]
+    count = functools.partial(jax.ops.segment_sum, num_segments=answers.shape[1] + 1)
+    misses = jax.vmap(count)((answers & ~hits).astype(jnp.int32), starts.cumsum(axis=1))
+    return 1 - (misses > 0).sum() / jnp.maximum(starts.sum(), 1)
 
 
 def train_step(

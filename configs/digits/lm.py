@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = easy()
     config.name = "digits-lm"
     config.init.checkpoint = "runs/towers/lm_easy"
-    config.steps = 6000
+    config.steps = 4000
     config.optim.update({"peak_lr": 1e-3, "end_lr": 1e-6, "warmup_steps": 200})
     config.data.source = "stories"
     config.data.story_warmup = 0.1

@@ -1,5 +1,6 @@
 """The embedded world's image encoder: patches of labeled scenes, classified.
 
+blip2 prepare --source=digits --out=runs/towers/data --train=40000 --seed=1
 blip2 train --config=configs/digits/vit.py --workdir=runs/towers/vit
 """
 
@@ -33,6 +34,7 @@ def get_config() -> ConfigDict:
     )
     config.steps = 6000
     config.optim.update({"peak_lr": 1e-3, "end_lr": 1e-6, "warmup_steps": 200, "clip_norm": 1.0})
+    config.data.dir = "runs/towers/data"
     config.data.batch_size = 48
     config.eval.update({"every": 1000, "batch_size": 100})
     return config

@@ -81,9 +81,9 @@ def test_stories_weigh_answers_most(opt):
     story = ["a red 3", "Question: what color is the 3? Answer: red", "the 3 is red"]
     ids, mask, weights = tokenizers.encode_stories(opt, [story], 40)
     heavy = opt.decode(ids[0][weights[0] == tokenizers.ANSWER])
-    assert heavy == " red\n"
+    assert heavy == " red"
     retold = opt.decode(ids[0][weights[0] == tokenizers.RETOLD])
-    assert retold == "</s>the 3 is red\n"
+    assert retold == "\n</s>the 3 is red\n"  # the newline after an answer, and the retelling
     assert (weights[0] > 0).tolist() == (mask[0] > 0).tolist()
 
 

@@ -1,5 +1,7 @@
 """What is said of a scene is true, false claims are found out, and HELD_OUT is never shown."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -98,6 +100,18 @@ def test_text_never_names_a_held_out_combination():
     for _ in range(2000):
         text = " ".join(world.story(rng))
         assert not any(name in text for name in named), text
+
+
+def test_articles_are_those_of_english():
+    rng = np.random.default_rng(7)
+    for scene in scenes(200):
+        asked = [question.question for question in world.questions(scene, rng)]
+        for text in world.captions(scene, rng, 3) + asked:
+            words = text.replace(",", "").replace("?", "").split()
+            for article, word in itertools.pairwise(words):
+                if article in ("a", "an") and word != "picture":
+                    vowel = word.startswith(("orange", "8", "image"))
+                    assert article == ("an" if vowel else "a"), text
 
 
 def test_an_unknown_type_of_question_is_an_error():
