@@ -1,13 +1,18 @@
 """Turn weights from one format into another.
 
+  blip2 convert Salesforce/blip2-opt-2.7b runs/native --to=native --dtype=bfloat16
+  blip2 convert runs/stage2 exported/blip2 --to=huggingface
+  blip2 convert blip2_pretrained.pth exported/itm --to=huggingface --vit=eva_vit_g.pth
+  blip2 convert exported/blip2 blip2.pth --to=lavis
   blip2 convert runs/towers/lm blip2_jax/assets/digits-opt --to=huggingface
 
-SRC is the workdir of a finished run that pre-trained a tower (an image encoder or a language
-model); DST becomes a folder that transformers loads: config.json and model.safetensors.
+SRC is a Hugging Face folder, a LAVIS .pth, a native folder or the workdir of a finished run (of
+BLIP-2, or of a tower's own pre-training). What SRC does not hold (a LAVIS file has no language
+model and often no image encoder) is named beside it. Nothing is lost on the way: values keep their
+bits unless --dtype asks otherwise, and what a format has no place for is said.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +20,94 @@ import jax
 import jax.numpy as jnp
 
 from blip2_jax import cli, recipe
-from blip2_jax.models.opt import OPTConfig
+from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.vit import ViTConfig
 from blip2_jax.runtime import state as states
-from blip2_jax.weights import huggingface
+from blip2_jax.weights import checkpoint, huggingface, lavis, transfer
+from blip2_jax.weights.files import WeightsError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="a finished run's workdir")
-    parser.add_argument("target", metavar="DST", help="folder to write")
-    parser.add_argument("--to", required=True, choices=["huggingface"], help="the format of DST")
+    parser.add_argument("source", metavar="SRC", help="what to convert (see above)")
     parser.add_argument(
-        "--dtype",
-        default="bfloat16",
-        choices=["bfloat16", "float32"],
-        help="of the written tensors (default: bfloat16, which frozen towers are kept in)",
+        "target", metavar="DST", help="folder, or for --to=lavis the .pth, to write"
     )
+    parser.add_argument("--to", required=True, choices=["huggingface", "lavis", "native"])
+    parser.add_argument("--vit", default="", help="the image encoder's folder or .pth")
+    parser.add_argument("--llm", default="", help="the language model's folder")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of what is written (as in SRC)"
+    )
+    parser.add_argument(
+        "--without_vit",
+        action="store_true",
+        help="--to=lavis: leave the image encoder out, as official pre-trained files do",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="say what would go where, and stop")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = cli.parse(__doc__, argv, add_arguments, config=False)
-    return convert(Path(args.source), Path(args.target), jnp.dtype(args.dtype))
+    try:
+        return convert(args)
+    except WeightsError as error:
+        raise SystemExit(f"blip2 convert: {error}") from error
 
 
-def convert(source: Path, target: Path, dtype: Any) -> int:
-    """Writes the tower of a finished run as a Hugging Face folder; returns the exit code."""
-    run, params = recipe.load_params(source)
-    sizes = run.model_config
-    if isinstance(sizes, OPTConfig):
-        name = "llm"
-    elif isinstance(sizes, ViTConfig):
-        name = "vit"
+def convert(args: argparse.Namespace) -> int:
+    """Converts; returns the exit code."""
+    target, dtype = Path(args.target), args.dtype and jnp.dtype(args.dtype)
+    if (Path(args.source) / "done.json").is_file():
+        config, params, companions = _of_run(Path(args.source))
+        if not isinstance(config, Blip2Config):
+            return _write_tower(args, config, params, dtype)
     else:
-        raise SystemExit(
-            f"blip2 convert: {source} trained {run.config.stage.name}, which is no tower; "
-            "name the workdir of a pretrain_vit or pretrain_lm run."
-        )
-    tower = jax.tree.map(lambda x: x.astype(dtype), params[name])
-    huggingface.save(target, sizes, tower)
-    report = {"fingerprint": states.fingerprint(tower), "parameters": _count(tower)}
-    print(f"{target}: {json.dumps(report)}")
+        found = checkpoint.open_checkpoint(args.source, vit=args.vit, llm=args.llm)
+        config, companions = found.config, found.companions
+        abstract = found.abstract()
+        for planned, share in found.plans(abstract):
+            print(transfer.summary(planned, share))
+        if args.dry_run:
+            return 0
+        params = found.load(abstract, progress="reading")
+    if dtype is not None:
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    if args.dry_run:
+        return 0
+    if args.to == "huggingface":
+        huggingface.save_blip2(target, config, params, companions=companions)
+    elif args.to == "lavis":
+        lavis.save(target, config, params, with_vit=not args.without_vit)
+        if "llm" in params:
+            print(f"The language model is not in {target}: LAVIS loads it from its own folder.")
+    else:
+        checkpoint.save_native(target, config, params, companions=companions)
+    size = transfer.num_bytes(params) / 1e9
+    print(f"{target}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {size:.2f} GB.")
     return 0
 
 
-def _count(tree: Any) -> int:
-    return sum(x.size for x in jax.tree.leaves(tree))
+def _of_run(workdir: Path) -> tuple[Any, Any, Path | None]:
+    """Sizes, all parameters and the tokenizer's folder of a finished run."""
+    run, trained = recipe.load_params(workdir)
+    frozen, _ = run.load_frozen()
+    source = run.config.model.llm.source if "llm" in frozen else ""
+    companions = huggingface.find(source) if source else None
+    return run.model_config, {**frozen, **trained}, companions
+
+
+def _write_tower(args: argparse.Namespace, sizes: Any, params: Any, dtype: Any) -> int:
+    """Writes what a run of `pretrain_vit` or `pretrain_lm` trained."""
+    if args.to != "huggingface":
+        raise WeightsError(f"{args.source} holds a tower; towers are written --to=huggingface.")
+    name = "vit" if isinstance(sizes, ViTConfig) else "llm"
+    # Frozen towers are kept in bfloat16, and their fingerprint is of that.
+    tower = jax.tree.map(lambda x: x.astype(dtype or jnp.bfloat16), params[name])
+    count = sum(x.size for x in jax.tree.leaves(tower))
+    if not args.dry_run:
+        huggingface.save(Path(args.target), sizes, tower)
+    print(f"{args.target}: {count:,} parameters, fingerprint {states.fingerprint(tower)}.")
+    return 0
 
 
 if __name__ == "__main__":

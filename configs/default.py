@@ -61,6 +61,8 @@ def get_config() -> ConfigDict:
             "attention_bias": "qvo",
             "patch_bias": True,
             "pre_norm": False,
+            # How positions are resampled for another image_size than the source's; CLIP: True.
+            "align_corners": False,
             "remat": "none",
         }
     )

@@ -17,7 +17,7 @@ ALLOWED = {
     "data": set(),
     "evals": set(),
     "stages": {"models", "runtime"},
-    "weights": {"models"},
+    "weights": {"models", "runtime"},
     "inference": {"models", "data"},
     "cli": {"runtime"},
     "report": set(),

@@ -24,6 +24,7 @@ from blip2_jax.models.qformer import (
     key_mask,
     multimodal_causal_mask,
 )
+from blip2_jax.models.t5 import T5, T5Config
 from blip2_jax.models.vit import ViT, ViTConfig
 
 AXES = (
@@ -35,8 +36,9 @@ AXES = (
     (r"^(vision_proj|text_proj|itm_head|language_projection)/bias$", (None,)),
 )
 
-# Every decoder-only LLM offers embed, init_cache, __call__ and logits as `opt.OPT` does.
-LLMS = {OPTConfig: OPT, LlamaConfig: Llama}
+LLMConfig = OPTConfig | LlamaConfig | T5Config
+
+LLMS = {OPTConfig: OPT, LlamaConfig: Llama, T5Config: T5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Blip2Config:
 
     vit: ViTConfig = ViTConfig()
     qformer: QFormerConfig = QFormerConfig()
-    llm: OPTConfig | LlamaConfig | None = None
+    llm: LLMConfig | None = None
+    # The Q-Former of a model with an LLM reads the question too (VQA fine-tuning, InstructBLIP).
+    qformer_reads_prompt: bool = False
     projection_dim: int = 256  # of the image-text contrastive features
     initial_temperature: float = 0.07  # ITC's, learned (LAVIS `blip2_qformer.py`)
     ln_vision_eps: float = 1e-5  # LAVIS; Hugging Face uses its encoder's 1e-6 here too
@@ -65,7 +69,8 @@ class Blip2(nnx.Module):
         self.query_tokens = nnx.Param(
             normal(0.02)(rngs.params(), (1, config.qformer.num_query_tokens, width))
         )
-        self.qformer = QFormer(config.qformer, text=config.llm is None, dtype=dtype, rngs=rngs)
+        text = config.llm is None or config.qformer_reads_prompt
+        self.qformer = QFormer(config.qformer, text=text, dtype=dtype, rngs=rngs)
 
     def encode_images(self, images: jax.Array) -> jax.Array:
         """uint8[B, H, W, 3] -> float[B, N, D_image]; no gradient enters a frozen encoder."""
@@ -88,6 +93,20 @@ class Blip2(nnx.Module):
           float[B, Q, D], and the self-attention keys and values that ITG continues from.
         """
         return self.qformer(self.queries(image_kv[0].shape[1]), image_kv=image_kv, key=key)
+
+    def query_image_and_text(
+        self, image_kv: KeysValues, ids: jax.Array, mask: jax.Array, key: jax.Array | None = None
+    ) -> jax.Array:
+        """The same where queries and text see each other: float[B, Q, D], of the queries."""
+        num_queries = self.config.qformer.num_query_tokens
+        hidden, _ = self.qformer(
+            self.queries(len(ids)),
+            ids,
+            image_kv=image_kv,
+            mask=key_mask(mask, num_queries),
+            key=key,
+        )
+        return hidden[:, :num_queries]
 
     def attention_maps(self, images: jax.Array) -> jax.Array:
         """Where each query looks, in the last layer that looks, averaged over heads.
@@ -129,15 +148,8 @@ class Blip2Stage1(Blip2):
         self, image_kv: KeysValues, ids: jax.Array, mask: jax.Array, key: jax.Array | None = None
     ) -> jax.Array:
         """ITM: queries and text see each other; float32[B, 2], index 1 means that they match."""
-        num_queries = self.config.qformer.num_query_tokens
-        hidden, _ = self.qformer(
-            self.queries(len(ids)),
-            ids,
-            image_kv=image_kv,
-            mask=key_mask(mask, num_queries),
-            key=key,
-        )
-        return self.itm_head(hidden[:, :num_queries]).astype(jnp.float32).mean(axis=1)
+        hidden = self.query_image_and_text(image_kv, ids, mask, key)
+        return self.itm_head(hidden).astype(jnp.float32).mean(axis=1)
 
     def generate_logits(
         self, past: KeysValues, ids: jax.Array, mask: jax.Array, key: jax.Array | None = None
@@ -160,10 +172,34 @@ class Blip2Stage2(Blip2):
         )
         self.llm = LLMS[type(config.llm)](config.llm, dtype=dtype, rngs=rngs)
 
-    def visual_prompt(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """uint8[B, H, W, 3] -> float[B, Q, D_llm]: the image, as the LLM reads it."""
+    def visual_prompt(
+        self,
+        images: jax.Array,
+        text: tuple[jax.Array, jax.Array] | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The image, as the LLM reads it.
+
+        Args:
+          images: uint8[B, H, W, 3].
+          text: ids and mask, int32[B, T], of what the queries read together with the image; given
+            if and only if the model's `qformer_reads_prompt`.
+          key: randomness for dropout, or None.
+
+        Returns:
+          float[B, Q, D_llm].
+        """
+        if (text is not None) != self.config.qformer_reads_prompt:
+            raise ValueError(
+                "This model's Q-Former reads the prompt's text too; give it."
+                if text is None
+                else "This model's Q-Former reads no text; leave it out."
+            )
         image_kv = self.qformer.image_keys_values(self.encode_images(images))
-        output, _ = self.query_image(image_kv, key)
+        if text is None:
+            output, _ = self.query_image(image_kv, key)
+        else:
+            output = self.query_image_and_text(image_kv, *text, key)
         return self.language_projection(output)
 
     def language_logits(
@@ -172,23 +208,28 @@ class Blip2Stage2(Blip2):
         ids: jax.Array,
         mask: jax.Array,
         key: jax.Array | None = None,
+        *,
+        prefix: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
         """Scores of the text that follows a visual prompt.
 
         Args:
           prompt: float[B, Q, D_llm].
-          ids, mask: int32[B, T], text with padding on either side.
+          ids, mask: int32[B, T], the text. An encoder-decoder's decoder reads it.
           key: randomness for the LLM's dropout, or None.
+          prefix: ids and mask, int32[B, P], of text between the two that is not scored (T5's
+            prefix: its encoder reads it after the visual prompt).
 
         Returns:
           float32[B, T, V]: position t holds the scores of token t, given the prompt and the
           tokens before it.
         """
-        num_queries = prompt.shape[1]
-        embeds = jnp.concatenate([prompt, self.llm.embed(ids).astype(prompt.dtype)], axis=1)
-        full_mask = jnp.pad(mask, ((0, 0), (num_queries, 0)), constant_values=1)
-        hidden, _ = self.llm(embeds, full_mask, key=key)
-        return self.llm.logits(hidden[:, num_queries - 1 : -1])
+        prompt_mask = jnp.ones(prompt.shape[:2], mask.dtype)
+        if prefix is not None:
+            embeds = self.llm.embed(prefix[0]).astype(prompt.dtype)
+            prompt = jnp.concatenate([prompt, embeds], axis=1)
+            prompt_mask = jnp.concatenate([prompt_mask, prefix[1]], axis=1)
+        return self.llm.score(prompt, prompt_mask, ids, mask, key=key)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from blip2_jax.models.language import DecoderOnly
 from blip2_jax.models.layers import (
     Attention,
     GatedMLP,
@@ -125,7 +126,7 @@ class LlamaBlock(nnx.Module):
         return x + self.mlp(self.post_attention_norm(x)), cache
 
 
-class Llama(nnx.Module):
+class Llama(DecoderOnly):
     """The language model: embeddings in, hidden states or logits out."""
 
     def __init__(self, config: LlamaConfig, *, dtype: Any = None, rngs: nnx.Rngs):

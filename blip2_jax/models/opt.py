@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from blip2_jax.models.language import DecoderOnly
 from blip2_jax.models.layers import (
     MLP,
     Attention,
@@ -86,7 +87,7 @@ def _sinusoids(amplitude: float):
     return init
 
 
-class OPT(nnx.Module):
+class OPT(DecoderOnly):
     """The language model: embeddings in, hidden states or logits out."""
 
     def __init__(self, config: OPTConfig, *, dtype: Any = None, rngs: nnx.Rngs):

@@ -231,6 +231,33 @@ class T5(nnx.Module):
         x, cache = self.decoder(step, x, (encoder_kv, cache), key=k_layers)
         return dropout(self.decoder_norm(x), self.config.dropout, k_out), cache
 
+    def score(
+        self,
+        prompt: jax.Array,
+        prompt_mask: jax.Array,
+        ids: jax.Array,
+        mask: jax.Array,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Scores of the text that answers a prompt: the encoder reads one, the decoder the other.
+
+        Arguments and result as in `language.DecoderOnly.score`; the text is padded on the right.
+        """
+        k_encoder, k_decoder = split_key(key, 2)
+        encoded = self.encode(prompt, prompt_mask, key=k_encoder)
+        start = jnp.full_like(ids[:, :1], self.config.decoder_start_id)
+        shifted = jnp.concatenate([start, ids[:, :-1]], axis=1)
+        seen = jnp.concatenate([jnp.ones_like(mask[:, :1]), mask[:, :-1]], axis=1)
+        hidden, _ = self.decode(
+            self.embed(shifted),
+            seen,
+            self.encoder_keys_values(encoded),
+            prompt_mask,
+            key=k_decoder,
+        )
+        return self.logits(hidden)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Next-token scores: float[B, T, D] -> float32[B, T, V]."""
         c = self.config

@@ -42,6 +42,7 @@ class ViTConfig:
     attention_bias: str = "qvo"  # EVA has no key bias; CLIP: "qkvo"
     patch_bias: bool = True  # CLIP: False
     pre_norm: bool = False  # CLIP's ln_pre, on the embeddings
+    align_corners: bool = False  # how positions are resampled for another image size; CLIP: True
     remat: str = "none"
 
     @property

@@ -176,6 +176,10 @@ class Checkpointer:
         merged = ours | dict(flatten_with_names(found["params"]))
         return _nested(merged), len(common), _missing(ours, set(common))
 
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Path -> (shape, dtype) of all that the latest checkpoint holds."""
+        return _shapes(self._manager.item_metadata(self._existing(None))["state"])
+
     def wait(self) -> None:
         """Returns once all that was saved is on disk."""
         self._manager.wait_until_finished()

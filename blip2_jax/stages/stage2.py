@@ -28,7 +28,7 @@ def loss_fn(
     """
     model: Blip2Stage2 = spec.merge(params, frozen)
     k_queries, k_llm = (None, None) if key is None else jax.random.split(key)
-    prompt = model.visual_prompt(batch["image"], k_queries)
+    prompt = model.visual_prompt(batch["image"], key=k_queries)
     logits = model.language_logits(prompt, batch["llm_ids"], batch["llm_mask"], k_llm)
     learned = batch["llm_labels"] >= 0
     targets = jnp.where(learned, batch["llm_labels"], 0)

@@ -1,35 +1,30 @@
-"""Towers from and to Hugging Face folders: `config.json` and safetensors, nothing unpickled.
+"""Hugging Face folders: `config.json` and weights, of towers and of whole BLIP-2 models.
 
 A folder is named by its path, or by `package:NAME` for the small towers that ship with blip2_jax.
+A tower may also be taken out of a whole model's folder.
 """
 
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
-from safetensors.flax import save_file
 
+from blip2_jax.models.blip2 import Blip2Config, LLMConfig
 from blip2_jax.models.llama import LlamaConfig
 from blip2_jax.models.opt import OPTConfig
-from blip2_jax.models.t5 import T5Config
 from blip2_jax.models.vit import ViTConfig
-from blip2_jax.weights import configs, tables
-from blip2_jax.weights.configs import LLMConfig, WeightsError
-from blip2_jax.weights.tables import KINDS, Row
+from blip2_jax.weights import configs, files, tables, transfer
+from blip2_jax.weights.files import Tensors, WeightsError
+from blip2_jax.weights.positions import Resized
+from blip2_jax.weights.tables import Table
 
 PACKAGE = "package:"
-
-TABLES = {
-    OPTConfig: tables.opt_rows,
-    LlamaConfig: tables.llama_rows,
-    T5Config: tables.t5_rows,
-    ViTConfig: tables.clip_vision_rows,
-}
+EXTRAS = "stage1_heads.safetensors"  # what `Blip2ForImageTextRetrieval` has no place for
+COMPOSITES = ("blip-2", "instructblip")
 
 
 def find(source: str) -> Path:
@@ -40,7 +35,7 @@ def find(source: str) -> Path:
         known = sorted(p.name for p in assets.iterdir() if p.is_dir()) if assets.is_dir() else []
         hint = f"The package ships: {', '.join(known) or 'none'}."
     else:
-        folder, hint = Path(source), "Give a local folder, as `huggingface-cli download` makes it."
+        folder, hint = Path(source), "Give a local folder, as `hf download` makes it."
     if not (folder / "config.json").is_file():
         raise WeightsError(f"No config.json in {folder} (from {source!r}). {hint}")
     return folder
@@ -55,131 +50,196 @@ def read_config(source: str) -> dict[str, Any]:
         raise WeightsError(f"{path} is not JSON ({error}); download the folder again.") from error
 
 
+# -------------------------------------------------------------------------------------- towers
+
+
 def llm_config(source: str, **overrides: Any) -> LLMConfig:
-    """The language model's sizes, from its `config.json`; see `configs.parse`."""
-    return configs.parse(read_config(source), configs.LLMS, source, **overrides)
+    """The language model's sizes, from its (or a whole model's) `config.json`."""
+    config = read_config(source)
+    if config.get("model_type") in COMPOSITES:
+        config = config.get("text_config") or {}
+    return configs.parse(config, configs.LLMS, source, **overrides)
 
 
 def vit_config(source: str, **overrides: Any) -> ViTConfig:
-    """The image encoder's sizes, from its `config.json`; see `configs.parse`."""
-    return configs.parse(read_config(source), configs.VITS, source, **overrides)
+    """The image encoder's sizes, from its (or a whole model's) `config.json`."""
+    config = read_config(source)
+    if config.get("model_type") in (*COMPOSITES, "clip"):
+        kind = "clip_vision_model" if config["model_type"] == "clip" else "blip_2_vision_model"
+        config = {**(config.get("vision_config") or {}), "model_type": kind}
+    return configs.parse(config, configs.VITS, source, **overrides)
 
 
-def rows_of(sizes: Any) -> tuple[Row, ...]:
+def llm_table(sizes: LLMConfig) -> Table:
+    """The name table of a language model with these sizes."""
+    if isinstance(sizes, OPTConfig):
+        return tables.opt()
+    if isinstance(sizes, LlamaConfig):
+        return tables.llama(sizes.tied_head)
+    return tables.t5(sizes.tied_head)
+
+
+def tower_table(sizes: Any) -> Table:
     """The name table of a tower with these sizes."""
-    return TABLES[type(sizes)]()
+    if isinstance(sizes, ViTConfig):
+        return tables.clip_vision() if configs.is_clip(sizes) else tables.eva()
+    return llm_table(sizes)
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, of a folder with one safetensors file or with shards and an index."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text())["weight_map"]
-        files = {name: folder / file for name, file in names.items()}
-        missing = sorted({str(f) for f in files.values() if not f.is_file()})
-        if missing:
-            raise WeightsError(f"{index} names files that are not there: {', '.join(missing)}.")
-        return files
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise WeightsError(f"No model.safetensors in {folder}; download the folder again.")
-    with _open(single) as tensors:
-        return dict.fromkeys(tensors.keys(), single)
+class Renamed:
+    """Tensors under other names; those without a new name are hidden.
+
+    Args:
+      tensors: the file.
+      names: new name -> name in the file.
+    """
+
+    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
+        self._tensors, self._names = tensors, names
+        self.source = tensors.source
+        self.shapes = {new: tensors.shapes[old] for new, old in names.items()}
+        self.dtypes = {new: tensors.dtypes[old] for new, old in names.items()}
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        return self._tensors.read(self._names[name], index)
 
 
-def _open(path: Path):
-    try:
-        return safe_open(path, "flax")
-    except Exception as error:  # the library's own error names no file
-        raise WeightsError(f"{path} is damaged ({error}); download it again.") from error
+def tower(source: str, sizes: Any) -> tuple[Table, Tensors]:
+    """The name table of a tower, and its tensors under the table's names.
+
+    Who saved a tower decides what stands before its names (`model.`, `vision_model.`, nothing);
+    the table's first name tells, wherever it is found.
+    """
+    table, tensors = tower_table(sizes), files.open_folder(find(source))
+    if read_config(source).get("model_type") in COMPOSITES:
+        prefix = "vision_model." if isinstance(sizes, ViTConfig) else "language_model."
+        inside = {n.removeprefix(prefix): n for n in tensors.shapes if n.startswith(prefix)}
+        # The norm that closes the encoder is `ln_vision`, which is not a part of it here.
+        inside = {new: old for new, old in inside.items() if "post_layernorm" not in new}
+        return table, Renamed(tensors, inside)
+    return table, _fit(table, tensors)
 
 
-def _prefix(files: dict[str, Path], rows: tuple[Row, ...]) -> str:
-    """What this checkpoint puts before the table's names: it depends on who saved it."""
-    first = rows[0].theirs
-    return min((name[: -len(first)] for name in files if name.endswith(first)), key=len, default="")
+def _fit(table: Table, tensors: Tensors) -> Tensors:
+    first = table.rows[0].theirs
+    if first in tensors.shapes:
+        return tensors
+    head, rest = "", first
+    while rest:
+        found = min((n for n in tensors.shapes if n.endswith(rest)), key=len, default=None)
+        if found is not None:
+            prefix = found.removesuffix(rest)
+            names = {
+                head + n.removeprefix(prefix) if n.startswith(prefix) else n: n
+                for n in tensors.shapes
+                if n.startswith(prefix) or n.startswith("lm_head")
+            }
+            return Renamed(tensors, names)
+        part, _, rest = rest.partition(".")
+        head += f"{part}."
+    return tensors  # nothing fits; `transfer.plan` says what is missing
 
 
-def _full_name(prefix: str, row: Row, layer: int) -> str:
-    """A tensor's name in a checkpoint."""
-    name = row.theirs.format(i=layer)
-    return name[1:] if name.startswith("/") else prefix + name
-
-
-def _paths(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
-
-
-def load(source: str, sizes: Any, abstract: Any) -> Any:
+def load(source: str, sizes: Any, abstract: Any, *, progress: str = "") -> Any:
     """Reads a tower into the structure, dtypes and shardings of `abstract`.
-
-    Tensors that no row names (heads and final norms that BLIP-2 drops) and layers beyond the
-    stack's depth (ViT's last block) are left out; a parameter that no tensor fills is an error.
 
     Args:
       source: see `find`.
       sizes: the tower's config, whose type chooses the name table.
       abstract: nested dict of `jax.ShapeDtypeStruct`, with a sharding each or None.
+      progress: title of a progress bar ("": none).
 
     Raises:
       WeightsError: all missing tensors and wrong shapes, reported together.
     """
-    folder = find(source)
-    files = _tensor_files(folder)
-    rows = rows_of(sizes)
-    prefix = _prefix(files, rows)
-    by_path = {row.ours: row for row in rows}
-    problems, loaded = [], {}
-    for path, leaf in _paths(abstract).items():
-        row = by_path.get(path)
-        if row is None:
-            problems.append(f"{path}: the name table has no row for it")
-            continue
-        stacked = "{i}" in row.theirs
-        names = [_full_name(prefix, row, i) for i in range(leaf.shape[0] if stacked else 1)]
-        layers = []
-        for name in names:
-            if name not in files:
-                problems.append(f"{path}: no tensor {name}")
-                continue
-            layers.append(_read(files[name], name, row, leaf.shape[stacked:], problems))
-        if len(layers) == len(names) and all(x is not None for x in layers):
-            array = np.stack(layers) if stacked else layers[0]
-            loaded[path] = jax.device_put(array.astype(leaf.dtype), leaf.sharding)
-    if problems:
-        raise WeightsError(f"{folder} does not fit the model:\n  " + "\n  ".join(problems))
-    return jax.tree_util.tree_map_with_path(
-        lambda p, _: loaded[jax.tree_util.keystr(p, simple=True, separator="/")], abstract
-    )
-
-
-def _read(file: Path, name: str, row: Row, shape: tuple[int, ...], problems: list[str]):
-    with _open(file) as tensors:
-        array = np.asarray(tensors.get_tensor(name))
-    if array.size != np.prod(shape, dtype=int):
-        problems.append(f"{row.ours}: tensor {name} is {array.shape}, ours is {shape} a layer")
-        return None
-    return KINDS[row.kind].load(array, shape)
+    table, tensors = tower(source, sizes)
+    if isinstance(sizes, ViTConfig):
+        tensors = Resized(tensors, sizes)
+    return transfer.load(table, abstract, tensors, progress=progress)
 
 
 def save(folder: Path, sizes: Any, params: Any) -> None:
-    """Writes a tower as `config.json` and `model.safetensors`, in the parameters' dtype."""
-    tensors, leaves = {}, _paths(params)
-    rows = [row for row in rows_of(sizes) if row.ours in leaves]
-    prefix = configs.PREFIXES[type(sizes)]
-    config = {**configs.write(sizes), "dtype": str(next(iter(leaves.values())).dtype)}
-    for row in rows:
-        leaf = np.asarray(leaves.pop(row.ours))
-        layers = leaf if "{i}" in row.theirs else [leaf]
-        for i, layer in enumerate(layers):
-            name = _full_name(prefix, row, i)
-            tensors[name] = jnp.asarray(KINDS[row.kind].save(layer, row.ndim))
-    if leaves:
-        raise WeightsError(f"The name table has no row for {', '.join(sorted(leaves))}.")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "model.safetensors.partial"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # the library makes it the owner's alone; others of a team read it too
-    temporary.rename(folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    """Writes a tower as `config.json` and safetensors, in the parameters' dtype."""
+    dtype = str(jax.tree.leaves(params)[0].dtype)
+    with files.writing(folder, transfer.num_bytes(params)) as draft:
+        files.write_shards(draft, transfer.tensors_of(tower_table(sizes), params))
+        _write_json(draft / "config.json", {**configs.write(sizes), "dtype": dtype})
+
+
+def _write_json(path: Path, document: Any) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------- whole models
+
+
+def blip2_config(source: str) -> Blip2Config:
+    """The sizes of a BLIP-2 or InstructBLIP folder."""
+    return configs.parse_blip2(read_config(source), source)
+
+
+def blip2_table(config: Blip2Config) -> Table:
+    """The name table of the transformers class that holds a model of this form."""
+    frequency = config.qformer.cross_attention_frequency
+    if config.llm is None:
+        return tables.retrieval_hf(frequency)
+    compose = tables.instructblip_hf if config.qformer_reads_prompt else tables.blip2_hf
+    return compose(llm_table(config.llm), frequency)
+
+
+def blip2_parts(source: str, config: Blip2Config) -> list[tuple[Table, Tensors]]:
+    """The tables and tensors that a BLIP-2 folder holds; a second pair for the extra heads."""
+    folder = find(source)
+    parts = [(blip2_table(config), Resized(files.open_folder(folder), config.vit))]
+    if config.llm is None and (folder / EXTRAS).is_file():
+        parts.append((tables.RETRIEVAL_EXTRAS, files.open_safetensors(folder / EXTRAS)))
+    return parts
+
+
+def save_blip2(
+    folder: Path,
+    config: Blip2Config,
+    params: Any,
+    *,
+    companions: Path | None = None,
+    dtype: Any = None,
+) -> None:
+    """Writes a folder that transformers loads: `Blip2ForConditionalGeneration` and its siblings.
+
+    The temperature and the ITG head of a stage-1 model, which transformers has no place for, go
+    into a file beside it that transformers does not read and `blip2_parts` does.
+
+    Args:
+      folder: made, or refused if it holds something.
+      config: the model's sizes.
+      params: all its parameters.
+      companions: a folder whose tokenizer and processor files go along.
+      dtype: of the tensors; by default the parameters' own.
+    """
+    leaves = transfer.leaves_of(params)
+    extra_paths = {p for row in tables.RETRIEVAL_EXTRAS.rows for p in row.ours}
+    main = transfer.tree_of({p: x for p, x in leaves.items() if p not in extra_paths})
+    extra = transfer.tree_of({p: x for p, x in leaves.items() if p in extra_paths})
+    document = configs.write_blip2(config, image_token_index(config, companions))
+    document["dtype"] = str(np.dtype(dtype or leaves["query_tokens"].dtype))
+    with files.writing(folder, transfer.num_bytes(params, dtype)) as draft:
+        files.write_shards(draft, transfer.tensors_of(blip2_table(config), main, dtype))
+        if extra:
+            tensors = dict(transfer.tensors_of(tables.RETRIEVAL_EXTRAS, extra, dtype))
+            files.save_file(tensors, draft / EXTRAS, metadata={"format": "pt"})
+        _write_json(draft / "config.json", document)
+        if companions is not None:
+            files.copy_companions(companions, draft)
+
+
+def image_token_index(config: Blip2Config, companions: Path | None) -> int | None:
+    """Id of the `<image>` placeholder: the companions' if they say, as published otherwise."""
+    if companions is not None and (companions / "config.json").is_file():
+        known = json.loads((companions / "config.json").read_text()).get("image_token_index")
+        if known is not None:
+            return known
+    if config.llm is None:
+        return None
+    # transformers needs it to be a row of the embeddings, though it is never read: the last one.
+    published = {"OPTConfig": 50265, "T5Config": 32100, "LlamaConfig": 32001}
+    return min(published[type(config.llm).__name__], config.llm.vocab_size - 1)

@@ -1,149 +1,471 @@
 """Name tables: which tensor of a published checkpoint is which parameter here.
 
-One table a family, used in both directions. A row pairs a parameter's path with a tensor's name;
-`{i}` is the layer, which here is a leading axis of a stack. How one side's array becomes the
-other's is a `KINDS` entry. Names are those of the bare model; a checkpoint may put a prefix before
-all of them (`model.`, `vision_model.`), and the loader finds out which; a name with a leading
-slash stands outside that prefix.
+One table a family and format, used in both directions. A row pairs a tensor's name with the paths
+of the parameters it holds; `{i}` in a name is the layer, which here is a leading axis of a stack.
+How one side's array becomes the other's is a `KINDS` entry.
 """
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 Array = np.ndarray
+Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How an array is stored: `load` makes ours of theirs, `save` theirs of ours.
+    """How an array is stored.
 
-    Both get the other side's shape, without the stack's leading axes.
+    Attributes:
+      load, save: ours of theirs, and theirs of ours.
+      stored: their shape, of ours.
+      turned: whether slices of ours are slices of theirs with the axes in reverse (True) or in
+        the same order (False); None if a piece of ours cannot be cut out of theirs.
     """
 
-    load: Callable[[Array, tuple[int, ...]], Array]
-    save: Callable[[Array, int], Array]
+    load: Callable[[Array], Array]
+    save: Callable[[Array], Array]
+    stored: Callable[[Shape], Shape]
+    turned: bool | None = None
 
 
-def _conv_to_linear(weight: Array, shape: tuple[int, ...]) -> Array:
-    return weight.transpose(2, 3, 1, 0).reshape(shape)
+def _conv_to_linear(weight: Array) -> Array:
+    """[D, 3, P, P] -> [P * P * 3, D]: rows are a patch's pixels, row by row, RGB innermost."""
+    return weight.transpose(2, 3, 1, 0).reshape(-1, len(weight))
 
 
-def _linear_to_conv(kernel: Array, channels: int = 3) -> Array:
-    side = round((kernel.shape[0] / channels) ** 0.5)
-    return kernel.reshape(side, side, channels, -1).transpose(3, 2, 0, 1)
+def _linear_to_conv(kernel: Array) -> Array:
+    return kernel.reshape(*_conv_shape(kernel.shape)[2:], 3, -1).transpose(3, 2, 0, 1)
+
+
+def _conv_shape(shape: Shape) -> Shape:
+    side = round((shape[0] / 3) ** 0.5)
+    return (shape[1], 3, side, side)
+
+
+def _squeezed(shape: Shape) -> Shape:
+    return tuple(n for n in shape if n != 1)
+
+
+def _same(x):
+    return x
 
 
 KINDS = {
-    "same": Kind(lambda x, shape: x.reshape(shape), lambda x, ndim: x.reshape(x.shape[-ndim:])),
-    "linear": Kind(lambda x, _: x.T, lambda x, _: x.T),  # torch stores [out, in]
-    "patches": Kind(_conv_to_linear, lambda x, _: _linear_to_conv(x)),
+    "same": Kind(_same, _same, _same, turned=False),
+    # torch stores [out, in]
+    "linear": Kind(lambda x: x.T, lambda x: x.T, lambda shape: shape[::-1], turned=True),
+    "patches": Kind(_conv_to_linear, _linear_to_conv, _conv_shape),
+    "class": Kind(lambda x: x[None, None], lambda x: x[0, 0], lambda shape: shape[2:]),
+    "positions": Kind(lambda x: x[None], lambda x: x[0], lambda shape: shape[1:]),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kind of parameter: `ours` a path, `theirs` a tensor name; `ndim` of theirs."""
+    """One kind of tensor.
 
-    ours: str
+    Attributes:
+      theirs: its name.
+      ours: paths of the parameters that it holds, one after the other along its first axis; None
+        is a part that we have no parameter for and that is written as zeros (EVA's key bias).
+      kind: a `KINDS` name.
+      stack: how many leading axes of ours `{i}` counts through (0: there is one such tensor).
+      every: `{i}` goes up by this much from one to the next.
+    """
+
     theirs: str
+    ours: tuple[str | None, ...]
     kind: str = "same"
-    ndim: int = 1
+    stack: int = 0
+    every: int = 1
 
 
-def _linear(ours: str, theirs: str, bias: bool = True) -> tuple[Row, ...]:
-    rows = (Row(f"{ours}/kernel", f"{theirs}.weight", "linear", 2),)
-    return (*rows, Row(f"{ours}/bias", f"{theirs}.bias")) if bias else rows
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """All tensors of a family in a format.
+
+    Attributes:
+      rows: the tensors that hold parameters.
+      copies: tensors that repeat another one, by name: files have them or not, we write none.
+      ignored: regexes of tensors that hold nothing we need (buffers, heads that BLIP-2 drops).
+    """
+
+    rows: tuple[Row, ...]
+    copies: dict[str, str] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    def inside(self, ours: str, theirs: str = "") -> "Table":
+        """This table for a tower that stands inside a model: prefixes for both sides."""
+        rows = tuple(
+            dataclasses.replace(
+                row, theirs=theirs + row.theirs, ours=tuple(p and ours + p for p in row.ours)
+            )
+            for row in self.rows
+        )
+        copies = {theirs + name: theirs + other for name, other in self.copies.items()}
+        return Table(rows, copies, tuple(re.escape(theirs) + p for p in self.ignored))
 
 
-def _norm(ours: str, theirs: str) -> tuple[Row, ...]:
-    return Row(f"{ours}/scale", f"{theirs}.weight"), Row(f"{ours}/bias", f"{theirs}.bias")
+def join(*tables: Table) -> Table:
+    """Several tables as one."""
+    copies = {name: other for table in tables for name, other in table.copies.items()}
+    rows = tuple(row for table in tables for row in table.rows)
+    return Table(rows, copies, tuple(p for table in tables for p in table.ignored))
+
+
+Rows = Iterable[Row]
+
+
+def _linear(ours: str, theirs: str, stack: int = 0, bias: bool = True, every: int = 1) -> list[Row]:
+    rows = [Row(f"{theirs}.weight", (f"{ours}/kernel",), "linear", stack, every)]
+    if bias:
+        rows.append(Row(f"{theirs}.bias", (f"{ours}/bias",), "same", stack, every))
+    return rows
+
+
+def _norm(ours: str, theirs: str, stack: int = 0, bias: bool = True, every: int = 1) -> list[Row]:
+    rows = [Row(f"{theirs}.weight", (f"{ours}/scale",), "same", stack, every)]
+    if bias:
+        rows.append(Row(f"{theirs}.bias", (f"{ours}/bias",), "same", stack, every))
+    return rows
 
 
 def _embedding(ours: str, theirs: str) -> Row:
-    return Row(f"{ours}/embedding", f"{theirs}.weight", ndim=2)
+    return Row(f"{theirs}.weight", (f"{ours}/embedding",))
 
 
-def opt_rows() -> tuple[Row, ...]:
+def _qkv(ours: str, leaf: str, without: str = "") -> tuple[str | None, ...]:
+    """The three parts of a fused projection."""
+    return tuple(None if n in without else f"{ours}/{n}_proj/{leaf}" for n in "qkv")
+
+
+# ----------------------------------------------------------------------------- language models
+
+
+def opt() -> Table:
     """`OPTForCausalLM`."""
-    ours, theirs = "layers/blocks", "decoder.layers.{i}"
+    ours, theirs = "layers/blocks", "model.decoder.layers.{i}"
     rows = [
-        _embedding("embed_tokens", "decoder.embed_tokens"),
-        _embedding("embed_positions", "decoder.embed_positions"),
-        *_norm("final_layer_norm", "decoder.final_layer_norm"),
+        _embedding("embed_tokens", "model.decoder.embed_tokens"),
+        _embedding("embed_positions", "model.decoder.embed_positions"),
+        *_norm("final_layer_norm", "model.decoder.final_layer_norm"),
     ]
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        rows += _linear(f"{ours}/self_attn/{name}", f"{theirs}.self_attn.{name}")
+        rows += _linear(f"{ours}/self_attn/{name}", f"{theirs}.self_attn.{name}", 1)
     for name in ("self_attn_layer_norm", "final_layer_norm"):
-        rows += _norm(f"{ours}/{name}", f"{theirs}.{name}")
+        rows += _norm(f"{ours}/{name}", f"{theirs}.{name}", 1)
     for name in ("fc1", "fc2"):
-        rows += _linear(f"{ours}/mlp/{name}", f"{theirs}.{name}")
-    return tuple(rows)
+        rows += _linear(f"{ours}/mlp/{name}", f"{theirs}.{name}", 1)
+    return Table(tuple(rows), {"lm_head.weight": "model.decoder.embed_tokens.weight"})
 
 
-def _scale(ours: str, theirs: str) -> Row:
-    return Row(f"{ours}/scale", f"{theirs}.weight")
-
-
-def llama_rows() -> tuple[Row, ...]:
-    """`LlamaForCausalLM`; a tied head has no row's parameter and is left out."""
-    ours, theirs = "layers/blocks", "layers.{i}"
+def llama(tied_head: bool = False) -> Table:
+    """`LlamaForCausalLM`."""
+    ours, theirs = "layers/blocks", "model.layers.{i}"
     rows = [
-        _embedding("embed_tokens", "embed_tokens"),
-        _scale("norm", "norm"),
-        *_linear("lm_head", "/lm_head", bias=False),
-        _scale(f"{ours}/input_norm", f"{theirs}.input_layernorm"),
-        _scale(f"{ours}/post_attention_norm", f"{theirs}.post_attention_layernorm"),
+        _embedding("embed_tokens", "model.embed_tokens"),
+        *_norm("norm", "model.norm", bias=False),
+        *_norm(f"{ours}/input_norm", f"{theirs}.input_layernorm", 1, bias=False),
+        *_norm(f"{ours}/post_attention_norm", f"{theirs}.post_attention_layernorm", 1, bias=False),
     ]
     for name, part in zip("qkvo", ("q_proj", "k_proj", "v_proj", "out_proj"), strict=True):
-        rows += _linear(f"{ours}/self_attn/{part}", f"{theirs}.self_attn.{name}_proj", bias=False)
+        attention = f"{theirs}.self_attn.{name}_proj"
+        rows += _linear(f"{ours}/self_attn/{part}", attention, 1, bias=False)
     for name in ("gate", "up", "down"):
-        rows += _linear(f"{ours}/mlp/{name}", f"{theirs}.mlp.{name}_proj", bias=False)
-    return tuple(rows)
+        rows += _linear(f"{ours}/mlp/{name}", f"{theirs}.mlp.{name}_proj", 1, bias=False)
+    ignored = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+    if tied_head:
+        return Table(tuple(rows), {"lm_head.weight": "model.embed_tokens.weight"}, ignored)
+    rows += _linear("lm_head", "lm_head", bias=False)
+    return Table(tuple(rows), ignored=ignored)
 
 
-def t5_rows() -> tuple[Row, ...]:
+def t5(tied_head: bool = False) -> Table:
     """`T5ForConditionalGeneration`, v1.1."""
-    rows = [
-        _embedding("embed_tokens", "shared"),
-        *_linear("lm_head", "lm_head", bias=False),
-    ]
+    rows = [_embedding("embed_tokens", "shared")]
+    copies = {f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")}
+    if tied_head:
+        copies["lm_head.weight"] = "shared.weight"
+    else:
+        rows += _linear("lm_head", "lm_head", bias=False)
     parts = ("q_proj", "k_proj", "v_proj", "out_proj")
     for side, feed_forward in (("encoder", 1), ("decoder", 2)):
         ours, theirs = f"{side}/blocks", f"{side}.block.{{i}}.layer"
         first = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias"
         rows += [
             _embedding(f"{side}_relative_bias", first),
-            _scale(f"{side}_norm", f"{side}.final_layer_norm"),
-            _scale(f"{ours}/self_attn_norm", f"{theirs}.0.layer_norm"),
-            _scale(f"{ours}/mlp_norm", f"{theirs}.{feed_forward}.layer_norm"),
+            *_norm(f"{side}_norm", f"{side}.final_layer_norm", bias=False),
+            *_norm(f"{ours}/self_attn_norm", f"{theirs}.0.layer_norm", 1, bias=False),
+            *_norm(f"{ours}/mlp_norm", f"{theirs}.{feed_forward}.layer_norm", 1, bias=False),
         ]
         for name, part in zip("qkvo", parts, strict=True):
-            self_attention = f"{theirs}.0.SelfAttention.{name}"
-            rows += _linear(f"{ours}/self_attn/{part}", self_attention, bias=False)
+            attention = f"{theirs}.0.SelfAttention.{name}"
+            rows += _linear(f"{ours}/self_attn/{part}", attention, 1, bias=False)
         for name, part in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
             dense = f"{theirs}.{feed_forward}.DenseReluDense.{name}"
-            rows += _linear(f"{ours}/mlp/{part}", dense, bias=False)
-    rows.append(_scale("decoder/blocks/cross_attn_norm", "decoder.block.{i}.layer.1.layer_norm"))
+            rows += _linear(f"{ours}/mlp/{part}", dense, 1, bias=False)
+    ours, theirs = "decoder/blocks", "decoder.block.{i}.layer.1"
+    rows += _norm(f"{ours}/cross_attn_norm", f"{theirs}.layer_norm", 1, bias=False)
     for name, part in zip("qkvo", parts, strict=True):
-        cross = f"decoder.block.{{i}}.layer.1.EncDecAttention.{name}"
-        rows += _linear(f"decoder/blocks/cross_attn/{part}", cross, bias=False)
-    return tuple(rows)
+        attention = f"{theirs}.EncDecAttention.{name}"
+        rows += _linear(f"{ours}/cross_attn/{part}", attention, 1, bias=False)
+    # Files of before 2022 hold an unused bias of the decoder's attention to the encoder.
+    unused = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+    return Table(tuple(rows), copies, (unused,))
 
 
-def clip_vision_rows() -> tuple[Row, ...]:
+# ------------------------------------------------------------------------------ image encoders
+
+
+def clip_vision() -> Table:
     """`CLIPVisionModel`; its `post_layernorm` has no part in BLIP-2."""
     ours, theirs = "layers/blocks", "encoder.layers.{i}"
     rows = [
-        Row("cls_token", "embeddings.class_embedding"),
-        Row("pos_embed", "embeddings.position_embedding.weight", ndim=2),
-        Row("patch_embed/kernel", "embeddings.patch_embedding.weight", "patches", 4),
+        Row("embeddings.class_embedding", ("cls_token",), "class"),
+        Row("embeddings.position_embedding.weight", ("pos_embed",), "positions"),
+        Row("embeddings.patch_embedding.weight", ("patch_embed/kernel",), "patches"),
         *_norm("ln_pre", "pre_layrnorm"),  # spelled so in the checkpoints
     ]
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        rows += _linear(f"{ours}/attn/{name}", f"{theirs}.self_attn.{name}")
+        rows += _linear(f"{ours}/attn/{name}", f"{theirs}.self_attn.{name}", 1)
     for number in (1, 2):
-        rows += _norm(f"{ours}/norm{number}", f"{theirs}.layer_norm{number}")
-        rows += _linear(f"{ours}/mlp/fc{number}", f"{theirs}.mlp.fc{number}")
-    return tuple(rows)
+        rows += _norm(f"{ours}/norm{number}", f"{theirs}.layer_norm{number}", 1)
+        rows += _linear(f"{ours}/mlp/fc{number}", f"{theirs}.mlp.fc{number}", 1)
+    return Table(tuple(rows), ignored=(r"post_layernorm\..*", r"embeddings\.position_ids"))
+
+
+def lavis_clip() -> Table:
+    """LAVIS's `clip_vit.py`: OpenAI's own names."""
+    ours, theirs = "layers/blocks", "transformer.resblocks.{i}"
+    rows = [
+        Row("class_embedding", ("cls_token",), "class"),
+        Row("positional_embedding", ("pos_embed",), "positions"),
+        Row("conv1.weight", ("patch_embed/kernel",), "patches"),
+        *_norm("ln_pre", "ln_pre"),
+        Row(f"{theirs}.attn.in_proj_weight", _qkv(f"{ours}/attn", "kernel"), "linear", 1),
+        Row(f"{theirs}.attn.in_proj_bias", _qkv(f"{ours}/attn", "bias"), "same", 1),
+        *_linear(f"{ours}/attn/out_proj", f"{theirs}.attn.out_proj", 1),
+        *_norm(f"{ours}/norm1", f"{theirs}.ln_1", 1),
+        *_norm(f"{ours}/norm2", f"{theirs}.ln_2", 1),
+        *_linear(f"{ours}/mlp/fc1", f"{theirs}.mlp.c_fc", 1),
+        *_linear(f"{ours}/mlp/fc2", f"{theirs}.mlp.c_proj", 1),
+    ]
+    return Table(tuple(rows), ignored=(r"ln_post\..*", "proj"))
+
+
+def eva() -> Table:
+    """Hugging Face's `Blip2VisionModel` without its last norm, which is our `ln_vision`."""
+    ours, theirs = "layers/blocks", "encoder.layers.{i}"
+    rows = [
+        Row("embeddings.class_embedding", ("cls_token",)),
+        Row("embeddings.position_embedding", ("pos_embed",)),
+        Row("embeddings.patch_embedding.weight", ("patch_embed/kernel",), "patches"),
+        Row("embeddings.patch_embedding.bias", ("patch_embed/bias",)),
+        Row(f"{theirs}.self_attn.qkv.weight", _qkv(f"{ours}/attn", "kernel"), "linear", 1),
+        Row(f"{theirs}.self_attn.qkv.bias", _qkv(f"{ours}/attn", "bias", without="k"), stack=1),
+        *_linear(f"{ours}/attn/out_proj", f"{theirs}.self_attn.projection", 1),
+    ]
+    for number in (1, 2):
+        rows += _norm(f"{ours}/norm{number}", f"{theirs}.layer_norm{number}", 1)
+        rows += _linear(f"{ours}/mlp/fc{number}", f"{theirs}.mlp.fc{number}", 1)
+    return Table(tuple(rows))
+
+
+def lavis_eva() -> Table:
+    """LAVIS's `eva_vit.py`."""
+    ours, theirs = "layers/blocks", "blocks.{i}"
+    rows = [
+        Row("cls_token", ("cls_token",)),
+        Row("pos_embed", ("pos_embed",)),
+        Row("patch_embed.proj.weight", ("patch_embed/kernel",), "patches"),
+        Row("patch_embed.proj.bias", ("patch_embed/bias",)),
+        Row(f"{theirs}.attn.qkv.weight", _qkv(f"{ours}/attn", "kernel"), "linear", 1),
+        Row(f"{theirs}.attn.q_bias", (f"{ours}/attn/q_proj/bias",), stack=1),
+        Row(f"{theirs}.attn.v_bias", (f"{ours}/attn/v_proj/bias",), stack=1),
+        *_linear(f"{ours}/attn/out_proj", f"{theirs}.attn.proj", 1),
+    ]
+    for number in (1, 2):
+        rows += _norm(f"{ours}/norm{number}", f"{theirs}.norm{number}", 1)
+        rows += _linear(f"{ours}/mlp/fc{number}", f"{theirs}.mlp.fc{number}", 1)
+    # The encoder's own file has the head of its pre-training too.
+    return Table(tuple(rows), ignored=(r"(norm|fc_norm|head)\..*",))
+
+
+# ------------------------------------------------------------------------------------ Q-Former
+
+
+def _qformer_layers(self_name: str, frequency: int, text: bool) -> Rows:
+    """Layers of the Q-Former; `self_name` is what stands between attention and its projections."""
+    group = "groups/blocks"
+    layer, theirs = f"{group}/layers", "encoder.layer.{i}"
+    rows: list[Row] = []
+
+    def attention(ours: str, name: str, stack: int, every: int) -> None:
+        for part in ("query", "key", "value"):
+            projection = f"{ours}/attention/{part[0]}_proj"
+            rows.extend(
+                _linear(projection, f"{theirs}.{name}.{self_name}.{part}", stack, every=every)
+            )
+        output = f"{theirs}.{name}.output"
+        rows.extend(_linear(f"{ours}/attention/out_proj", f"{output}.dense", stack, every=every))
+        rows.extend(_norm(f"{ours}/norm", f"{output}.LayerNorm", stack, every=every))
+
+    attention(f"{layer}/attention", "attention", 2, 1)
+    attention(f"{group}/crossattention", "crossattention", 1, frequency)
+    for ours, suffix in (("mlp_query", "_query"), *((("mlp_text", ""),) if text else ())):
+        rows += _linear(f"{layer}/{ours}/mlp/fc1", f"{theirs}.intermediate{suffix}.dense", 2)
+        rows += _linear(f"{layer}/{ours}/mlp/fc2", f"{theirs}.output{suffix}.dense", 2)
+        rows += _norm(f"{layer}/{ours}/norm", f"{theirs}.output{suffix}.LayerNorm", 2)
+    return rows
+
+
+def _text_embeddings(theirs: str) -> Rows:
+    return [
+        _embedding("word_embeddings", f"{theirs}.word_embeddings"),
+        _embedding("position_embeddings", f"{theirs}.position_embeddings"),
+    ]
+
+
+def qformer(frequency: int) -> Table:
+    """`Blip2QFormerModel` without text, as in `Blip2ForConditionalGeneration`."""
+    rows = [*_norm("norm", "layernorm"), *_qformer_layers("attention", frequency, text=False)]
+    return Table(tuple(rows))
+
+
+def qformer_with_text(frequency: int) -> Table:
+    """`Blip2QFormerModel` of `Blip2ForImageTextRetrieval`; the embeddings stand outside it."""
+    rows = [*_norm("norm", "layernorm"), *_qformer_layers("attention", frequency, text=True)]
+    return Table(tuple(rows))
+
+
+def instruct_qformer(frequency: int) -> Table:
+    """`InstructBlipQFormerModel`."""
+    rows = [
+        *_text_embeddings("embeddings"),
+        *_norm("norm", "embeddings.layernorm"),
+        *_qformer_layers("attention", frequency, text=True),
+    ]
+    return Table(tuple(rows), ignored=(r"embeddings\.position_ids",))
+
+
+def lavis_qformer(frequency: int, text: bool) -> Table:
+    """LAVIS's `Qformer.bert`."""
+    rows = [
+        *_norm("norm", "embeddings.LayerNorm"),
+        *_qformer_layers("self", frequency, text),
+    ]
+    if text:
+        rows += _text_embeddings("embeddings")
+    return Table(tuple(rows), ignored=(r"embeddings\.position_ids",))
+
+
+def bert_text(frequency: int) -> Table:
+    """`BertModel`, for all that the Q-Former takes over from it."""
+    kept = [
+        row
+        for row in lavis_qformer(frequency, text=True).rows
+        if "crossattention" not in row.theirs and "_query" not in row.theirs
+    ]
+    ignored = (
+        r"embeddings\.(token_type_embeddings\.weight|position_ids)",
+        r"pooler\..*",
+    )
+    return Table(tuple(kept), ignored=ignored)
+
+
+def lavis_itg_head() -> Table:
+    """LAVIS's `Qformer.cls`, without its output matrix, which is the word embeddings'."""
+    transform = "predictions.transform"
+    rows = [
+        *_linear("dense", f"{transform}.dense"),
+        *_norm("norm", f"{transform}.LayerNorm"),
+        Row("predictions.bias", ("bias",)),
+    ]
+    return Table(tuple(rows), {"predictions.decoder.bias": "predictions.bias"})
+
+
+# --------------------------------------------------------------------------------- compositions
+
+
+def _head(ours: str, theirs: str) -> Table:
+    return Table(tuple(_linear(ours, theirs)))
+
+
+_QUERIES = Table((Row("query_tokens", ("query_tokens",)),))
+
+
+def blip2_hf(llm: Table, frequency: int) -> Table:
+    """`Blip2ForConditionalGeneration`."""
+    return join(
+        eva().inside("vit/", "vision_model."),
+        Table(tuple(_norm("ln_vision", "vision_model.post_layernorm"))),
+        _QUERIES,
+        qformer(frequency).inside("qformer/", "qformer."),
+        _head("language_projection", "language_projection"),
+        llm.inside("llm/", "language_model."),
+    )
+
+
+def instructblip_hf(llm: Table, frequency: int) -> Table:
+    """`InstructBlipForConditionalGeneration`."""
+    return join(
+        eva().inside("vit/", "vision_model."),
+        Table(tuple(_norm("ln_vision", "vision_model.post_layernorm"))),
+        _QUERIES,
+        instruct_qformer(frequency).inside("qformer/", "qformer."),
+        _head("language_projection", "language_projection"),
+        llm.inside("llm/", "language_model."),
+    )
+
+
+def retrieval_hf(frequency: int) -> Table:
+    """`Blip2ForImageTextRetrieval`."""
+    return join(
+        eva().inside("vit/", "vision_model."),
+        Table(tuple(_norm("ln_vision", "vision_model.post_layernorm"))),
+        _QUERIES,
+        Table(tuple(_text_embeddings("embeddings"))).inside("qformer/"),
+        qformer_with_text(frequency).inside("qformer/", "qformer."),
+        _head("vision_proj", "vision_projection"),
+        _head("text_proj", "text_projection"),
+        _head("itm_head", "itm_head"),
+    )
+
+
+# What `Blip2ForImageTextRetrieval` has no place for goes into a file of its own beside it.
+RETRIEVAL_EXTRAS = join(
+    Table((Row("temp", ("temp",)),)), lavis_itg_head().inside("itg_head/", "Qformer.cls.")
+)
+
+
+def lavis(vit: Table, frequency: int, *, text: bool, head: str) -> Table:
+    """A LAVIS `.pth`.
+
+    Args:
+      vit: `lavis_eva()` or `lavis_clip()`.
+      frequency: the Q-Former's cross-attention frequency.
+      text: whether the Q-Former has its text branch.
+      head: "opt", "t5" or "llm", whose projection a stage-2 model has; "" for stage 1.
+    """
+    parts = [
+        vit.inside("vit/", "visual_encoder."),
+        Table(tuple(_norm("ln_vision", "ln_vision"))),
+        _QUERIES,
+        lavis_qformer(frequency, text).inside("qformer/", "Qformer.bert."),
+    ]
+    if head:
+        parts.append(_head("language_projection", f"{head}_proj"))
+        # A file may hold the LLM too; here it comes from its own folder.
+        parts.append(Table((), ignored=(rf"{head}_model\..*", r"Qformer\.cls\..*")))
+        return join(*parts)
+    words = "Qformer.bert.embeddings.word_embeddings.weight"
+    return join(
+        *parts,
+        *(_head(name, name) for name in ("vision_proj", "text_proj", "itm_head")),
+        RETRIEVAL_EXTRAS,
+        Table((), {"Qformer.cls.predictions.decoder.weight": words}),
+    )

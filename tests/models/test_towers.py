@@ -119,4 +119,4 @@ def test_what_does_not_fit_is_reported_together(tmp_path):
     with pytest.raises(huggingface.WeightsError) as error:
         huggingface.load(str(tmp_path), module.config, wide)
     assert "no tensor model.decoder.layers.2.fc1.weight" in str(error.value)
-    assert "model.decoder.embed_tokens.weight is (50, 32)" in str(error.value)
+    assert "model.decoder.embed_tokens.weight is [50, 32]" in str(error.value)

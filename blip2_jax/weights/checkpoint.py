@@ -1,0 +1,227 @@
+"""A whole model on disk, in any of the formats: understood first, loaded when asked.
+
+A model's parameters may stand in several files: a LAVIS file has no LLM and often no image
+encoder, which then come from files of their own. Each part brings its name table.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from blip2_jax.models.blip2 import Blip2Config, make_model
+from blip2_jax.runtime.checkpoint import Checkpointer
+from blip2_jax.weights import configs, files, huggingface, lavis, transfer
+from blip2_jax.weights.files import Tensors, WeightsError
+from blip2_jax.weights.tables import Table
+
+NATIVE = "blip2_jax.json"  # sizes of the model in a native folder; its arrays: `checkpoints/`
+
+
+OPTIONAL = {"temp", "itg_head"}  # what a stage-1 model of transformers lacks
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk.
+
+    Attributes:
+      source: as the user named it.
+      config: the model's sizes.
+      parts: name tables with the tensors they are for; none in a native folder.
+      companions: folder with tokenizer and processor files, or None.
+    """
+
+    source: str
+    config: Blip2Config
+    parts: tuple[tuple[Table, Tensors], ...]
+    companions: Path | None
+
+    def abstract(self) -> dict[str, Any]:
+        """Shapes of all parameters that the files hold, in the files' own dtypes.
+
+        What only other formats hold (transformers has no temperature and no ITG head) is absent.
+        """
+        whole = transfer.leaves_of(abstract_params(self.config))
+        if not self.parts:
+            dtypes = _native_dtypes(Path(self.source))
+            kept = {path: leaf for path, leaf in whole.items() if path in dtypes}
+            return transfer.tree_of(
+                {p: jax.ShapeDtypeStruct(x.shape, dtypes[p]) for p, x in kept.items()}
+            )
+        dtypes = {
+            path: tensors.dtypes[row.theirs.format(i=0)]
+            for table, tensors in self.parts
+            for row in table.rows
+            for path in row.ours
+            if row.theirs.format(i=0) in tensors.shapes
+        }
+        held = set().union(*(_held(table, tensors) for table, tensors in self.parts))
+        missing = sorted({_top(path) for path in whole} - held - OPTIONAL)
+        if missing:
+            options = {"vit": "--vit", "llm": "--llm"}
+            hints = [f"name its own with {options[m]}" for m in missing if m in options]
+            raise WeightsError(
+                f"{self.source} holds nothing of {', '.join(missing)}"
+                + (f"; {', '.join(hints)}." if hints else "; it is incomplete.")
+            )
+        kept = {path: leaf for path, leaf in whole.items() if _top(path) in held}
+        return transfer.tree_of(
+            {p: jax.ShapeDtypeStruct(x.shape, dtypes.get(p, x.dtype)) for p, x in kept.items()}
+        )
+
+    def plans(self, abstract: Any) -> list[tuple[transfer.Plan, Any]]:
+        """What goes where, part by part, with the share of `abstract` that each part fills."""
+        return [
+            (transfer.plan(table, share, tensors), share)
+            for table, tensors, share in self._shares(abstract)
+        ]
+
+    def _shares(self, abstract: Any) -> Iterator[tuple[Table, Tensors, Any]]:
+        leaves = transfer.leaves_of(abstract)
+        for table, tensors in self.parts:
+            held = _held(table, tensors)
+            paths = {path for row in table.rows for path in row.ours if path}
+            share = {p: leaf for p, leaf in leaves.items() if p in paths and _top(p) in held}
+            yield table, tensors, transfer.tree_of(share)
+
+    def load(self, abstract: Any, *, progress: str = "") -> Any:
+        """Reads the parameters of `abstract`, in its dtypes and shardings.
+
+        Raises:
+          WeightsError: everything that does not fit, before anything is read.
+        """
+        if not self.parts:
+            with Checkpointer(Path(self.source) / "checkpoints") as checkpointer:
+                return checkpointer.restore({"params": _placed(abstract)})[0]["params"]
+        self.plans(abstract)  # every part's problems before any part's reading
+        loaded: dict[str, Any] = {}
+        for table, tensors, share in self._shares(abstract):
+            part = transfer.load(table, share, tensors, progress=progress)
+            loaded |= transfer.leaves_of(part)
+        return transfer.tree_of(loaded)
+
+
+def _top(path: str) -> str:
+    return path.split("/")[0]
+
+
+def _held(table: Table, tensors: Tensors) -> set[str]:
+    """The parts of the model (top-level names) that a file holds something of."""
+    return {
+        _top(path)
+        for row in table.rows
+        for path in row.ours
+        if path and row.theirs.format(i=0) in tensors.shapes
+    }
+
+
+def _placed(abstract: Any) -> Any:
+    """The same with a sharding everywhere, as restoring wants it."""
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or default), abstract
+    )
+
+
+def abstract_params(config: Blip2Config) -> dict[str, Any]:
+    """Shapes of all parameters of a model, float32."""
+    module = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(module))
+
+
+def open_checkpoint(source: str, *, vit: str = "", llm: str = "") -> Checkpoint:
+    """Finds out what a source is, reading configs and headers only.
+
+    Args:
+      source: a Hugging Face folder, a LAVIS `.pth`, or a native folder.
+      vit: the image encoder's folder or `.pth`, where the source does not hold it, or does not
+        say how many heads it has (LAVIS's files do not; the published encoders have 16).
+      llm: the language model's folder, where the source does not hold it.
+
+    Raises:
+      WeightsError: what it is not, or what it lacks.
+    """
+    if lavis.is_file(source):
+        return _open_lavis(source, vit, llm)
+    if (Path(source) / NATIVE).is_file():
+        config = config_from_json((Path(source) / NATIVE).read_text())
+        return Checkpoint(source, config, (), Path(source))
+    folder = huggingface.find(source)
+    config = huggingface.blip2_config(source)
+    parts = huggingface.blip2_parts(source, config)
+    return Checkpoint(source, config, tuple(parts), folder)
+
+
+def _open_lavis(source: str, vit: str, llm: str) -> Checkpoint:
+    tensors = lavis.open_file(source)
+    vit_sizes = None
+    if vit:
+        if lavis.is_file(vit):
+            vit_sizes = lavis.vit_config(lavis.open_file(vit), prefix="")
+        else:
+            vit_sizes = huggingface.vit_config(vit)
+    llm_sizes = huggingface.llm_config(llm) if llm else None
+    config = lavis.blip2_config(tensors, llm_sizes, vit_sizes)
+    parts = lavis.parts(tensors, config)
+    if vit_sizes is not None and not lavis.has_vit(tensors):
+        own = lavis.vit_part if lavis.is_file(vit) else huggingface.tower
+        table, held = own(vit, vit_sizes)
+        parts.append((table.inside("vit/"), held))
+    if config.llm is not None:
+        table, held = huggingface.tower(llm, config.llm)
+        parts.append((table.inside("llm/"), held))
+    return Checkpoint(source, config, tuple(parts), huggingface.find(llm) if llm else None)
+
+
+# ------------------------------------------------------------------------------------- native
+
+
+def config_to_json(config: Blip2Config) -> str:
+    """A model's sizes as a JSON document."""
+    document = dataclasses.asdict(config)
+    document["llm_type"] = config.llm and type(config.llm).__name__
+    return json.dumps(document, indent=2) + "\n"
+
+
+def config_from_json(text: str) -> Blip2Config:
+    """Undoes `config_to_json`."""
+    document = json.loads(text)
+    kinds = {
+        kind.__name__: kind for kind in (configs.OPTConfig, configs.LlamaConfig, configs.T5Config)
+    }
+    kind = document.pop("llm_type")
+    llm = document.pop("llm")
+    if llm and "rope" in llm:
+        llm["rope"] = configs.RopeConfig(**llm["rope"])
+    return Blip2Config(
+        **{
+            **document,
+            "vit": configs.ViTConfig(**document["vit"]),
+            "qformer": configs.QFormerConfig(**document["qformer"]),
+            "llm": kinds[kind](**llm) if llm else None,
+        }
+    )
+
+
+def _native_dtypes(folder: Path) -> dict[str, Any]:
+    with Checkpointer(folder / "checkpoints") as checkpointer:
+        found = checkpointer.shapes()
+    return {path.removeprefix("params/"): np.dtype(dtype) for path, (_, dtype) in found.items()}
+
+
+def save_native(
+    folder: Path, config: Blip2Config, params: Any, *, companions: Path | None = None
+) -> None:
+    """Writes a native folder: sharded arrays (Orbax), sizes, tokenizer and processor files."""
+    with files.writing(folder, transfer.num_bytes(params)) as draft:
+        with Checkpointer(draft / "checkpoints") as checkpointer:
+            checkpointer.save(0, {"params": params}, {})
+        (draft / NATIVE).write_text(config_to_json(config))
+        if companions is not None:
+            files.copy_companions(companions, draft)

@@ -1,0 +1,283 @@
+"""Weights go in and out of every format without losing a bit, and bad files are said to be bad."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from blip2_jax.weights import checkpoint, huggingface, lavis, transfer
+from blip2_jax.weights.files import WeightsError, open_folder
+from tests.weights import models
+
+
+@pytest.fixture(scope="module", params=models.FORMS)
+def published(request, tmp_path_factory):
+    """(form, transformers' model, its folder)."""
+    theirs = models.FORMS[request.param]()
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder)
+    return request.param, theirs, folder
+
+
+@pytest.fixture(scope="module")
+def opt_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("opt")
+    models.generation("opt").save_pretrained(folder)
+    return folder
+
+
+def read(source, **beside):
+    found = checkpoint.open_checkpoint(str(source), **{k: str(v) for k, v in beside.items()})
+    return found, found.load(found.abstract())
+
+
+def assert_same_files(one, other):
+    a, b = open_folder(one), open_folder(other)
+    assert a.shapes.keys() == b.shapes.keys()
+    for name in a.shapes:
+        assert a.dtypes[name] == b.dtypes[name]
+        np.testing.assert_array_equal(a.read(name), b.read(name), err_msg=name)
+
+
+def test_hugging_face_round_trip_is_bit_identical_and_loads(published, tmp_path):
+    _, theirs, folder = published
+    found, params = read(folder)
+    huggingface.save_blip2(tmp_path / "out", found.config, params, companions=folder)
+    assert_same_files(folder, tmp_path / "out")
+    back, info = type(theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    for (name, want), got in zip(theirs.named_parameters(), back.parameters(), strict=True):
+        assert torch.equal(want, got), name
+
+
+def test_native_round_trip_is_bit_identical(published, tmp_path):
+    _, _, folder = published
+    found, params = read(folder)
+    checkpoint.save_native(tmp_path / "native", found.config, params, companions=folder)
+    native, back = read(tmp_path / "native")
+    assert native.config == found.config
+    jax.tree.map(np.testing.assert_array_equal, params, back)
+
+
+def test_through_lavis_and_back_is_bit_identical(published, tmp_path):
+    """HF -> native -> LAVIS -> native -> HF."""
+    form, _, folder = published
+    found, params = read(folder)
+    lavis.save(tmp_path / "model.pth", found.config, params, with_vit=True)
+    beside = {} if form == "retrieval" else {"llm": folder}
+    back, back_params = read(tmp_path / "model.pth", vit=folder, **beside)
+    jax.tree.map(np.testing.assert_array_equal, params, back_params)
+    huggingface.save_blip2(tmp_path / "out", back.config, back_params, companions=folder)
+    assert_same_files(folder, tmp_path / "out")
+
+
+def test_an_official_lavis_file_has_no_towers(published, tmp_path):
+    form, _, folder = published
+    found, params = read(folder)
+    lavis.save(tmp_path / "model.pth", found.config, params, with_vit=False)
+    names = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
+    assert not [n for n in names if n.startswith(("visual_encoder", "opt_model", "t5_model"))]
+    beside = {} if form == "retrieval" else {"llm": folder}
+    _, back = read(tmp_path / "model.pth", vit=folder, **beside)
+    jax.tree.map(np.testing.assert_array_equal, params, back)
+    with pytest.raises(WeightsError, match="--vit|--llm"):
+        read(tmp_path / "model.pth", **beside)
+
+
+def test_stage1_heads_survive_hugging_face(tmp_path):
+    """The temperature and the ITG head, which transformers' classes have no place for."""
+    theirs = models.retrieval()
+    theirs.save_pretrained(tmp_path / "hf")
+    found, params = read(tmp_path / "hf")
+    whole = checkpoint.abstract_params(found.config)
+    rng = np.random.default_rng(0)
+    extra = {key: whole[key] for key in ("temp", "itg_head")}
+    extra = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), extra)
+    params = {**params, **extra}
+    lavis.save(tmp_path / "one.pth", found.config, params, with_vit=True)
+    file, from_lavis = read(tmp_path / "one.pth", vit=tmp_path / "hf")
+    jax.tree.map(np.testing.assert_array_equal, params, from_lavis)
+    huggingface.save_blip2(tmp_path / "out", file.config, from_lavis)
+    _, from_hf = read(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, params, from_hf)
+    _, info = type(theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+
+
+def test_lavis_round_trip_is_bit_identical(tmp_path):
+    """LAVIS -> native -> LAVIS, with the buffers and tied copies that LAVIS's files hold."""
+    models.retrieval().save_pretrained(tmp_path / "hf")
+    found, params = read(tmp_path / "hf")
+    whole = checkpoint.abstract_params(found.config)
+    rng = np.random.default_rng(1)
+    fresh = lambda x: rng.normal(size=x.shape).astype(np.float32)  # noqa: E731
+    params |= jax.tree.map(fresh, {key: whole[key] for key in ("temp", "itg_head")})
+    lavis.save(tmp_path / "first.pth", found.config, params, with_vit=True)
+    state = torch.load(tmp_path / "first.pth", weights_only=True)["model"]
+    words = "Qformer.bert.embeddings.word_embeddings.weight"
+    state["Qformer.bert.embeddings.position_ids"] = torch.arange(20)[None]
+    state["Qformer.cls.predictions.decoder.weight"] = state[words]
+    state["Qformer.cls.predictions.decoder.bias"] = state["Qformer.cls.predictions.bias"]
+    torch.save({"model": state, "epoch": 3}, tmp_path / "theirs.pth")
+    file, back = read(tmp_path / "theirs.pth", vit=tmp_path / "hf")
+    checkpoint.save_native(tmp_path / "native", file.config, back)
+    native, back = read(tmp_path / "native")
+    lavis.save(tmp_path / "second.pth", native.config, back, with_vit=True)
+    again = torch.load(tmp_path / "second.pth", weights_only=True)["model"]
+    for name, tensor in again.items():
+        assert torch.equal(tensor, state.pop(name)), name
+    assert all("position_ids" in n or "predictions.decoder" in n for n in state)
+
+
+def test_both_generations_of_tied_tensors_are_read(opt_folder, tmp_path):
+    """Older files repeat the embeddings as `lm_head.weight`; a repetition that differs is wrong."""
+    shutil.copytree(opt_folder, tmp_path / "old")
+    tensors = load_file(opt_folder / "model.safetensors")
+    words = tensors["language_model.model.decoder.embed_tokens.weight"]
+    for head in (words, words + 1):
+        old = {**tensors, "language_model.lm_head.weight": head}
+        save_file(old, tmp_path / "old/model.safetensors", metadata={"format": "pt"})
+        if head is words:
+            jax.tree.map(
+                np.testing.assert_array_equal, read(tmp_path / "old")[1], read(opt_folder)[1]
+            )
+        else:
+            with pytest.raises(WeightsError, match="lm_head.weight .* differ"):
+                read(tmp_path / "old")
+
+
+def test_torch_bin_and_shards_hold_the_same(opt_folder, tmp_path):
+    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(opt_folder)
+    want = read(opt_folder)[1]
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    jax.tree.map(np.testing.assert_array_equal, want, read(tmp_path / "shards")[1])
+    (tmp_path / "bin").mkdir()
+    shutil.copy(opt_folder / "config.json", tmp_path / "bin")
+    torch.save(theirs.state_dict(), tmp_path / "bin/pytorch_model.bin")
+    jax.tree.map(np.testing.assert_array_equal, want, read(tmp_path / "bin")[1])
+
+
+def test_shards_are_written_with_an_index(opt_folder, tmp_path):
+    found, params = read(opt_folder)
+    table = huggingface.blip2_table(found.config)
+    from blip2_jax.weights import files
+
+    files.write_shards(tmp_path, transfer.tensors_of(table, params), shard_bytes=200_000)
+    shutil.copy(opt_folder / "config.json", tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    _, info = transformers.Blip2ForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not any(info.values())
+    jax.tree.map(np.testing.assert_array_equal, params, read(tmp_path)[1])
+
+
+def test_weights_load_sharded_and_in_another_dtype(opt_folder):
+    """Each of eight devices holds its part, and the values are those of an unsharded load."""
+    from blip2_jax.models import blip2
+    from blip2_jax.runtime import mesh as meshes
+
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    rules = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+    found = checkpoint.open_checkpoint(str(opt_folder))
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jax.numpy.bfloat16), found.abstract()
+    )
+    places = meshes.shardings(abstract, blip2.AXES, rules, mesh)
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places
+    )
+    loaded = found.load(placed)
+    jax.tree.map(lambda x, s: pytest.fail("misplaced") if x.sharding != s else None, loaded, places)
+    jax.tree.map(np.testing.assert_array_equal, loaded, found.load(abstract))
+
+
+# -------------------------------------------------------------------------------- bad input
+
+
+def test_a_truncated_file_is_named(opt_folder, tmp_path):
+    shutil.copytree(opt_folder, tmp_path / "cut")
+    path = tmp_path / "cut/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(WeightsError, match="model.safetensors is damaged"):
+        read(tmp_path / "cut")
+
+
+def test_an_index_that_names_a_missing_file_or_tensor(opt_folder, tmp_path):
+    theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(opt_folder)
+    theirs.save_pretrained(tmp_path, max_shard_size="200KB")
+    index = tmp_path / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    files = sorted(set(document["weight_map"].values()))
+    name = next(iter(document["weight_map"]))
+    wrong = next(f for f in files if f != document["weight_map"][name])
+    index.write_text(
+        json.dumps({**document, "weight_map": {**document["weight_map"], name: wrong}})
+    )
+    with pytest.raises(WeightsError, match=f"{wrong} holds no tensor {name}"):
+        read(tmp_path)
+    (tmp_path / files[0]).unlink()
+    with pytest.raises(WeightsError, match=f"not there: .*{files[0]}"):
+        read(tmp_path)
+
+
+def test_wrong_missing_and_unknown_tensors_are_reported_together(opt_folder, tmp_path):
+    shutil.copytree(opt_folder, tmp_path / "odd")
+    tensors = load_file(opt_folder / "model.safetensors")
+    tensors["query_tokens"] = tensors["query_tokens"][:, :4]
+    del tensors["language_projection.bias"]
+    tensors["vision_model.head.weight"] = np.zeros(3, np.float32)
+    save_file(tensors, tmp_path / "odd/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError) as error:
+        read(tmp_path / "odd")
+    message = str(error.value)
+    assert "query_tokens is [1, 4, 128], the model needs [1, 5, 128]" in message
+    assert "no tensor language_projection.bias" in message
+    assert "tensor vision_model.head.weight: the model has no parameter for it" in message
+
+
+def test_an_unknown_architecture_is_named(opt_folder, tmp_path):
+    document = json.loads((opt_folder / "config.json").read_text())
+    for change, said in (
+        ({"model_type": "blip"}, "model_type 'blip'"),
+        ({"architectures": ["Blip2ForSegmentation"]}, "architecture 'Blip2ForSegmentation'"),
+        ({"text_config": {"model_type": "mamba"}}, "model_type 'mamba'"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**document, **change}))
+        with pytest.raises(WeightsError, match=said):
+            read(tmp_path)
+
+
+def test_a_pickle_is_never_run(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return open, (str(tmp_path / "harmed"), "w")
+
+    torch.save({"model": {"query_tokens": Harm()}}, tmp_path / "bad.pth")
+    with pytest.raises(WeightsError, match=r"bad\.pth cannot be read as plain tensors"):
+        read(tmp_path / "bad.pth")
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_a_full_disk_is_refused_before_and_survived_during(opt_folder, tmp_path, monkeypatch):
+    found, params = read(opt_folder)
+    from blip2_jax.weights import files
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+        with pytest.raises(WeightsError, match="needs .* GB, the disk has 0.00 GB free"):
+            huggingface.save_blip2(tmp_path / "out", found.config, params)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(WeightsError, match="could not be written.*No space left"):
+        huggingface.save_blip2(tmp_path / "out", found.config, params)
+    assert not list(tmp_path.iterdir())
