@@ -11,6 +11,9 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
 
     config.model.vit.source = "package:digits-vit"
+    config.model.vit.fingerprint = (
+        "f65b3ec49c76e15f5120d48c391b39ed333323b2e37ade3248eda1342fe4175a"
+    )
     config.model.llm.source = "package:digits-opt"
     config.model.qformer.update(
         {

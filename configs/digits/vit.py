@@ -2,6 +2,7 @@
 
 blip2 prepare --source=digits --out=runs/towers/data --train=40000 --seed=1
 blip2 train --config=configs/digits/vit.py --workdir=runs/towers/vit
+blip2 convert runs/towers/vit blip2_jax/assets/digits-vit --to=huggingface
 """
 
 from ml_collections import ConfigDict
@@ -19,6 +20,7 @@ def get_config() -> ConfigDict:
     config.model.vit.update(
         {
             "source": "",
+            "fingerprint": "",
             "image_size": 64,
             "patch_size": 8,
             "hidden_size": 128,
