@@ -138,7 +138,8 @@ def make_source(config, split: str) -> Any:
             count = config.steps * data.batch_size
             return sources.StorySource(data.source, count, 0, data.story_warmup)
         count = max(1, config.eval.batches) * config.eval.batch_size
-        return sources.StorySource("stories", count, 1)  # others than those trained on, all hard
+        # Others than those trained on, all hard, and all with what the answers follow from.
+        return sources.StorySource("described_stories", count, 1)
     known = "tfds, stories, easy_stories"
     raise ValueError(f"config.data.source is {data.source!r}; known: {known}.")
 

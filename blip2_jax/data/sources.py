@@ -65,7 +65,9 @@ class StorySource:
     A small language model learns what belongs to what only if it meets that in an easy order.
 
     Args:
-      kind: "stories" (`world.story`) or "easy_stories" (`world.easy_story`, and word lists).
+      kind: "stories" (`world.story`), "described_stories" (none of which lacks its description:
+        what can be known is measured on them) or "easy_stories" (`world.easy_story`, and word
+        lists).
       count: number of stories.
       seed: of all of them.
       warmup: share of the stories, from the first on, that are easier still: of "easy_stories"
@@ -85,6 +87,8 @@ class StorySource:
             raise IndexError(f"story {index} of {self.count}")
         rng = np.random.default_rng([self.seed, index])
         early = index < self.warmup * self.count
+        if self.kind == "described_stories":
+            return {"story": world.story(rng, undescribed=0.0)}
         if self.kind == "stories":
             return {"story": world.story(rng, most=2 if early else 3)}
         if early or rng.random() < self.LISTS:

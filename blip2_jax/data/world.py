@@ -355,17 +355,20 @@ def easy_story(rng: np.random.Generator) -> list[str]:
     return [describe(scene, rng), *segments]
 
 
-def story(rng: np.random.Generator, *, most: int = 3, asked: int = 6) -> list[str]:
+def story(
+    rng: np.random.Generator, *, most: int = 3, asked: int = 6, undescribed: float = 0.1
+) -> list[str]:
     """Text alone about one scene of the training world: a description, then what follows from it.
 
     Whatever follows stands in random order, so that a caption or a question may come first after
-    the description, as it does when a visual prompt takes the description's place. A tenth of the
-    stories has no description: this is what the model says when it is shown nothing.
+    the description, as it does when a visual prompt takes the description's place. Some stories
+    have no description: this is what the model says when it is shown nothing.
 
     Args:
       rng: the only source of randomness.
       most: the most things a scene holds (see `sample_scene`).
       asked: number of questions.
+      undescribed: share of stories without a description.
 
     Returns:
       Segments, each a line of its own when written out; the first is the description (or "").
@@ -377,5 +380,5 @@ def story(rng: np.random.Generator, *, most: int = 3, asked: int = 6) -> list[st
         question = ask(scene, str(type), rng)
         segments.append(f"{QA_PROMPT.format(question.question)} {question.answer}")
     segments.insert(rng.integers(len(segments) + 1), caption(scene, rng))
-    first = describe(scene, rng) if rng.random() < 0.9 else ""
+    first = describe(scene, rng) if rng.random() < 1 - undescribed else ""
     return [first, *segments]

@@ -15,6 +15,9 @@ def get_config() -> ConfigDict:
         "f65b3ec49c76e15f5120d48c391b39ed333323b2e37ade3248eda1342fe4175a"
     )
     config.model.llm.source = "package:digits-opt"
+    config.model.llm.fingerprint = (
+        "7a6238d4a268a288bb506f27a27f22380c1165c0bdfb6dc906177c8679e1a9cd"
+    )
     config.model.qformer.update(
         {
             "num_query_tokens": 12,

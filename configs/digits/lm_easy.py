@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.model.llm.update(
         {
             "source": "",
+            "fingerprint": "",
             "vocab_size": 208,
             "hidden_size": 128,
             "num_layers": 4,

@@ -176,8 +176,12 @@ def test_logits_from_pixels(generation, llm, side):
     want = theirs(**inputs).logits.detach().numpy()[:, 4:-1].copy()
     if side == "left" and llm == "llama":
         # Their forward counts padding as positions (their `generate` does not): row 1 without it.
-        row = {k: torch.cat([v[1:, :5], v[1:, 9:]], dim=1) for k, v in inputs.items() if v.ndim == 2}
-        want[1, 4:] = theirs(pixel_values=pixels[1:], **row).logits.detach().numpy()[0, 4:-1]
+        cut = {
+            name: torch.cat([inputs[name][1:, :5], inputs[name][1:, 9:]], dim=1)
+            for name in ("input_ids", "attention_mask")
+        }
+        row = theirs(pixel_values=pixels[1:], **cut).logits.detach().numpy()
+        want[1, 4:] = row[0, 4:-1]
     got = np.asarray(ours.language_logits(prompt, jnp.asarray(ids), jnp.asarray(mask)))
     # What a padding position says means nothing; nor, with padding on the left, the last query.
     real = (mask > 0) & (np.pad(mask, ((0, 0), (1, 0)), constant_values=1)[:, :-1] > 0)
