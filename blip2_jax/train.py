@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from blip2_jax import cli, recipe
 from blip2_jax.data import loader
@@ -25,6 +26,7 @@ from blip2_jax.runtime import distributed, mesh
 from blip2_jax.runtime.checkpoint import Checkpointer
 from blip2_jax.runtime.metrics import MetricsWriter, Progress
 from blip2_jax.stages.step import Params, State
+from blip2_jax.weights import bert, checkpoint
 
 PREEMPTED = 42  # exit code of a run that saved itself on SIGTERM: start it again to go on
 
@@ -72,8 +74,13 @@ def train(config, workdir: Path) -> int:
             print(f"Resuming at step {int(state['step'])} of {config.steps}.")
         else:
             state = run.init_state(jax.random.key(config.seed))
+            if config.init.bert:
+                qformer = bert.initialize(
+                    state["params"]["qformer"], run.model_config.qformer, config.init.bert
+                )
+                state = {**state, "params": {**state["params"], "qformer": qformer}}
             if config.init.checkpoint:
-                state = start_from(state, Path(config.init.checkpoint), fingerprints)
+                state = start_from(state, config, fingerprints)
 
         def save(state: State) -> None:
             seconds = seconds_before + time.monotonic() - started
@@ -157,17 +164,29 @@ def evaluate_losses(run: recipe.Recipe, params: Params, frozen: Params) -> dict[
     return {f"eval/{name}": value / count for name, value in totals.items()}
 
 
-def start_from(state: State, workdir: Path, fingerprints: dict[str, str]) -> State:
-    """Replaces parameters by those that another run's last checkpoint has in common with them.
+def start_from(state: State, config: ConfigDict, fingerprints: dict[str, str]) -> State:
+    """Replaces parameters by those that `config.init.checkpoint` has in common with them.
 
     Stage 2 starts so from stage 1: it takes the queries, `ln_vision` and the Q-Former without its
     text branch. What the other run does not have (`language_projection`) stays as initialized.
     """
-    if not (workdir / "done.json").is_file():
+    source = config.init.checkpoint
+    if (Path(source) / "done.json").is_file():
+        params, taken, fresh = _from_run(state["params"], Path(source), fingerprints)
+    elif not checkpoint.is_checkpoint(source):
         raise ValueError(
-            f"config.init.checkpoint: {workdir} holds no finished run. Train it first, or set "
-            "--config.init.checkpoint='' to start from scratch."
+            f"config.init.checkpoint: {source} holds no finished run and is no published "
+            "checkpoint. Train it first, or set --config.init.checkpoint='' to start from scratch."
         )
+    else:
+        towers = {name: config.model[name].source for name in ("vit", "llm")}
+        found = checkpoint.open_checkpoint(source, **towers)
+        params, taken, fresh = found.load_into(state["params"])
+    print(f"From {source}: {taken} parameter arrays; fresh: {', '.join(fresh) or 'none'}.")
+    return {**state, "params": params}
+
+
+def _from_run(params: Params, workdir: Path, fingerprints: dict[str, str]):
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         theirs = checkpointer.extra()["fingerprints"]
         for tower in theirs.keys() & fingerprints.keys():
@@ -176,9 +195,7 @@ def start_from(state: State, workdir: Path, fingerprints: dict[str, str]) -> Sta
                     f"{workdir} was trained on another `{tower}` (fingerprint {theirs[tower]}, "
                     f"here {fingerprints[tower]}). Use the same config.model.{tower}.source."
                 )
-        params, taken, fresh = checkpointer.restore_params_into(state["params"])
-    print(f"From {workdir}: {taken} parameter arrays; fresh: {', '.join(fresh) or 'none'}.")
-    return {**state, "params": params}
+        return checkpointer.restore_params_into(params)
 
 
 def _describe(run: recipe.Recipe, fingerprints: dict[str, str]) -> str:

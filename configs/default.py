@@ -104,9 +104,11 @@ def get_config() -> ConfigDict:
     config.model.initial_temperature = 0.07
     config.model.ln_vision_eps = 1e-5  # LAVIS; Hugging Face: 1e-6
 
-    # Where trainable parameters start from: a run's workdir ("": from scratch). All that this
-    # model has in common with it is taken; stage 2 takes stage 1's queries and Q-Former.
-    config.init = ConfigDict({"checkpoint": ""})
+    # Where trainable parameters start from ("": from scratch). `bert`: a folder, whose weights go
+    # into stage 1's Q-Former (paper, section 3.1). `checkpoint`: a run's workdir, a Hugging Face
+    # or native folder or a LAVIS .pth; all that this model has in common with it is taken: stage 2
+    # takes stage 1's queries and Q-Former.
+    config.init = ConfigDict({"checkpoint": "", "bert": ""})
 
     config.data = ConfigDict(
         {

@@ -217,7 +217,12 @@ def _story_example(tokenizer: Any, length: int) -> Callable[..., Example]:
 
 def _patch_example(image: Callable, grid: int, labels) -> Callable[..., Example]:
     """Patch labels of the embedded world: what the box that covers most of a patch holds."""
-    names = {"digit": range(10), "color": world.COLORS, "size": world.SIZES}
+    names = {
+        "digit": range(10),
+        "color": world.COLORS,
+        "size": world.SIZES,
+        "place": world.PLACES,
+    }
 
     def example(record: dict, index: int, rng: np.random.Generator) -> Example:
         del index

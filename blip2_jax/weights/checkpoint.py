@@ -75,6 +75,35 @@ class Checkpoint:
             {p: jax.ShapeDtypeStruct(x.shape, dtypes.get(p, x.dtype)) for p, x in kept.items()}
         )
 
+    def load_into(self, params: Any) -> tuple[Any, int, list[str]]:
+        """Replaces those parameters that the files hold too; what they hold besides is not read.
+
+        Args:
+          params: nested dict of arrays, whose shapes, dtypes and shardings are kept.
+
+        Returns:
+          The parameters, the number of arrays taken, and the paths of those not found.
+
+        Raises:
+          WeightsError: nothing in common, or an array of another shape.
+        """
+        if not self.parts:
+            with Checkpointer(Path(self.source) / "checkpoints") as checkpointer:
+                return checkpointer.restore_params_into(params)
+        ours, theirs = transfer.leaves_of(params), transfer.leaves_of(self.abstract())
+        common = {
+            p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for p, x in ours.items()
+            if p in theirs
+        }
+        if not common:
+            raise WeightsError(f"{self.source} holds none of {', '.join(params)}.")
+        loaded = dict(ours)
+        for table, tensors, share in self._shares(transfer.tree_of(common)):
+            part = transfer.load(table, share, tensors, partial=True, progress="reading")
+            loaded |= transfer.leaves_of(part)
+        return transfer.tree_of(loaded), len(common), [p for p in ours if p not in common]
+
     def plans(self, abstract: Any) -> list[tuple[transfer.Plan, Any]]:
         """What goes where, part by part, with the share of `abstract` that each part fills."""
         return [
@@ -135,6 +164,16 @@ def abstract_params(config: Blip2Config) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.state(module))
 
 
+def is_native(source: str) -> bool:
+    """Whether a source is a native folder."""
+    return (Path(source) / NATIVE).is_file()
+
+
+def is_checkpoint(source: str) -> bool:
+    """Whether a source looks like something that `open_checkpoint` opens."""
+    return lavis.is_file(source) or is_native(source) or (Path(source) / "config.json").is_file()
+
+
 def open_checkpoint(source: str, *, vit: str = "", llm: str = "") -> Checkpoint:
     """Finds out what a source is, reading configs and headers only.
 
@@ -149,7 +188,7 @@ def open_checkpoint(source: str, *, vit: str = "", llm: str = "") -> Checkpoint:
     """
     if lavis.is_file(source):
         return _open_lavis(source, vit, llm)
-    if (Path(source) / NATIVE).is_file():
+    if is_native(source):
         config = config_from_json((Path(source) / NATIVE).read_text())
         return Checkpoint(source, config, (), Path(source))
     folder = huggingface.find(source)

@@ -78,13 +78,14 @@ def _stored_shapes(row: Row, leaves: Leaves) -> list[tuple[int, ...]]:
     return [shapes[p or present[0]] for p in row.ours]
 
 
-def plan(table: Table, abstract: Any, tensors: Tensors) -> Plan:
+def plan(table: Table, abstract: Any, tensors: Tensors, *, partial: bool = False) -> Plan:
     """Matches a model with a file: every tensor used once, every parameter filled.
 
     Args:
       table: the file's names.
       abstract: nested dict of `jax.ShapeDtypeStruct`.
       tensors: the file.
+      partial: whether `abstract` may leave out parameters that the file holds.
 
     Raises:
       WeightsError: everything that does not fit, together.
@@ -96,6 +97,9 @@ def plan(table: Table, abstract: Any, tensors: Tensors) -> Plan:
     for row in table.rows:
         present = [p for p in row.ours if p is not None]
         absent = [p for p in present if p not in leaves]
+        if absent and partial and len(absent) == len(present):
+            used.update(n for n in tensors.shapes if _pattern(row).fullmatch(n))
+            continue
         if absent:
             # A part of a fused tensor may be missing (no key bias); a whole one has no place here.
             if len(absent) < len(present):
@@ -136,13 +140,18 @@ def plan(table: Table, abstract: Any, tensors: Tensors) -> Plan:
     return Plan(pieces, copies, tuple(sorted(left_out)))
 
 
+def _pattern(row: Row) -> re.Pattern[str]:
+    """The names of a row's tensors, of all layers."""
+    return re.compile(re.escape(row.theirs).replace(r"\{i\}", r"(\d+)"))
+
+
 def _beyond(row: Row, leaves: Leaves):
     """Whether a name is this row's, of a layer that the model leaves out (an encoder's last)."""
     path = next(p for p in row.ours if p is not None)
     if path not in leaves:
         return lambda name: False
     depth = int(np.prod(leaves[path].shape[: row.stack])) * row.every
-    pattern = re.compile(re.escape(row.theirs).replace(r"\{i\}", r"(\d+)"))
+    pattern = _pattern(row)
 
     def beyond(name: str) -> bool:
         match = pattern.fullmatch(name)
@@ -151,7 +160,9 @@ def _beyond(row: Row, leaves: Leaves):
     return beyond
 
 
-def load(table: Table, abstract: Any, tensors: Tensors, *, progress: str = "") -> Any:
+def load(
+    table: Table, abstract: Any, tensors: Tensors, *, partial: bool = False, progress: str = ""
+) -> Any:
     """Reads a file into the structure, dtypes and shardings of `abstract`.
 
     Args:
@@ -159,13 +170,14 @@ def load(table: Table, abstract: Any, tensors: Tensors, *, progress: str = "") -
       abstract: nested dict of `jax.ShapeDtypeStruct`, each with a sharding, or with None for
         the default device.
       tensors: the file.
+      partial: see `plan`.
       progress: title of a progress bar ("": none).
 
     Raises:
       WeightsError: everything that does not fit, together, before anything is read; a tensor that
         should repeat another and does not.
     """
-    planned = plan(table, abstract, tensors)
+    planned = plan(table, abstract, tensors, partial=partial)
     for name, other in planned.copies.items():
         if not np.array_equal(tensors.read(name), tensors.read(other)):
             raise WeightsError(

@@ -1,42 +1,23 @@
-"""The embedded world's image encoder: patches of labeled scenes, classified.
+"""The embedded world's image encoder: what every patch shows, and where; after `vit_easy.py`.
 
-blip2 prepare --source=digits --out=runs/towers/data --train=40000 --seed=1
-blip2 train --config=configs/digits/vit.py --workdir=runs/towers/vit
+blip2 train --config=configs/digits/vit.py --workdir=runs/towers/vit \\
+    --config.init.checkpoint=runs/towers/vit_easy
 blip2 convert runs/towers/vit blip2_jax/assets/digits-vit --to=huggingface
+
+An encoder that is asked for shapes and colors alone forgets where they stand; those of the hub
+know it.
 """
 
 from ml_collections import ConfigDict
 
-from configs.digits.common import get_config as common
+from configs.digits.vit_easy import get_config as easy
 
 
 def get_config() -> ConfigDict:
-    config = common()
+    config = easy()
     config.name = "digits-vit"
-    config.stage.name = "pretrain_vit"
-    # Ten digits, eight colors, two sizes, and the background.
-    config.stage.labels = ConfigDict({"digit": 11, "color": 9, "size": 3})
-    config.trainable = ("vit", "heads")
-    config.model.vit.update(
-        {
-            "source": "",
-            "fingerprint": "",
-            "image_size": 64,
-            "patch_size": 8,
-            "hidden_size": 128,
-            "num_layers": 4,
-            "num_heads": 4,
-            "mlp_dim": 512,
-            "activation": "quick_gelu",
-            "layer_norm_eps": 1e-5,
-            "attention_bias": "qkvo",
-            "patch_bias": False,
-            "pre_norm": True,
-        }
-    )
-    config.steps = 6000
-    config.optim.update({"peak_lr": 1e-3, "end_lr": 1e-6, "warmup_steps": 200, "clip_norm": 1.0})
-    config.data.dir = "runs/towers/data"
-    config.data.batch_size = 48
-    config.eval.update({"every": 1000, "batch_size": 100})
+    config.init.checkpoint = "runs/towers/vit_easy"
+    config.stage.labels.place = 5  # four quadrants, and the background
+    config.steps = 2000
+    config.optim.update({"peak_lr": 5e-4, "warmup_steps": 100})
     return config

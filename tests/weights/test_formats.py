@@ -1,5 +1,6 @@
 """Weights go in and out of every format without losing a bit, and bad files are said to be bad."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,6 +11,8 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from blip2_jax.models.blip2 import Blip2Config
+from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.weights import checkpoint, huggingface, lavis, transfer
 from blip2_jax.weights.files import WeightsError, open_folder
 from tests.weights import models
@@ -281,3 +284,81 @@ def test_a_full_disk_is_refused_before_and_survived_during(opt_folder, tmp_path,
     with pytest.raises(WeightsError, match="could not be written.*No space left"):
         huggingface.save_blip2(tmp_path / "out", found.config, params)
     assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------- what belongs to a model
+
+
+def test_a_clip_encoder_goes_through_lavis(tmp_path):
+    """ViT-L's names, with q, k and v fused; transformers' BLIP-2 has no place for it."""
+    encoder = dataclasses.replace(
+        lavis.CLIP_L, image_size=28, hidden_size=64, num_layers=2, num_heads=16, mlp_dim=96
+    )
+    qformer = QFormerConfig(5, 64, 2, 1, 96, 2, 64, 61, 60, 20)
+    config = Blip2Config(vit=encoder, qformer=qformer, projection_dim=24)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype(np.float32), checkpoint.abstract_params(config)
+    )
+    lavis.save(tmp_path / "whole.pth", config, params, with_vit=True)
+    found, back = read(tmp_path / "whole.pth")
+    assert found.config == config
+    jax.tree.map(np.testing.assert_array_equal, params, back)
+    tensors = torch.load(tmp_path / "whole.pth", weights_only=True)["model"]
+    # The encoder alone, with the last block that BLIP-2 leaves out.
+    alone = {
+        n.removeprefix("visual_encoder."): t for n, t in tensors.items() if "visual_encoder." in n
+    }
+    torch.save(alone, tmp_path / "clip_vit_L.pth")
+    lavis.save(tmp_path / "trained.pth", config, params, with_vit=False)
+    _, back = read(tmp_path / "trained.pth", vit=tmp_path / "clip_vit_L.pth")
+    jax.tree.map(np.testing.assert_array_equal, params, back)
+    with pytest.raises(WeightsError, match="no CLIP image encoder"):
+        huggingface.save_blip2(tmp_path / "hf", config, params)
+
+
+def test_processor_and_tokenizer_go_along(opt_folder, tmp_path):
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    from blip2_jax.data import tokenizers
+
+    shutil.copytree(opt_folder, tmp_path / "hf")
+    processor = transformers.Blip2Processor(
+        BlipImageProcessorPil(size={"height": 28, "width": 28}),
+        tokenizers.load("package:digits-opt"),
+        num_query_tokens=5,
+    )
+    processor.save_pretrained(tmp_path / "hf")
+    found, params = read(tmp_path / "hf")
+    checkpoint.save_native(tmp_path / "native", found.config, params, companions=found.companions)
+    native, params = read(tmp_path / "native")
+    huggingface.save_blip2(tmp_path / "out", native.config, params, companions=native.companions)
+    back = transformers.Blip2Processor.from_pretrained(tmp_path / "out")
+    assert back.num_query_tokens == 5
+    assert back.tokenizer("a red 3")["input_ids"] == processor.tokenizer("a red 3")["input_ids"]
+
+
+def test_the_command_converts_and_says_what_went_where(opt_folder, tmp_path, capsys):
+    from blip2_jax import convert
+
+    arguments = [str(opt_folder), str(tmp_path / "native"), "--to=native"]
+    assert convert.main([*arguments, "--dry_run"]) == 0
+    assert not list(tmp_path.iterdir())
+    shown = capsys.readouterr().out
+    assert "qformer/groups" in shown and "84 tensors" in shown
+    assert convert.main([*arguments, "--dtype=bfloat16"]) == 0
+    _, params = read(tmp_path / "native")
+    assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
+    with pytest.raises(SystemExit, match=r"No config\.json"):
+        convert.main([str(tmp_path / "nowhere"), str(tmp_path / "x"), "--to=native"])
+
+
+def test_training_starts_from_a_published_checkpoint(opt_folder):
+    """What both have is taken, in the model's own dtype; the rest is reported as fresh."""
+    found, params = read(opt_folder)
+    ours = {k: v for k, v in params.items() if k in ("query_tokens", "qformer", "ln_vision")}
+    ours = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), ours)
+    ours["itm_head"] = {"bias": jax.numpy.zeros(2)}
+    got, taken, fresh = found.load_into(ours)
+    assert fresh == ["itm_head/bias"] and taken == len(jax.tree.leaves(ours)) - 1
+    jax.tree.map(np.testing.assert_array_equal, got["qformer"], params["qformer"])

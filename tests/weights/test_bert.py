@@ -1,0 +1,93 @@
+"""A Q-Former that starts from BERT reads text as BERT does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from safetensors.torch import load_file, save_file
+
+from blip2_jax.models.qformer import QFormer, QFormerConfig, key_mask
+from blip2_jax.weights import bert
+from blip2_jax.weights.files import WeightsError
+from tests.weights import models
+
+SIZES = QFormerConfig(
+    num_query_tokens=5,
+    hidden_size=128,
+    num_layers=4,
+    num_heads=2,
+    mlp_dim=96,
+    encoder_width=32,
+    vocab_size=61,
+    bos_token_id=60,
+    max_position_embeddings=20,
+    dropout=0.0,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=128, num_hidden_layers=4, num_attention_heads=2,
+        intermediate_size=96, max_position_embeddings=20, hidden_dropout_prob=0.0,
+    )  # fmt: skip
+    theirs = models.randomize(transformers.BertForPreTraining(config))
+    with torch.no_grad():  # dropped by BLIP-2: zeros say nothing
+        theirs.bert.embeddings.token_type_embeddings.weight.zero_()
+    path = tmp_path_factory.mktemp("bert")
+    theirs.save_pretrained(path)
+    return theirs, path
+
+
+def qformer(source, sizes=SIZES):
+    fresh = QFormer(sizes, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(fresh)
+    before = nnx.to_pure_dict(state)
+    return before, bert.initialize(before, sizes, str(source)), graph
+
+
+@pytest.mark.parametrize("names", ["modern", "of TensorFlow's time"])
+def test_text_reads_as_in_bert(folder, tmp_path, names):
+    theirs, path = folder
+    if names != "modern":
+        tensors = load_file(path / "model.safetensors")
+        old = {
+            n.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            ): t
+            for n, t in tensors.items()
+        }
+        save_file(old, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text((path / "config.json").read_text())
+        path = tmp_path
+    _, params, graph = qformer(path)
+    ids = np.random.default_rng(0).integers(0, 60, (2, 9))
+    mask = np.ones_like(ids)
+    mask[1, 6:] = 0
+    want = theirs.bert(torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state
+    got, _ = nnx.merge(graph, params)(text_ids=jnp.asarray(ids), mask=key_mask(jnp.asarray(mask)))
+    real = mask > 0
+    np.testing.assert_allclose(np.asarray(got)[real], want.detach().numpy()[real], atol=1e-4)
+
+
+def test_queries_get_copies_and_the_rest_stays(folder):
+    before, after, _ = qformer(folder[1])
+    layers = after["groups"]["blocks"]["layers"]
+    jax.tree.map(np.testing.assert_array_equal, layers["mlp_text"], layers["mlp_query"])
+    fresh = lambda tree: tree["groups"]["blocks"]["crossattention"]  # noqa: E731
+    jax.tree.map(np.testing.assert_array_equal, fresh(before), fresh(after))
+    words = lambda tree: tree["word_embeddings"]["embedding"]  # noqa: E731
+    np.testing.assert_array_equal(words(before)[60:], words(after)[60:])
+    assert not np.array_equal(words(before)[:60], words(after)[:60])
+
+
+def test_a_bert_of_other_sizes_is_refused(folder):
+    import dataclasses
+
+    with pytest.raises(WeightsError, match="knows 60 words"):
+        qformer(folder[1], dataclasses.replace(SIZES, vocab_size=50))
+    with pytest.raises(WeightsError, match="the model needs"):
+        qformer(folder[1], dataclasses.replace(SIZES, mlp_dim=64))
