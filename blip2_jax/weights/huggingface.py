@@ -4,6 +4,7 @@ A folder is named by its path, or by `package:NAME` for the small towers that sh
 A tower may also be taken out of a whole model's folder.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from importlib import resources
@@ -216,30 +217,74 @@ def save_blip2(
       companions: a folder whose tokenizer and processor files go along.
       dtype: of the tensors; by default the parameters' own.
     """
-    leaves = transfer.leaves_of(params)
-    extra_paths = {p for row in tables.RETRIEVAL_EXTRAS.rows for p in row.ours}
-    main = transfer.tree_of({p: x for p, x in leaves.items() if p not in extra_paths})
-    extra = transfer.tree_of({p: x for p, x in leaves.items() if p in extra_paths})
-    document = configs.write_blip2(config, image_token_index(config, companions))
-    document["dtype"] = str(np.dtype(dtype or leaves["query_tokens"].dtype))
+    extra_keys = ("temp", "itg_head")
+    main = {key: part for key, part in params.items() if key not in extra_keys}
+    extra = {key: part for key, part in params.items() if key in extra_keys}
     with files.writing(folder, transfer.num_bytes(params, dtype)) as draft:
+        if companions is not None:
+            files.copy_companions(companions, draft)
+        index = _image_token_index(config, companions, draft)
+        config, main = _with_row(config, main, index)
         files.write_shards(draft, transfer.tensors_of(blip2_table(config), main, dtype))
         if extra:
             tensors = dict(transfer.tensors_of(tables.RETRIEVAL_EXTRAS, extra, dtype))
             files.save_file(tensors, draft / EXTRAS, metadata={"format": "pt"})
+        document = configs.write_blip2(config, index)
+        document["dtype"] = str(np.dtype(dtype or main["query_tokens"].dtype))
         _write_json(draft / "config.json", document)
-        if companions is not None:
-            files.copy_companions(companions, draft)
 
 
-def image_token_index(config: Blip2Config, companions: Path | None) -> int | None:
-    """Id of the `<image>` placeholder: the companions' if they say, as published otherwise."""
+def _image_token_index(config: Blip2Config, companions: Path | None, draft: Path) -> int | None:
+    """Id of the `<image>` placeholder, and a processor that writes it where there was none."""
     if companions is not None and (companions / "config.json").is_file():
         known = json.loads((companions / "config.json").read_text()).get("image_token_index")
         if known is not None:
             return known
     if config.llm is None:
         return None
-    # transformers needs it to be a row of the embeddings, though it is never read: the last one.
+    if any(draft.glob("tokenizer*")):
+        from transformers import AutoTokenizer  # seconds of import
+
+        tokenizer = AutoTokenizer.from_pretrained(draft)
+        if not any(draft.glob("*processor_config.json")) and not config.qformer_reads_prompt:
+            _write_processor(draft, config, tokenizer)
+        if "<image>" in tokenizer.get_vocab():
+            return tokenizer.convert_tokens_to_ids("<image>")
+    # It is a row of the embeddings that is never read.
     published = {"OPTConfig": 50265, "T5Config": 32100, "LlamaConfig": 32001}
     return min(published[type(config.llm).__name__], config.llm.vocab_size - 1)
+
+
+def _write_processor(draft: Path, config: Blip2Config, tokenizer: Any) -> None:
+    """Resizing and normalization as published, and the tokenizer with `<image>`."""
+    from transformers import Blip2Processor
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    side = config.vit.image_size
+    images = BlipImageProcessorPil(size={"height": side, "width": side})
+    number = config.qformer.num_query_tokens
+    Blip2Processor(images, tokenizer, num_query_tokens=number).save_pretrained(draft)
+
+
+def _with_row(
+    config: Blip2Config, params: dict[str, Any], index: int | None
+) -> tuple[Blip2Config, dict[str, Any]]:
+    """Gives the language model a row for `<image>` where its vocabulary ends before it.
+
+    New rows, up to a multiple of 64, are the mean of the others, as transformers makes them.
+    """
+    if config.llm is None or index is None or index < config.llm.vocab_size:
+        return config, params
+    rows = -(-(index + 1) // 64) * 64
+
+    def grown(x: Any, axis: int) -> np.ndarray:
+        x = np.asarray(x)
+        mean = x.mean(axis=axis, keepdims=True, dtype=np.float32).astype(x.dtype)
+        return np.concatenate([x, np.repeat(mean, rows - x.shape[axis], axis=axis)], axis=axis)
+
+    llm = {**params["llm"]}
+    llm["embed_tokens"] = {"embedding": grown(llm["embed_tokens"]["embedding"], 0)}
+    if "lm_head" in llm:
+        llm["lm_head"] = {"kernel": grown(llm["lm_head"]["kernel"], 1)}
+    sizes = dataclasses.replace(config.llm, vocab_size=rows)
+    return dataclasses.replace(config, llm=sizes), {**params, "llm": llm}

@@ -338,6 +338,34 @@ def test_processor_and_tokenizer_go_along(opt_folder, tmp_path):
     assert back.tokenizer("a red 3")["input_ids"] == processor.tokenizer("a red 3")["input_ids"]
 
 
+def test_a_processor_is_made_for_a_lavis_file(opt_folder, tmp_path):
+    """And the language model gets a row for `<image>`, which its tokenizer did not have."""
+    from blip2_jax.data import tokenizers
+    from blip2_jax.models.opt import OPTConfig
+
+    llm = OPTConfig(202, 160, 2, 2, 48, 60)
+    found, params = read(opt_folder)
+    lavis.save(tmp_path / "model.pth", found.config, params, with_vit=True)
+    rng = np.random.default_rng(0)
+    config = dataclasses.replace(found.config, llm=llm)
+    abstract = checkpoint.abstract_params(config)["llm"]
+    tower = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), abstract)
+    huggingface.save(tmp_path / "opt", llm, tower)
+    tokenizers.load("package:digits-opt").save_pretrained(tmp_path / "opt")
+    back, params = read(tmp_path / "model.pth", vit=opt_folder, llm=tmp_path / "opt")
+    huggingface.save_blip2(tmp_path / "out", back.config, params, companions=back.companions)
+    model, info = transformers.Blip2ForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(info.values())
+    processor = transformers.Blip2Processor.from_pretrained(tmp_path / "out")
+    assert model.config.image_token_index == processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert model.get_input_embeddings().num_embeddings == 256  # 202 and <image>, to the next 64
+    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3)).astype(np.uint8)
+    inputs = processor(images=picture, text="a red 3", return_tensors="pt")
+    assert model(**inputs).logits.shape == (1, 5 + 4, 256)
+
+
 def test_the_command_converts_and_says_what_went_where(opt_folder, tmp_path, capsys):
     from blip2_jax import convert
 
