@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
 
     config.model.vit.source = "package:digits-vit"
     config.model.vit.fingerprint = (
-        "f65b3ec49c76e15f5120d48c391b39ed333323b2e37ade3248eda1342fe4175a"
+        "e552c06a343ffbe245609c3be9148d7b80801bba390d023bdee104bf0598fce0"
     )
     config.model.llm.source = "package:digits-opt"
     config.model.llm.fingerprint = (
