@@ -24,6 +24,7 @@ def write_folder(folder: Path) -> None:
 
     from blip2_jax.models.blip2 import Blip2Config
     from blip2_jax.models.opt import OPTConfig
+    from blip2_jax.runtime.mesh import nested
     from blip2_jax.weights import checkpoint, configs, files, huggingface, transfer
 
     config = Blip2Config(llm=OPTConfig(vocab_size=50304, dropout=0.1), ln_vision_eps=1e-6)
@@ -41,7 +42,7 @@ def write_folder(folder: Path) -> None:
             return rng.normal(0, 0.02, self.shape[len(where) :]).astype(np.float32)
 
     leaves = transfer.leaves_of(checkpoint.abstract_params(config))
-    drawn = transfer.tree_of({path: Random(leaf.shape) for path, leaf in leaves.items()})
+    drawn = nested({path: Random(leaf.shape) for path, leaf in leaves.items()})
     size = 4 * sum(leaf.size for leaf in leaves.values())
     with files.writing(folder, size) as draft:
         table = huggingface.blip2_table(config)

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from blip2_jax.runtime.compare import differences
-from blip2_jax.runtime.mesh import flatten_with_names
+from blip2_jax.runtime.mesh import flatten_with_names, nested
 
 
 class CheckpointError(ValueError):
@@ -163,7 +163,7 @@ class Checkpointer:
                 f"Step {step} in {self.directory} was trained with other sizes. Give config.model "
                 "the sizes of that run:\n" + "\n".join(misfits)
             )
-        item = {"params": _nested({path: ours[path] for path in common})}
+        item = {"params": nested({path: ours[path] for path in common})}
         with ocp.PyTreeCheckpointer() as reader:
             found = reader.restore(
                 self.directory / str(step) / "state",
@@ -174,7 +174,7 @@ class Checkpointer:
                 ),
             )
         merged = ours | dict(flatten_with_names(found["params"]))
-        return _nested(merged), len(common), _missing(ours, set(common))
+        return nested(merged), len(common), _missing(ours, set(common))
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Path -> (shape, dtype) of all that the latest checkpoint holds."""
@@ -218,18 +218,6 @@ def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
         path: (tuple(leaf.shape), np.dtype(leaf.dtype).name)
         for path, leaf in flatten_with_names(tree)
     }
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        holder = tree
-        for parent in parents:
-            holder = holder.setdefault(parent, {})
-        holder[name] = leaf
-    return tree
 
 
 def _missing(paths: Collection[str], found: Collection[str]) -> list[str]:

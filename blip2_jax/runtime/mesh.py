@@ -261,3 +261,15 @@ def flatten_with_names(tree: Any) -> list[tuple[str, Any]]:
     """The leaves of a tree with their paths, written "a/b/c"."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Undoes `flatten_with_names`: {"a/b": x} -> {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        holder = tree
+        for parent in parents:
+            holder = holder.setdefault(parent, {})
+        holder[name] = leaf
+    return tree

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from blip2_jax.models.qformer import QFormerConfig
+from blip2_jax.runtime.mesh import nested
 from blip2_jax.weights import huggingface, tables, transfer
 from blip2_jax.weights.files import Tensors, WeightsError, open_folder
 
@@ -62,10 +63,10 @@ def initialize(qformer: dict[str, Any], config: QFormerConfig, source: str) -> d
         )
     # Not sharded: fewer rows need not divide as all of them do.
     abstract[WORDS] = jax.ShapeDtypeStruct((known[0], config.hidden_size), leaves[WORDS].dtype)
-    loaded = transfer.leaves_of(transfer.load(table, transfer.tree_of(abstract), tensors))
+    loaded = transfer.leaves_of(transfer.load(table, nested(abstract), tensors))
     words = jnp.concatenate([loaded[WORDS], jnp.asarray(leaves[WORDS])[known[0] :]])
     loaded[WORDS] = jax.device_put(words, leaves[WORDS].sharding)
     for path in list(loaded):
         if "/mlp_text/" in path:
             loaded[path.replace("/mlp_text/", "/mlp_query/")] = jnp.copy(loaded[path])
-    return transfer.tree_of({path: loaded.get(path, leaf) for path, leaf in leaves.items()})
+    return nested({path: loaded.get(path, leaf) for path, leaf in leaves.items()})

@@ -16,6 +16,7 @@ from flax import nnx
 
 from blip2_jax.models.blip2 import Blip2Config, make_model
 from blip2_jax.runtime.checkpoint import Checkpointer
+from blip2_jax.runtime.mesh import nested
 from blip2_jax.weights import configs, files, huggingface, lavis, transfer
 from blip2_jax.weights.files import Tensors, WeightsError
 from blip2_jax.weights.tables import Table
@@ -51,9 +52,7 @@ class Checkpoint:
         if not self.parts:
             dtypes = _native_dtypes(Path(self.source))
             kept = {path: leaf for path, leaf in whole.items() if path in dtypes}
-            return transfer.tree_of(
-                {p: jax.ShapeDtypeStruct(x.shape, dtypes[p]) for p, x in kept.items()}
-            )
+            return nested({p: jax.ShapeDtypeStruct(x.shape, dtypes[p]) for p, x in kept.items()})
         dtypes = {
             path: tensors.dtypes[row.theirs.format(i=0)]
             for table, tensors in self.parts
@@ -71,7 +70,7 @@ class Checkpoint:
                 + (f"; {', '.join(hints)}." if hints else "; it is incomplete.")
             )
         kept = {path: leaf for path, leaf in whole.items() if _top(path) in held}
-        return transfer.tree_of(
+        return nested(
             {p: jax.ShapeDtypeStruct(x.shape, dtypes.get(p, x.dtype)) for p, x in kept.items()}
         )
 
@@ -99,10 +98,10 @@ class Checkpoint:
         if not common:
             raise WeightsError(f"{self.source} holds none of {', '.join(params)}.")
         loaded = dict(ours)
-        for table, tensors, share in self._shares(transfer.tree_of(common)):
+        for table, tensors, share in self._shares(nested(common)):
             part = transfer.load(table, share, tensors, partial=True, progress="reading")
             loaded |= transfer.leaves_of(part)
-        return transfer.tree_of(loaded), len(common), [p for p in ours if p not in common]
+        return nested(loaded), len(common), [p for p in ours if p not in common]
 
     def plans(self, abstract: Any) -> list[tuple[transfer.Plan, Any]]:
         """What goes where, part by part, with the share of `abstract` that each part fills."""
@@ -117,7 +116,7 @@ class Checkpoint:
             held = _held(table, tensors)
             paths = {path for row in table.rows for path in row.ours if path}
             share = {p: leaf for p, leaf in leaves.items() if p in paths and _top(p) in held}
-            yield table, tensors, transfer.tree_of(share)
+            yield table, tensors, nested(share)
 
     def load(self, abstract: Any, *, progress: str = "") -> Any:
         """Reads the parameters of `abstract`, in its dtypes and shardings.
@@ -133,7 +132,7 @@ class Checkpoint:
         for table, tensors, share in self._shares(abstract):
             part = transfer.load(table, share, tensors, progress=progress)
             loaded |= transfer.leaves_of(part)
-        return transfer.tree_of(loaded)
+        return nested(loaded)
 
 
 def _top(path: str) -> str:

@@ -122,22 +122,19 @@ def tower(source: str, sizes: Any) -> tuple[Table, Tensors]:
 
 
 def _fit(table: Table, tensors: Tensors) -> Tensors:
+    """The tensors under the table's names, if only what stands before all of them differs."""
     first = table.rows[0].theirs
-    if first in tensors.shapes:
-        return tensors
-    head, rest = "", first
-    while rest:
-        found = min((n for n in tensors.shapes if n.endswith(rest)), key=len, default=None)
-        if found is not None:
-            prefix = found.removesuffix(rest)
+    head, _, rest = first.partition(".")
+    # What the table has before its names, and the file has not: nothing, or the first word.
+    for missing, name in (("", first), (f"{head}.", rest)):
+        found = min((n for n in tensors.shapes if n.endswith(name)), key=len, default=None)
+        if found is not None and "." in name:
+            prefix = found.removesuffix(name)
             names = {
-                head + n.removeprefix(prefix) if n.startswith(prefix) else n: n
-                for n in tensors.shapes
-                if n.startswith(prefix) or n.startswith("lm_head")
+                missing + n.removeprefix(prefix): n for n in tensors.shapes if n.startswith(prefix)
             }
-            return Renamed(tensors, names)
-        part, _, rest = rest.partition(".")
-        head += f"{part}."
+            heads = {n: n for n in tensors.shapes if n.startswith("lm_head")}  # never prefixed
+            return Renamed(tensors, names | heads)
     return tensors  # nothing fits; `transfer.plan` says what is missing
 
 

@@ -46,10 +46,6 @@ def _conv_shape(shape: Shape) -> Shape:
     return (shape[1], 3, side, side)
 
 
-def _squeezed(shape: Shape) -> Shape:
-    return tuple(n for n in shape if n != 1)
-
-
 def _same(x):
     return x
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
+from blip2_jax.runtime.mesh import flatten_with_names, nested
 from blip2_jax.weights.files import Tensors, WeightsError
 from blip2_jax.weights.tables import KINDS, Row, Table
 
@@ -48,20 +49,7 @@ class Plan(NamedTuple):
 
 def leaves_of(tree: Any) -> dict[str, Any]:
     """The leaves of nested dicts by path, "a/b/c"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
-
-
-def tree_of(leaves: Leaves) -> dict[str, Any]:
-    """Nested dicts of leaves by path; undoes `leaves_of`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return tree
+    return dict(flatten_with_names(tree))
 
 
 def _names(row: Row, leaf: Any) -> tuple[str, ...]:
@@ -193,7 +181,7 @@ def load(
         for path, leaf in leaves.items():
             loaded[path] = _fill(leaf, planned.pieces[path], tensors)
             bar.update(leaf.size * leaf.dtype.itemsize)
-    return tree_of(loaded)
+    return nested(loaded)
 
 
 def _fill(leaf: jax.ShapeDtypeStruct, piece: Piece, tensors: Tensors) -> jax.Array:
