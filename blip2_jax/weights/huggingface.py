@@ -222,12 +222,12 @@ def save_blip2(
             files.copy_companions(companions, draft)
         index = _image_token_index(config, companions, draft)
         config, main = _with_row(config, main, index)
+        document = configs.write_blip2(config, index)  # first: it says what transformers lacks
+        document["dtype"] = str(np.dtype(dtype or main["query_tokens"].dtype))
         files.write_shards(draft, transfer.tensors_of(blip2_table(config), main, dtype))
         if extra:
             tensors = dict(transfer.tensors_of(tables.RETRIEVAL_EXTRAS, extra, dtype))
             files.save_file(tensors, draft / EXTRAS, metadata={"format": "pt"})
-        document = configs.write_blip2(config, index)
-        document["dtype"] = str(np.dtype(dtype or main["query_tokens"].dtype))
         _write_json(draft / "config.json", document)
 
 
