@@ -7,6 +7,8 @@ define `sweep(add)`. Keys that are not here are refused, in a recipe as on the c
 
 from ml_collections import ConfigDict
 
+from blip2_jax.runtime.mesh import RULES
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -27,9 +29,7 @@ def get_config() -> ConfigDict:
     # The device mesh; -1 once: all that the others leave. Only `data` crosses slices.
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
     # Which mesh axis (or None: replicated) the parameters' axes lie on.
-    config.sharding = ConfigDict(
-        {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
-    )
+    config.sharding = ConfigDict(RULES)  # embed: fsdp; heads, mlp, vocab: tensor
 
     config.stage = ConfigDict(
         {
@@ -79,6 +79,7 @@ def get_config() -> ConfigDict:
             "max_position_embeddings": 512,
             "layer_norm_eps": 1e-12,
             "dropout": 0.1,
+            "initializer_range": 0.02,
             "remat": "none",  # none, dots or full
         }
     )

@@ -67,7 +67,9 @@ class Blip2(nnx.Module):
             config.vit.hidden_size, eps=config.ln_vision_eps, dtype=dtype, rngs=rngs
         )
         self.query_tokens = nnx.Param(
-            normal(0.02)(rngs.params(), (1, config.qformer.num_query_tokens, width))
+            normal(config.qformer.initializer_range)(
+                rngs.params(), (1, config.qformer.num_query_tokens, width)
+            )
         )
         text = config.llm is None or config.qformer_reads_prompt
         self.qformer = QFormer(config.qformer, text=text, dtype=dtype, rngs=rngs)
@@ -129,9 +131,9 @@ class Blip2Stage1(Blip2):
     def __init__(self, config: Blip2Config, *, dtype: Any = None, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype, rngs=rngs)
         width = config.qformer.hidden_size
-        self.vision_proj = linear(width, config.projection_dim, dtype=dtype, rngs=rngs)
-        self.text_proj = linear(width, config.projection_dim, dtype=dtype, rngs=rngs)
-        self.itm_head = linear(width, 2, dtype=dtype, rngs=rngs)
+        self.vision_proj = _head(width, config.projection_dim, dtype, rngs)
+        self.text_proj = _head(width, config.projection_dim, dtype, rngs)
+        self.itm_head = _head(width, 2, dtype, rngs)
         self.itg_head = LMHead(config.qformer, dtype=dtype, rngs=rngs)
         self.temp = nnx.Param(jnp.array(config.initial_temperature, jnp.float32))
 
@@ -167,8 +169,8 @@ class Blip2Stage2(Blip2):
 
     def __init__(self, config: Blip2Config, *, dtype: Any = None, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype, rngs=rngs)
-        self.language_projection = linear(
-            config.qformer.hidden_size, config.llm.hidden_size, dtype=dtype, rngs=rngs
+        self.language_projection = _head(
+            config.qformer.hidden_size, config.llm.hidden_size, dtype, rngs
         )
         self.llm = LLMS[type(config.llm)](config.llm, dtype=dtype, rngs=rngs)
 
@@ -230,6 +232,11 @@ class Blip2Stage2(Blip2):
             prompt = jnp.concatenate([prompt, embeds], axis=1)
             prompt_mask = jnp.concatenate([prompt_mask, prefix[1]], axis=1)
         return self.llm.score(prompt, prompt_mask, ids, mask, key=key)
+
+
+def _head(d_in: int, d_out: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer as wide as LAVIS starts its heads: torch's default, of variance 1 / (3 d)."""
+    return linear(d_in, d_out, std=(3 * d_in) ** -0.5, dtype=dtype, rngs=rngs)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ from blip2_jax.models.layers import (
     ACTIVATIONS,
     MLP,
     Attention,
+    KeysValues,
     Stack,
     causal_mask,
     dropout,
@@ -36,8 +37,6 @@ from blip2_jax.models.layers import (
     normal,
     split_key,
 )
-
-KeysValues = tuple[jax.Array, jax.Array]
 
 AXES = (
     *layers.AXES,
@@ -62,6 +61,7 @@ class QFormerConfig:
     max_position_embeddings: int = 512
     layer_norm_eps: float = 1e-12
     dropout: float = 0.1
+    initializer_range: float = 0.02  # standard deviation of fresh weights, BERT's; suits 768
     remat: str = "none"
 
 
@@ -74,7 +74,12 @@ class Residual(nnx.Module):
 
     def __init__(self, config: QFormerConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.mlp = MLP(
-            config.hidden_size, config.mlp_dim, activation="gelu", dtype=dtype, rngs=rngs
+            config.hidden_size,
+            config.mlp_dim,
+            activation="gelu",
+            std=config.initializer_range,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.norm = _norm(config, dtype, rngs)
         self.dropout = config.dropout
@@ -94,6 +99,7 @@ class ResidualAttention(nnx.Module):
             config.num_heads,
             kv_width=kv_width,
             dropout_rate=config.dropout,
+            std=config.initializer_range,
             dtype=dtype,
             rngs=rngs,
         )
@@ -177,8 +183,9 @@ class QFormer(nnx.Module):
             )
         self.config, self.text = config, text
         if text:
+            init = normal(config.initializer_range)
             embed = lambda rows: nnx.Embed(  # noqa: E731
-                rows, config.hidden_size, embedding_init=normal(0.02), dtype=dtype, rngs=rngs
+                rows, config.hidden_size, embedding_init=init, dtype=dtype, rngs=rngs
             )
             self.word_embeddings = embed(config.vocab_size)
             self.position_embeddings = embed(config.max_position_embeddings)
@@ -199,9 +206,7 @@ class QFormer(nnx.Module):
         Returns:
           Two of float[groups, B, H, N, K].
         """
-        graph, params = nnx.split(self.groups.blocks.crossattention)
-        project = lambda p: nnx.merge(graph, p).attention.keys_values(image_embeds)  # noqa: E731
-        return jax.vmap(project)(params)
+        return self.groups.map(lambda g: g.crossattention.attention.keys_values(image_embeds))
 
     def __call__(
         self,
@@ -256,7 +261,7 @@ class LMHead(nnx.Module):
 
     def __init__(self, config: QFormerConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         width = config.hidden_size
-        self.dense = linear(width, width, dtype=dtype, rngs=rngs)
+        self.dense = linear(width, width, std=config.initializer_range, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(width, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,)))
 

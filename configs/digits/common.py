@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
             "vocab_size": 190,
             "bos_token_id": 189,
             "max_position_embeddings": 64,
+            "initializer_range": 0.06,  # 0.02 for BERT's width of 768; by its square root, for 96
             "dropout": 0.0,  # thousands of scenes, a few epochs: nothing to overfit yet
         }
     )
