@@ -109,7 +109,7 @@ def _tower_config(section: ConfigDict, from_source: Callable, kind: type, **fixe
     keep = {"remat": section.remat, **fixed}
     if section.source:
         return from_source(section.source, **keep)
-    sizes = {f.name: section[f.name] for f in dataclasses.fields(kind)}
+    sizes = {f.name: section[f.name] for f in dataclasses.fields(kind) if f.name in section}
     return kind(**sizes)
 
 
@@ -142,7 +142,7 @@ def make_module(config: ConfigDict, sizes: Any, *, rngs: nnx.Rngs) -> nnx.Module
     if isinstance(sizes, vit.ViTConfig):
         return vit.PatchClassifier(sizes, dict(config.stage.labels), dtype=dtype, rngs=rngs)
     if isinstance(sizes, opt.OPTConfig):
-        return opt.LanguageModel(sizes, dtype=dtype, rngs=rngs)
+        return opt.OPTAlone(sizes, dtype=dtype, rngs=rngs)
     return blip2.make_model(sizes, dtype=dtype, rngs=rngs)
 
 
@@ -237,14 +237,24 @@ def load_params(workdir: Path) -> tuple[Recipe, Params]:
     return run, state["params"]
 
 
-def load_run(workdir: Path, *, batch_size: int = 32) -> Blip2:
+def load_run(workdir: Path, *, batch_size: int = 32, dtype: Any = None) -> Blip2:
     """The BLIP-2 model of a finished run, on this machine's devices.
 
+    Args:
+      workdir: the run's.
+      batch_size: see `Blip2`.
+      dtype: what to compute in; the run's own when None.
+
     Raises:
-      ValueError: there is no finished run, or a tower is no longer the one it was trained on.
+      ValueError: there is no finished run, it is no BLIP-2, or a tower is no longer the one it was
+        trained on.
     """
     fingerprints = _finished(workdir)["fingerprints"]
     run, params = load_params(workdir)
+    if not isinstance(run.model_config, blip2.Blip2Config):
+        raise ValueError(
+            f"{workdir} trained a tower ({run.config.name}), which is no BLIP-2 by itself."
+        )
     frozen, found = run.load_frozen()
     if found != fingerprints:
         raise ValueError(
@@ -253,10 +263,12 @@ def load_run(workdir: Path, *, batch_size: int = 32) -> Blip2:
         )
     data, llm = run.config.data, run.config.model.llm
     return Blip2(
-        run.spec.graph,
+        run.model_config,
         {**frozen, **params},
+        dtype=jnp.dtype(dtype or run.config.dtype),
+        mesh=run.mesh,
         qformer_tokenizer=tokenizers.load(data.qformer_tokenizer),
-        llm_tokenizer=tokenizers.load(data.llm_tokenizer or llm.source),
-        text_length=data.text_length,
+        llm_tokenizer=tokenizers.load(data.llm_tokenizer or llm.source) if llm.source else None,
         batch_size=batch_size,
+        source=str(workdir),
     )

@@ -7,12 +7,14 @@ Shape words, here and in every tower: `B` batch, `Q` queries, `T` text tokens, `
 `S` positions of a cache, `H` heads, `K` width of a head, `D` width of the model, `L` layers.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -46,6 +48,8 @@ AXES = (
     (r"embed_positions/embedding$|position_embeddings/embedding$", (None, "embed")),
     (r"norm[^/]*/(scale|bias)$|ln_[^/]*/(scale|bias)$", (None,)),
 )
+
+KeysValues = tuple[jax.Array, jax.Array]
 
 normal = nnx.initializers.normal
 
@@ -85,6 +89,21 @@ def split_key(key: jax.Array | None, n: int) -> list[jax.Array | None]:
     return [None] * n if key is None else list(jax.random.split(key, n))
 
 
+class Segment(NamedTuple):
+    """Keys and values that stand before a call's own: what was read or written earlier.
+
+    Attributes:
+      keys, values: float[B, H, S, K], possibly of fewer heads.
+      mask: bool, broadcastable to [B, H, T, S]; False hides a key.
+      bias: float, broadcastable to [B, H, T, S], or None.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    mask: jax.Array
+    bias: jax.Array | None = None
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -92,6 +111,7 @@ def attend(
     *,
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
+    past: Sequence[Segment] = (),
     scale: float,
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
@@ -104,21 +124,40 @@ def attend(
       mask: bool, broadcastable to [B, H, T, S]; False hides a key. A row whose keys are all
         hidden (a padding query) attends to all of them alike: never a NaN.
       bias: float, broadcastable to [B, H, T, S], added to the scores (T5's relative positions).
+      past: keys and values in front of these, under the same softmax; they are not copied.
       scale: factor on the scores.
       dropout_rate, key: dropout of the attention probabilities.
 
     Returns:
       float[B, H, T, K] in q's dtype.
     """
-    if k.shape[1] != q.shape[1]:  # grouped queries: each head of keys serves several in a row
-        k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
-    scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) * scale
-    if bias is not None:
-        scores = scores + bias.astype(jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    segments = [*past, Segment(k, v, mask, bias)]
+    scores = jnp.concatenate([_scores(q, segment, scale) for segment in segments], axis=-1)
     probabilities = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, key)
-    return jnp.einsum("bhts,bhsk->bhtk", probabilities.astype(v.dtype), v)
+    ends = np.cumsum([segment.keys.shape[-2] for segment in segments])
+    parts = jnp.split(probabilities, ends[:-1], axis=-1)
+    return sum(_read(p, segment.values) for p, segment in zip(parts, segments, strict=True))
+
+
+def _scores(q: jax.Array, segment: Segment, scale: float) -> jax.Array:
+    """float32[B, H, T, S]; heads that share keys are neighbors, and read them without a copy."""
+    shape, k = q.shape, segment.keys
+    grouped = q.reshape(shape[0], k.shape[1], -1, shape[-1])
+    scores = jnp.einsum("bhtk,bhsk->bhts", grouped, k, preferred_element_type=jnp.float32) * scale
+    scores = scores.reshape(*shape[:-1], k.shape[-2])
+    if segment.bias is not None:
+        scores = scores + segment.bias.astype(jnp.float32)
+    if segment.mask is not None:
+        scores = jnp.where(segment.mask, scores, jnp.finfo(jnp.float32).min)
+    return scores
+
+
+def _read(probabilities: jax.Array, v: jax.Array) -> jax.Array:
+    """float32[B, H, T, S] and float[B, H, S, K] -> float[B, H, T, K]."""
+    shape = probabilities.shape
+    grouped = probabilities.astype(v.dtype).reshape(shape[0], v.shape[1], -1, shape[-1])
+    out = jnp.einsum("bhts,bhsk->bhtk", grouped, v)
+    return out.reshape(*shape[:-1], v.shape[-1])
 
 
 class Attention(nnx.Module):
@@ -193,16 +232,26 @@ class Attention(nnx.Module):
         queries: jax.Array | None = None,
         mask: jax.Array | None = None,
         bias: jax.Array | None = None,
+        past: Sequence[Segment] = (),
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Attends from x, float[B, T, D], to itself or to given keys and values.
 
-        `queries` are those of x where the caller has made them (and turned them by position).
+        `queries` are those of x where the caller has made them (and turned them by position);
+        `past` are keys and values in front of these.
         """
         k, v = self.keys_values(x) if keys_values is None else keys_values
         q = self.queries(x) if queries is None else queries
         out = attend(
-            q, k, v, mask=mask, bias=bias, scale=self.scale, dropout_rate=self.dropout_rate, key=key
+            q,
+            k,
+            v,
+            mask=mask,
+            bias=bias,
+            past=past,
+            scale=self.scale,
+            dropout_rate=self.dropout_rate,
+            key=key,
         )
         return self.out_proj(out.swapaxes(-2, -3).reshape(*x.shape[:-1], -1))
 
@@ -211,10 +260,17 @@ class MLP(nnx.Module):
     """Two linear layers with an activation between them (names as in the ViTs and in OPT)."""
 
     def __init__(
-        self, width: int, hidden: int, *, activation: str, dtype: Any = None, rngs: nnx.Rngs
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: str,
+        std: float = 0.02,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
     ):
-        self.fc1 = linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.fc2 = linear(hidden, width, dtype=dtype, rngs=rngs)
+        self.fc1 = linear(width, hidden, std=std, dtype=dtype, rngs=rngs)
+        self.fc2 = linear(hidden, width, std=std, dtype=dtype, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -242,9 +298,12 @@ def rms_norm(width: int, *, eps: float, dtype: Any = None, rngs: nnx.Rngs) -> nn
 
 
 class Stack(nnx.Module):
-    """`depth` blocks of one kind: parameters stacked on a leading axis L, run by one `lax.scan`.
+    """`depth` blocks of one kind, run one after the other.
 
-    Compile time does not grow with depth, and a checkpoint holds one array per kind of parameter.
+    Scanned (`scan=True`), parameters are stacked on a leading axis L and one `lax.scan` runs them:
+    compile time does not grow with depth, and a checkpoint holds one array per kind of parameter.
+    Training wants that. Decoding does not: a scan copies each layer's weights out of their stack
+    for every token. There, `blocks` is a list, and per-layer values are lists too.
     """
 
     def __init__(
@@ -253,12 +312,16 @@ class Stack(nnx.Module):
         depth: int,
         *,
         remat: str = "none",
+        scan: bool = True,
         rngs: nnx.Rngs,
     ):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"Unknown remat policy {remat!r}; known: {', '.join(REMAT_POLICIES)}.")
-        self.depth, self.remat = depth, remat
-        self.blocks = jax.vmap(make)(rngs.split(depth))
+        self.depth, self.remat, self.scan = depth, remat, scan
+        if scan:
+            self.blocks = jax.vmap(make)(rngs.split(depth))
+        else:
+            self.blocks = nnx.List([make(rngs) for _ in range(depth)])
 
     def __call__(
         self,
@@ -274,14 +337,22 @@ class Stack(nnx.Module):
           step: called as `step(block, carry, (x, key))`; x is the layer's part of `xs` and key
             its own randomness (None when deterministic).
           carry: what is handed from block to block.
-          xs: pytree with leading axis L (per-layer caches), or None.
+          xs: pytree with leading axis L (per-layer caches), or None; in a stack that is not
+            scanned, a list of L pytrees.
           key: randomness for dropout, or None.
 
         Returns:
-          The last carry, and the y's stacked on a leading axis L.
+          The last carry, and the y's stacked on a leading axis L, or as a list.
         """
-        graph, params = nnx.split(self.blocks)
         keys = None if key is None else jax.random.split(key, self.depth)
+        if not self.scan:
+            ys = []
+            for i, block in enumerate(self.blocks):
+                x = None if xs is None else xs[i]
+                carry, y = step(block, carry, (x, None if keys is None else keys[i]))
+                ys.append(y)
+            return carry, ys
+        graph, params = nnx.split(self.blocks)
 
         def body(carry, layer):
             params, x, key = layer
@@ -291,8 +362,61 @@ class Stack(nnx.Module):
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         return jax.lax.scan(body, carry, (params, xs, keys))
 
+    def together(self, *xs: Any) -> Any:
+        """Several per-layer values as one, for `xs` of a call."""
+        return xs if self.scan else list(zip(*xs, strict=True))
 
-def causal_mask(num_queries: int, num_keys: int, offset: int | jax.Array = 0) -> jax.Array:
+    def empty_cache(self, shape: Sequence[int], dtype: Any) -> Any:
+        """Keys and values of every layer, each of `shape`, all zero."""
+        if self.scan:
+            zeros = jnp.zeros((self.depth, *shape), dtype)
+            return zeros, zeros
+        return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.depth)]
+
+    def map(self, function: Callable[[nnx.Module], Any]) -> Any:
+        """`function(block)` of every block, with per-layer results as `__call__` gives them."""
+        if not self.scan:
+            return [function(block) for block in self.blocks]
+        graph, params = nnx.split(self.blocks)
+        return jax.vmap(lambda p: function(nnx.merge(graph, p)))(params)
+
+
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of scanned stacks, as the same stacks have them when they are not scanned.
+
+    Args:
+      params: nested dict of arrays; under every key "blocks", they have a leading axis L. They
+        are given up one by one, so that memory is not needed twice: do not use them afterwards.
+    """
+    if not isinstance(params, dict):
+        return params
+    out = {}
+    for name, part in params.items():
+        if name == "blocks":
+            split = jax.tree.map(lambda x: _split(x), part)
+            depth = len(jax.tree.leaves(part)[0])
+            is_split = lambda x: isinstance(x, tuple)  # noqa: E731
+            out[name] = {
+                i: jax.tree.map(lambda x: x[i], split, is_leaf=is_split)  # noqa: B023
+                for i in range(depth)
+            }
+        else:
+            out[name] = unstack(part)
+    return out
+
+
+def _split(stacked: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays of a leading axis, each placed as it was inside the stack."""
+    place = stacked.sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+    layers = jax.jit(tuple, out_shardings=place)(stacked)
+    jax.block_until_ready(layers)
+    stacked.delete()
+    return layers
+
+
+def causal_mask(num_queries: int, num_keys: int, offset: int = 0) -> jax.Array:
     """bool[T, S]: query t, which stands at position offset + t, sees keys 0 .. offset + t.
 
     For T = S = 4 and offset 0 (x: seen)::
@@ -305,16 +429,12 @@ def causal_mask(num_queries: int, num_keys: int, offset: int | jax.Array = 0) ->
     return jnp.arange(num_keys) <= offset + jnp.arange(num_queries)[:, None]
 
 
-def update_cache(
-    cache: tuple[jax.Array, jax.Array],
-    keys_values: tuple[jax.Array, jax.Array],
-    offset: int | jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Writes new keys and values, [B, H, T, K], into a cache, [B, H, S, K], at `offset`."""
+def write(cache: Any, new: Any, offset: int | jax.Array) -> Any:
+    """Puts new keys and values, float[..., W, K], into a cache, float[..., S, K], at `offset`."""
     return jax.tree.map(
         lambda old, new: jax.lax.dynamic_update_slice_in_dim(
             old, new.astype(old.dtype), offset, axis=-2
         ),
         cache,
-        keys_values,
+        new,
     )

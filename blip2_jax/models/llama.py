@@ -6,6 +6,7 @@ feed-forward. Offers what `opt.OPT` does, so everything above it takes either.
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,19 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from blip2_jax.models.language import DecoderOnly
+from blip2_jax.models.language import DecoderOnly, segments
 from blip2_jax.models.layers import (
     Attention,
     GatedMLP,
+    KeysValues,
+    Segment,
     Stack,
-    causal_mask,
     linear,
     normal,
     rms_norm,
-    update_cache,
 )
-
-Cache = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +60,7 @@ class LlamaConfig:
     tied_head: bool = False
     rope: RopeConfig = RopeConfig()
     remat: str = "none"
+    scan: bool = True  # see `layers.Stack`
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -114,23 +114,22 @@ class LlamaBlock(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, turn, mask: jax.Array, cache: Cache | None, offset
-    ) -> tuple[jax.Array, Cache | None]:
+        self, x: jax.Array, turn: Callable, mask: jax.Array, past: Sequence[Segment]
+    ) -> tuple[jax.Array, KeysValues]:
+        """The new stream, and this block's keys (turned by position) and values of x."""
         h = self.input_norm(x)
         k, v = self.self_attn.keys_values(h)
         keys_values = (turn(k), v)
-        if cache is not None:
-            keys_values = cache = update_cache(cache, keys_values, offset)
         queries = turn(self.self_attn.queries(h))
-        x = x + self.self_attn(h, keys_values, queries=queries, mask=mask)
-        return x + self.mlp(self.post_attention_norm(x)), cache
+        x = x + self.self_attn(h, keys_values, queries=queries, mask=mask, past=past)
+        return x + self.mlp(self.post_attention_norm(x)), keys_values
 
 
 class Llama(DecoderOnly):
     """The language model: embeddings in, hidden states or logits out."""
 
     def __init__(self, config: LlamaConfig, *, dtype: Any = None, rngs: nnx.Rngs):
-        self.config, self.dtype = config, dtype
+        self.config = config
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
             config.hidden_size,
@@ -142,6 +141,7 @@ class Llama(DecoderOnly):
             lambda r: LlamaBlock(config, dtype=dtype, rngs=r),
             config.num_layers,
             remat=config.remat,
+            scan=config.scan,
             rngs=rngs,
         )
         self.norm = rms_norm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, rngs=rngs)
@@ -154,43 +154,27 @@ class Llama(DecoderOnly):
         """Token embeddings: int32[B, T] -> float[B, T, D]."""
         return self.embed_tokens(ids)
 
-    def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache of keys and values, two of float[L, B, H_kv, S, K]."""
+    def empty_cache(self, batch: int, slots: int, dtype: Any) -> Any:
+        """Room for keys and values of `slots` tokens a row, by layer."""
         c = self.config
-        shape = (c.num_layers, batch, c.num_kv_heads, length, c.head_dim)
-        return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+        return self.layers.empty_cache((batch, c.num_kv_heads, slots, c.head_dim), dtype)
 
-    def __call__(
-        self,
-        embeds: jax.Array,
-        mask: jax.Array,
-        *,
-        cache: Cache | None = None,
-        offset: int | jax.Array = 0,
-        key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Runs the decoder; arguments and results as in `opt.OPT.__call__`.
-
-        Positions count real tokens, so padding on either side changes nothing. There is no
-        dropout: `key` is taken for the interface's sake.
-        """
+    def run(self, embeds, positions, mask, memory=None, seen=None, *, keep=False, key=None):
+        """See `DecoderOnly.run`. There is no dropout: `key` is taken for the interface's sake."""
         del key
-        length = embeds.shape[1]
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        positions = jax.lax.dynamic_slice_in_dim(positions, offset, length, axis=1)
-        seen = causal_mask(length, mask.shape[1], offset)[None, None] & (mask > 0)[:, None, None]
-
         rates = frequencies(self.config.rope, self.config.head_dim)
+        positions = jnp.maximum(positions, 0)
 
         def turn(x):
             return rotate(x, positions, rates)
 
         def step(block, x, layer):
-            layer_cache, _ = layer
-            return block(x, turn, seen, layer_cache, offset)
+            x, keys_values = block(x, turn, mask, segments(layer[0], memory, seen))
+            return x, keys_values if keep else None
 
-        x, cache = self.layers(step, embeds, cache)
-        return self.norm(x), cache
+        past = None if memory is None else self.layers.together(memory.prompt, memory.written)
+        x, keys_values = self.layers(step, embeds, past)
+        return self.norm(x), keys_values
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Next-token scores: float[B, T, D] -> float32[B, T, V]."""

@@ -5,26 +5,25 @@ counted over the attention mask, so padding on either side changes nothing.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from blip2_jax.models.language import DecoderOnly
+from blip2_jax.models.language import DecoderOnly, segments
 from blip2_jax.models.layers import (
     MLP,
     Attention,
+    KeysValues,
+    Segment,
     Stack,
-    causal_mask,
     dropout,
     layer_norm,
     normal,
     split_key,
-    update_cache,
 )
-
-Cache = tuple[jax.Array, jax.Array]
 
 LAYER_NORM_EPS = 1e-5  # torch's default; OPT's config has no key for it
 POSITION_OFFSET = 2  # the first two rows of the position table are unused (fairseq's heritage)
@@ -46,6 +45,7 @@ class OPTConfig:
     # small model learns with them, within hundreds of steps, to attend to the token before.
     sinusoid: float = 0.0
     remat: str = "none"
+    scan: bool = True  # see `layers.Stack`
 
 
 class OPTBlock(nnx.Module):
@@ -61,16 +61,15 @@ class OPTBlock(nnx.Module):
         self.dropout = config.dropout
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array, cache: Cache | None, offset, key
-    ) -> tuple[jax.Array, Cache | None]:
+        self, x: jax.Array, mask: jax.Array, past: Sequence[Segment], key: jax.Array | None
+    ) -> tuple[jax.Array, KeysValues]:
+        """The new stream, and this block's keys and values of x."""
         k1, k2 = split_key(key, 2)
         h = self.self_attn_layer_norm(x)
         keys_values = self.self_attn.keys_values(h)
-        if cache is not None:
-            keys_values = cache = update_cache(cache, keys_values, offset)
-        x = x + dropout(self.self_attn(h, keys_values, mask=mask), self.dropout, k1)
+        x = x + dropout(self.self_attn(h, keys_values, mask=mask, past=past), self.dropout, k1)
         x = x + dropout(self.mlp(self.final_layer_norm(x)), self.dropout, k2)
-        return x, cache
+        return x, keys_values
 
 
 def _sinusoids(amplitude: float):
@@ -91,7 +90,7 @@ class OPT(DecoderOnly):
     """The language model: embeddings in, hidden states or logits out."""
 
     def __init__(self, config: OPTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
-        self.config, self.dtype = config, dtype
+        self.config = config
         embed = lambda rows, init: nnx.Embed(  # noqa: E731
             rows, config.hidden_size, embedding_init=init, dtype=dtype, rngs=rngs
         )
@@ -104,6 +103,7 @@ class OPT(DecoderOnly):
             lambda r: OPTBlock(config, dtype=dtype, rngs=r),
             config.num_layers,
             remat=config.remat,
+            scan=config.scan,
             rngs=rngs,
         )
         self.final_layer_norm = layer_norm(
@@ -114,46 +114,24 @@ class OPT(DecoderOnly):
         """Token embeddings: int32[B, T] -> float[B, T, D]."""
         return self.embed_tokens(ids)
 
-    def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache of keys and values, two of float[L, B, H, S, K]."""
+    def empty_cache(self, batch: int, slots: int, dtype: Any) -> Any:
+        """Room for keys and values of `slots` tokens a row, by layer."""
         c = self.config
-        shape = (c.num_layers, batch, c.num_heads, length, c.hidden_size // c.num_heads)
-        return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+        shape = (batch, c.num_heads, slots, c.hidden_size // c.num_heads)
+        return self.layers.empty_cache(shape, dtype)
 
-    def __call__(
-        self,
-        embeds: jax.Array,
-        mask: jax.Array,
-        *,
-        cache: Cache | None = None,
-        offset: int | jax.Array = 0,
-        key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """Runs the decoder.
-
-        Args:
-          embeds: float[B, T, D], token embeddings or anything in their place.
-          mask: int32[B, S], 1 for real and 0 for padding positions, over all keys: S = T
-            without a cache, the cache's length with one.
-          cache: keys and values of earlier positions, or None.
-          offset: where in the cache the T positions stand.
-          key: randomness for dropout, or None.
-
-        Returns:
-          float[B, T, D] after the final norm, and the updated cache.
-        """
-        length = embeds.shape[1]
-        positions = jnp.cumsum(mask, axis=1) * mask - 1 + POSITION_OFFSET
-        positions = jax.lax.dynamic_slice_in_dim(positions, offset, length, axis=1)
-        x = embeds + self.embed_positions(positions)
-        seen = causal_mask(length, mask.shape[1], offset)[None, None] & (mask > 0)[:, None, None]
+    def run(self, embeds, positions, mask, memory=None, seen=None, *, keep=False, key=None):
+        """See `DecoderOnly.run`."""
 
         def step(block, x, layer):
-            layer_cache, layer_key = layer
-            return block(x, seen, layer_cache, offset, layer_key)
+            past, key = layer
+            x, keys_values = block(x, mask, segments(past, memory, seen), key)
+            return x, keys_values if keep else None
 
-        x, cache = self.layers(step, x, cache, key=key)
-        return self.final_layer_norm(x), cache
+        past = None if memory is None else self.layers.together(memory.prompt, memory.written)
+        x = embeds + self.embed_positions(positions + POSITION_OFFSET)
+        x, keys_values = self.layers(step, x, past, key=key)
+        return self.final_layer_norm(x), keys_values
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Next-token scores through the tied head: float[B, T, D] -> float32[B, T, V]."""
@@ -165,8 +143,8 @@ class OPT(DecoderOnly):
         )
 
 
-class LanguageModel(nnx.Module):
-    """An LLM alone, under the name it has inside BLIP-2: for pre-training it."""
+class OPTAlone(nnx.Module):
+    """An OPT alone, under the name it has inside BLIP-2: for pre-training it."""
 
     def __init__(self, config: OPTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.llm = OPT(config, dtype=dtype, rngs=rngs)

@@ -8,6 +8,7 @@ overrides it and the published checkpoints' configs say so.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from blip2_jax.models.language import Memory, own_only
 from blip2_jax.models.layers import (
     Attention,
     GatedMLP,
+    KeysValues,
+    Segment,
     Stack,
     causal_mask,
     dropout,
@@ -25,10 +29,8 @@ from blip2_jax.models.layers import (
     normal,
     rms_norm,
     split_key,
-    update_cache,
+    write,
 )
-
-Cache = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class T5Config:
     dropout: float = 0.1
     decoder_start_id: int = 0
     remat: str = "none"
+    scan: bool = True  # see `layers.Stack`
 
 
 def relative_buckets(
@@ -101,17 +104,15 @@ class T5Block(nnx.Module):
         )
         self.dropout = config.dropout
 
-    def attend_self(self, x, mask, bias, cache: Cache | None, offset, key):
-        """Self-attention on the stream; returns it and the updated cache."""
+    def attend_self(self, x, mask, bias, past: Sequence[Segment], key):
+        """Self-attention on the stream; returns it, and this block's keys and values of x."""
         k1, k2 = split_key(key, 2)
         h = self.self_attn_norm(x)
         keys_values = self.self_attn.keys_values(h)
-        if cache is not None:
-            keys_values = cache = update_cache(cache, keys_values, offset)
-        out = self.self_attn(h, keys_values, mask=mask, bias=bias, key=k1)
-        return x + dropout(out, self.dropout, k2), cache
+        out = self.self_attn(h, keys_values, mask=mask, bias=bias, past=past, key=k1)
+        return x + dropout(out, self.dropout, k2), keys_values
 
-    def attend_encoder(self, x, keys_values: Cache, mask, key):
+    def attend_encoder(self, x, keys_values: KeysValues, mask, key):
         """Attention to the encoder's output; relative positions have no meaning there."""
         k1, k2 = split_key(key, 2)
         out = self.cross_attn(self.cross_attn_norm(x), keys_values, mask=mask, key=k1)
@@ -125,7 +126,7 @@ class T5(nnx.Module):
     """The language model: embeddings into the encoder, token ids into the decoder, logits out."""
 
     def __init__(self, config: T5Config, *, dtype: Any = None, rngs: nnx.Rngs):
-        self.config, self.dtype = config, dtype
+        self.config = config
         width = config.hidden_size
         embed = lambda rows, d: nnx.Embed(  # noqa: E731
             rows, d, embedding_init=normal(0.02), dtype=dtype, rngs=rngs
@@ -135,6 +136,7 @@ class T5(nnx.Module):
             lambda r: T5Block(config, decoder, dtype=dtype, rngs=r),
             depth,
             remat=config.remat,
+            scan=config.scan,
             rngs=rngs,
         )
         self.embed_tokens = embed(config.vocab_size, width)
@@ -172,91 +174,111 @@ class T5(nnx.Module):
 
         def step(block, x, layer):
             k1, k2 = split_key(layer[1], 2)
-            x, _ = block.attend_self(x, seen, bias, None, 0, k1)
+            x, _ = block.attend_self(x, seen, bias, (), k1)
             return block.feed_forward(x, k2), None
 
         x = dropout(embeds, self.config.dropout, k_embed)
         x, _ = self.encoder(step, x, key=k_layers)
         return dropout(self.encoder_norm(x), self.config.dropout, k_out)
 
-    def encoder_keys_values(self, encoded: jax.Array) -> Cache:
-        """What the decoder's layers read of the encoder's output: two of float[L, B, H, S, K]."""
-        graph, params = nnx.split(self.decoder.blocks.cross_attn)
-        return jax.vmap(lambda p: nnx.merge(graph, p).keys_values(encoded))(params)
-
-    def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache of the decoder's own keys and values, two of float[L, B, H, S, K]."""
-        c = self.config
-        shape = (c.num_decoder_layers, batch, c.num_heads, length, c.head_dim)
-        return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+    def encoder_keys_values(self, encoded: jax.Array) -> Any:
+        """What the decoder's layers read of the encoder's output, by layer."""
+        return self.decoder.map(lambda block: block.cross_attn.keys_values(encoded))
 
     def decode(
         self,
-        embeds: jax.Array,
+        ids: jax.Array,
         mask: jax.Array,
-        encoder_kv: Cache,
+        bias: jax.Array,
+        encoder_kv: Any,
         encoder_mask: jax.Array,
         *,
-        cache: Cache | None = None,
-        offset: int | jax.Array = 0,
+        written: Any = None,
+        past: tuple[jax.Array, jax.Array] | None = None,
+        keep: bool = False,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, Any]:
         """Runs the decoder.
 
         Args:
-          embeds: float[B, T, D], embedded target tokens, shifted right by the caller.
-          mask: int32[B, S], 1 at real positions, over all keys (S = T without a cache).
+          ids: int32[B, T], target tokens, shifted right by the caller.
+          mask, bias: broadcastable to [B, H, T, T]: who sees whom among these, and how far off.
           encoder_kv, encoder_mask: see `encoder_keys_values`; int32[B, S_encoder].
-          cache, offset: as in `opt.OPT.__call__`.
+          written: keys and values of what was written before, by layer, or None.
+          past: mask and bias of those, broadcastable to [B, H, T, S].
+          keep: whether to return keys and values.
           key: randomness for dropout, or None.
 
         Returns:
-          float[B, T, D] after the final norm, and the updated cache.
+          float[B, T, D] after the final norm; and keys and values by layer (None unless `keep`).
         """
         k_embed, k_layers, k_out = split_key(key, 3)
-        length, total = embeds.shape[1], mask.shape[1]
-        bias = self._bias(self.decoder_relative_bias, total, total, both_ways=False)
-        bias = jax.lax.dynamic_slice_in_dim(bias, offset, length, axis=1)[None]
-        seen = causal_mask(length, total, offset)[None, None] & (mask > 0)[:, None, None]
         encoder_seen = (encoder_mask > 0)[:, None, None]
 
         def step(block, x, layer):
-            (encoder_kv, layer_cache), layer_key = layer
+            (encoder_kv, *written), layer_key = layer
             k1, k2, k3 = split_key(layer_key, 3)
-            x, layer_cache = block.attend_self(x, seen, bias, layer_cache, offset, k1)
+            segments = [Segment(*kv, *past) for kv in written]
+            x, keys_values = block.attend_self(x, mask, bias, segments, k1)
             x = block.attend_encoder(x, encoder_kv, encoder_seen, k2)
-            return block.feed_forward(x, k3), layer_cache
+            return block.feed_forward(x, k3), keys_values if keep else None
 
-        x = dropout(embeds, self.config.dropout, k_embed)
-        x, cache = self.decoder(step, x, (encoder_kv, cache), key=k_layers)
-        return dropout(self.decoder_norm(x), self.config.dropout, k_out), cache
+        x = dropout(self.embed(ids), self.config.dropout, k_embed)
+        earlier = [] if written is None else [written]
+        layers = self.decoder.together(encoder_kv, *earlier)
+        x, keys_values = self.decoder(step, x, layers, key=k_layers)
+        return dropout(self.decoder_norm(x), self.config.dropout, k_out), keys_values
 
-    def score(
-        self,
-        prompt: jax.Array,
-        prompt_mask: jax.Array,
-        ids: jax.Array,
-        mask: jax.Array,
-        *,
-        key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Scores of the text that answers a prompt: the encoder reads one, the decoder the other.
-
-        Arguments and result as in `language.DecoderOnly.score`; the text is padded on the right.
-        """
+    def score(self, prompt, prompt_mask, ids, mask, *, key=None):
+        """See `LanguageModel.score`: the encoder reads the prompt, the decoder the text."""
         k_encoder, k_decoder = split_key(key, 2)
         encoded = self.encode(prompt, prompt_mask, key=k_encoder)
         start = jnp.full_like(ids[:, :1], self.config.decoder_start_id)
         shifted = jnp.concatenate([start, ids[:, :-1]], axis=1)
-        seen = jnp.concatenate([jnp.ones_like(mask[:, :1]), mask[:, :-1]], axis=1)
+        real = jnp.concatenate([jnp.ones_like(mask[:, :1]), mask[:, :-1]], axis=1)
+        length = ids.shape[1]
         hidden, _ = self.decode(
-            self.embed(shifted),
-            seen,
+            shifted,
+            causal_mask(length, length) & (real > 0)[:, None, None],
+            self._bias(self.decoder_relative_bias, length, length, both_ways=False),
             self.encoder_keys_values(encoded),
             prompt_mask,
             key=k_decoder,
         )
         return self.logits(hidden)
+
+    def start(self, prompt, mask, slots):
+        """See `LanguageModel.start`. The start token's keys and values stand before the slots."""
+        encoder_kv = self.encoder_keys_values(self.encode(prompt, mask))
+        ids = jnp.full((len(prompt), 1), self.config.decoder_start_id, jnp.int32)
+        near = self._bias(self.decoder_relative_bias, 1, 1, both_ways=False)
+        hidden, new = self.decode(ids, own_only(1), near, encoder_kv, mask, keep=True)
+        shape = (len(prompt), self.config.num_heads, 1 + slots, self.config.head_dim)
+        written = write(self.decoder.empty_cache(shape, hidden.dtype), new, 0)
+        return self.logits(hidden)[:, 0], Memory(encoder_kv, mask > 0, written)
+
+    def extend(self, ids, memory, seen, step):
+        """See `LanguageModel.extend`."""
+        width, slots = ids.shape[1], seen.shape[-1]
+        steps = slots // width
+        # How far back each slot is: the start token first, then W slots a step.
+        slot_step = np.concatenate([[-1], np.repeat(np.arange(steps), width)])
+        back = self._bias(self.decoder_relative_bias, steps + 1, steps + 1, both_ways=False)
+        by_distance = back[:, -1, ::-1]  # float32[H, steps + 1]
+        bias = by_distance[:, jnp.clip(step - slot_step, 0, steps)][None, :, None]
+        seen = jnp.pad(seen, ((0, 0), (0, 0), (1, 0)), constant_values=True)[:, None]
+        hidden, new = self.decode(
+            ids,
+            own_only(width),
+            by_distance[None, :, :1, None],
+            memory.prompt,
+            memory.prompt_mask,
+            written=memory.written,
+            past=(seen, bias),
+            keep=True,
+        )
+        written = write(memory.written, new, 1 + step * width)
+        return self.logits(hidden), memory._replace(written=written)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Next-token scores: float[B, T, D] -> float32[B, T, V]."""

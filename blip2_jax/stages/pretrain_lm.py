@@ -28,7 +28,7 @@ def loss_fn(
     """
     llm = spec.merge(params, frozen).llm
     ids, weights = batch["llm_ids"], batch["llm_weights"][:, 1:]
-    hidden, _ = llm(llm.embed(ids), batch["llm_mask"], key=key)
+    hidden = llm(llm.embed(ids), batch["llm_mask"], key=key)
     logits = llm.logits(hidden[:, :-1])
     targets, real = losses.shift_labels(ids, batch["llm_mask"])
     entropy = losses.cross_entropy(logits, targets)

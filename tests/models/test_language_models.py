@@ -1,5 +1,7 @@
 """Llama and T5 compute what transformers computes, on random weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,11 @@ import torch
 import transformers
 from flax import nnx
 
-from blip2_jax.models.llama import Llama
-from blip2_jax.models.t5 import T5
+from blip2_jax.models.blip2 import LLMS
+from blip2_jax.models.layers import unstack
+from blip2_jax.models.llama import Llama, LlamaConfig
+from blip2_jax.models.opt import OPTConfig
+from blip2_jax.models.t5 import T5, T5Config
 from blip2_jax.weights import huggingface
 
 
@@ -69,18 +74,9 @@ def test_llama_logits_equal_transformers(name, tmp_path):
             attention_mask=torch.tensor(mask),
             position_ids=torch.tensor(positions),
         ).logits.numpy()
-    hidden, _ = ours(ours.embed(jnp.asarray(ids)), jnp.asarray(mask))
+    hidden = ours(ours.embed(jnp.asarray(ids)), jnp.asarray(mask))
     got = np.asarray(ours.logits(hidden))
     np.testing.assert_allclose(got[mask > 0], want[mask > 0], atol=1e-4)
-
-    cache = ours.init_cache(3, 30)
-    parts = []
-    for start, end in ((0, 20), (20, 21), (21, 30)):
-        embeds = ours.embed(jnp.asarray(ids[:, start:end]))
-        hidden, cache = ours(embeds, jnp.asarray(mask), cache=cache, offset=start)
-        parts.append(hidden)
-    stepped = np.asarray(ours.logits(jnp.concatenate(parts, axis=1)))
-    np.testing.assert_allclose(stepped[mask > 0], got[mask > 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
@@ -102,31 +98,60 @@ def test_t5_logits_equal_transformers(activation, tied, tmp_path):
     ids, mask = rng.integers(3, 61, (2, 150)), np.ones((2, 150), int)
     mask[1, 100:] = 0
     targets = rng.integers(3, 61, (2, 140))
+    # Position t of `score` holds the scores of token t, given those before it.
+    following = jnp.asarray(np.concatenate([targets[:, 1:], targets[:, :1]], axis=1))
+    ones = jnp.ones(targets.shape, jnp.int32)
+    targets[:, 0] = ours.config.decoder_start_id
     with torch.no_grad():
         want = theirs(
             torch.tensor(ids),
             attention_mask=torch.tensor(mask),
             decoder_input_ids=torch.tensor(targets),
         ).logits.numpy()
-
-    encoded = ours.encode(ours.embed(jnp.asarray(ids)), jnp.asarray(mask))
-    encoder_kv = ours.encoder_keys_values(encoded)
-    ones = jnp.ones(targets.shape, jnp.int32)
-    hidden, _ = ours.decode(ours.embed(jnp.asarray(targets)), ones, encoder_kv, jnp.asarray(mask))
-    got = np.asarray(ours.logits(hidden))
+    got = np.asarray(ours.score(ours.embed(jnp.asarray(ids)), jnp.asarray(mask), following, ones))
     np.testing.assert_allclose(got, want, atol=1e-4 * max(1.0, np.abs(want).max()))
 
-    step = jax.jit(
-        lambda e, cache, offset: ours.decode(
-            e, ones, encoder_kv, jnp.asarray(mask), cache=cache, offset=offset
-        )
+
+WRITERS = {
+    "opt": OPTConfig(40, 24, 3, 3, 32, 40),
+    "llama": LlamaConfig(40, 32, 3, 4, 2, 8, 48),
+    "t5": T5Config(40, 24, 2, 3, 4, 6, 32),
+}
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "listed"])
+@pytest.mark.parametrize("family", WRITERS)
+def test_two_branches_written_token_by_token_equal_each_text_scored_whole(family, scan):
+    """The cache, the positions, and that no branch sees the other; for prompts of any length."""
+    config = WRITERS[family]
+    make = lambda c: LLMS[type(c)](c, rngs=nnx.Rngs(0))  # noqa: E731
+    whole = make(config)
+    shaken = jax.tree.map(
+        lambda x: x + 0.2 * np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32),
+        nnx.to_pure_dict(nnx.state(whole)),
     )
-    cache, parts = ours.init_cache(2, 140), []
-    for start, end in ((0, 130), (130, 131), (131, 132)):
-        hidden, cache = step(ours.embed(jnp.asarray(targets[:, start:end])), cache, start)
-        parts.append(hidden)
-    stepped = np.asarray(ours.logits(jnp.concatenate(parts, axis=1)))
-    np.testing.assert_allclose(stepped, got[:, :132], atol=1e-4)
+    nnx.update(whole, shaken)
+    writer = whole
+    if not scan:
+        graph = nnx.graphdef(make(dataclasses.replace(config, scan=False)))
+        writer = nnx.merge(graph, unstack(jax.tree.map(jnp.copy, shaken)))
+    rng = np.random.default_rng(0)
+    mask = np.array([[1] * 6, [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
+    mask = mask[:, ::-1] if family == "t5" else mask
+    prompt = whole.embed(jnp.asarray(rng.integers(0, 40, mask.shape)))
+    texts = rng.integers(0, 40, (3, 2, 7))
+    want = [
+        np.asarray(whole.score(prompt, jnp.asarray(mask), texts[:, b], np.ones((3, 7), int)))
+        for b in range(2)
+    ]
+    scores, memory = writer.start(prompt, jnp.asarray(mask), 14)
+    seen = np.zeros((3, 2, 14), bool)
+    for step in range(7):
+        for branch in range(2):
+            got = scores if step == 0 else scores[:, branch]
+            np.testing.assert_allclose(got, want[branch][:, step], atol=2e-5)
+        scores, memory = writer.extend(texts[:, :, step], memory, jnp.asarray(seen), step)
+        seen[:, [0, 1], [2 * step, 2 * step + 1]] = True
 
 
 def test_other_families_are_named(tmp_path):
