@@ -7,6 +7,7 @@ COMMANDS = {
     "prepare": "turn a data source into shards",
     "train": "train a recipe, or resume it",
     "evaluate": "run the evaluations, write metrics and a report",
+    "generate": "caption images, or answer about them",
     "convert": "turn weights from one format into another",
 }
 

@@ -142,9 +142,9 @@ def evaluate_captioning(
     blip2: Blip2, examples: Examples, config
 ) -> tuple[dict[str, float | str], dict[str, str]]:
     """Caption scores against the references, and fact by fact against the scene."""
-    length = config.captioning.max_new_tokens
-    texts = blip2.caption(examples.images, max_new_tokens=length)
-    blind = blip2.generate(None, [""], max_new_tokens=length) * len(texts)
+    how = dict(config.captioning.decoding)
+    texts = blip2.caption(examples.images, progress="captions", **how)
+    blind = blip2.generate(None, [""], **how) * len(texts)
     scores: dict[str, float | str] = {}
     references = dict(zip(examples.ids, examples.captions, strict=True))
     scenes = dict(zip(examples.ids, examples.scenes, strict=True))
@@ -167,7 +167,7 @@ def evaluate_vqa(
     images = examples.images[[question["row"] for question in questions]]
     scores, said = {}, {}
     for suffix, seen in (("_blind", None), ("", images)):
-        answers = blip2.answer(seen, texts, max_new_tokens=config.vqa.max_new_tokens)
+        answers = blip2.answer(seen, texts, progress=name + suffix, **config.vqa.decoding)
         said = {q["id"]: a for q, a in zip(questions, answers, strict=True)}
         found = vqa.vqa_metrics(said, questions, form=config.vqa.form)
         scores |= {f"{name}/{key}{suffix}": value for key, value in found.items()}

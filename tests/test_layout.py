@@ -18,7 +18,7 @@ ALLOWED = {
     "evals": set(),
     "stages": {"models", "runtime"},
     "weights": {"models", "runtime"},
-    "inference": {"models", "data"},
+    "inference": {"models", "data", "runtime"},
     "cli": {"runtime"},
     "report": set(),
 }

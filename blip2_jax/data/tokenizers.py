@@ -23,19 +23,21 @@ BOS = ""  # in a list of pieces of text, the token that begins a text
 
 
 def load(source: str) -> Any:
-    """The tokenizer in a folder, or in the package's own `package:NAME`."""
+    """The tokenizer in a folder, in the package (`package:NAME`), or under its name on the hub."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     from transformers import AutoTokenizer  # seconds of import, only where texts are read
 
     folder = Path(source)
     if source.startswith(PACKAGE):
         folder = Path(str(resources.files("blip2_jax") / "assets" / source.removeprefix(PACKAGE)))
-    if not folder.is_dir():
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=folder.is_dir())
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"No tokenizer folder {folder} (from {source!r}). Give a local folder with "
-            "tokenizer.json, as transformers' save_pretrained writes it."
-        )
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            f"No tokenizer in {source!r}: it is no folder with tokenizer.json, as transformers' "
+            "save_pretrained writes it, nor can it be had from the Hugging Face hub under this "
+            "name."
+        ) from error
 
 
 # ----------------------------------------------------------------------------------- training
@@ -122,12 +124,12 @@ def newline_id(tokenizer: Any) -> int:
 
 
 def encode_qformer(
-    tokenizer: Any, texts: Sequence[str], length: int
+    tokenizer: Any, texts: Sequence[str], length: int, padded: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[CLS] text [SEP], cut and right-padded: ids and mask, int32[B, length]."""
+    """[CLS] text [SEP], cut to `length` tokens: ids and mask, int32[B, padded or length]."""
     rows = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
-    mask = _pad([[1] * len(row) for row in rows], length, 0)
-    return _pad(rows, length, tokenizer.pad_token_id), mask
+    mask = _pad([[1] * len(row) for row in rows], padded or length, 0)
+    return _pad(rows, padded or length, tokenizer.pad_token_id), mask
 
 
 def encode_captions(
@@ -152,15 +154,26 @@ def encode_captions(
     return ids, mask, _pad([hidden + body for body in bodies], length, IGNORED)
 
 
-def encode_prompts(tokenizer: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """BOS and prompt, left-padded to the longest: ids and mask, int32[B, T]."""
-    rows = [
-        [tokenizer.bos_token_id, *row]
-        for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    ]
-    length = max(map(len, rows))
-    mask = _pad([[1] * len(row) for row in rows], length, 0, side="left")
-    return _pad(rows, length, tokenizer.pad_token_id, side="left"), mask
+def encode_prompts(
+    tokenizer: Any, texts: Sequence[str], *, side: str = "left", length: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts with the tokenizer's own special tokens: ids and mask, int32[B, T].
+
+    Args:
+      tokenizer: the LLM's; OPT's and Llama's begin a text with BOS, T5's ends it with EOS.
+      texts: the prompts.
+      side: of the padding: "left" for decoder-only models, "right" for encoder-decoders.
+      length: T; the longest prompt's when None.
+    """
+    rows = tokenizer(list(texts))["input_ids"]
+    length = length or max(map(len, rows))
+    mask = _pad([[1] * len(row) for row in rows], length, 0, side=side)
+    return _pad(rows, length, pad_id(tokenizer), side=side), mask
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What fills up rows; some Llamas' tokenizers name none."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
 def encode_stories(

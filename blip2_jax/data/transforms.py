@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000  # larger images are refused before they are decoded (decompression bombs)
 
@@ -13,14 +13,21 @@ class ImageError(ValueError):
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decodes a JPEG, PNG or whatever Pillow reads, to RGB."""
+    """Decodes a JPEG, PNG or whatever Pillow reads, to upright RGB."""
+    if not data:
+        raise ImageError("no bytes")
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-        return image.convert("RGB")
+        return upright_rgb(image)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"not a readable image: {error}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data say, as transformers' `load_image` does, then RGB."""
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:

@@ -1,111 +1,182 @@
-"""The model as people use it: images and texts in, captions, answers and scores out.
+"""The model as people use it: images and texts in, captions, answers, scores and features out.
 
-Arrays are processed in batches of one fixed size, the last one padded, so that each method
-compiles once and a result does not depend on how many images were asked for together.
+Work goes in batches whose sizes and text lengths are powers of two, so that each method compiles a
+handful of programs at most; and a row's result does not depend on what else is in its batch.
 """
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from blip2_jax.data import tokenizers
-from blip2_jax.inference.decode import greedy
-from blip2_jax.models.blip2 import Blip2Stage1, Blip2Stage2
+from blip2_jax.inference import decode, images
+from blip2_jax.inference.decode import Decoding, Prompt
+from blip2_jax.inference.defaults import DEFAULTS
+from blip2_jax.models.blip2 import Blip2Config, Blip2Stage1, Blip2Stage2, make_model
+from blip2_jax.models.layers import unstack
+from blip2_jax.models.opt import OPTConfig
+from blip2_jax.models.t5 import T5Config
+from blip2_jax.runtime.mesh import batch_sharding
 
-QUESTION_PROMPT = "Question: {} Answer:"  # zero-shot VQA with OPT (paper, section 4.1)
+log = logging.getLogger(__name__)
+
+SHORTEST = 8  # tokens that texts are padded to at least
+SEED = 0
 
 
 class Blip2:
-    """A BLIP-2 model with its tokenizers.
+    """A BLIP-2 model with its tokenizers; `blip2_jax.load` makes one.
 
     A stage-1 model embeds and matches; a stage-2 model captions and answers. A method that the
-    model has no head for says so.
+    model has no head for says so. Images may be paths, encoded bytes, `PIL.Image`s or arrays, of
+    any size and mode (`inference.images`); they are resized as in the published evaluations.
+
+    Common arguments:
+      skip_unreadable: give None (NaN in arrays) for an image that cannot be read, and go on,
+        instead of an error that names it.
+      truncate: cut texts to this many tokens; without it, one too long for the model is an error.
+      progress: title of a progress bar, "" for none.
 
     Args:
-      graph: the model without parameters.
-      params: all parameters, trained and frozen.
+      config: the model's sizes.
+      params: all its parameters, nested dicts of arrays. The language model's are taken apart
+        layer by layer, which is how decoding reads them; do not use them afterwards.
+      dtype: what is computed in; None: the parameters' own.
+      mesh: the devices that hold `params`; None: those they are on, one batch on all of them.
       qformer_tokenizer, llm_tokenizer: see `data.tokenizers`; None where the model has no use.
-      text_length: Q-Former tokens of a text; longer texts are cut.
-      batch_size: images, texts or pairs that are computed at once.
+      batch_size: images, texts or pairs that are computed at once, at most.
+      source: where the model is from, for messages.
     """
 
     def __init__(
         self,
-        graph: nnx.GraphDef,
+        config: Blip2Config,
         params: dict[str, Any],
         *,
+        dtype: Any = None,
+        mesh: Mesh | None = None,
         qformer_tokenizer: Any = None,
         llm_tokenizer: Any = None,
-        text_length: int = 32,
         batch_size: int = 32,
+        source: str = "this model",
     ):
-        self.params = params
+        if config.llm is not None:
+            config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, scan=False))
+            params = {**params, "llm": unstack(params["llm"])}
+        self.config, self.params, self.mesh, self.source = config, params, mesh, source
         self.qformer_tokenizer, self.llm_tokenizer = qformer_tokenizer, llm_tokenizer
-        self.text_length, self.batch_size = text_length, batch_size
-        model = nnx.eval_shape(lambda: nnx.merge(graph, params))
-        self.config = model.config
-        self._kind = type(model)
+        self.batch_size = batch_size
+        make = lambda: make_model(config, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+        graph, abstract = nnx.split(nnx.eval_shape(make))
+        missing = nnx.to_pure_dict(abstract).keys() - params.keys()
+        self._has_match = not missing & {"itm_head", "vision_proj", "text_proj"}
 
-        def compiled(function, **static):
+        def compiled(function: Callable, **static: Any) -> Callable:
             def call(params, *arrays, **options):
-                return function(nnx.merge(graph, params), *arrays, **options)
+                whole = params | {name: nnx.to_pure_dict(abstract)[name] for name in missing}
+                return function(nnx.merge(graph, whole), *arrays, **options)
 
             return jax.jit(call, **static)
 
         self._embed_images = compiled(_embed_images)
         self._embed_texts = compiled(lambda model, ids, mask: model.embed_text(ids, mask))
+        self._embed_pairs = compiled(_embed_pairs)
+        self._match_pairs = compiled(_match_pairs)
         self._image_keys = compiled(_image_keys)
         self._match = compiled(lambda model, kv, ids, mask: model.match(kv, ids, mask))
-        self._maps = compiled(lambda model, images: model.attention_maps(images))
-        self._generate = compiled(_generate, static_argnames=("max_new_tokens", "eos_id", "pad_id"))
+        self._maps = compiled(lambda model, pixels: model.attention_maps(pixels))
+        static = {"static_argnames": ("how", "eos_ids", "pad_id", "seen")}
+        self._generate = compiled(_generate, **static)
+        self._begin = compiled(_begin, **static)
+        self._advance = compiled(_advance, **static)
 
     def can(self, task: str) -> bool:
         """Whether this model has the heads for "retrieval", "captioning" or "vqa"."""
-        return (self._kind is Blip2Stage1) == (task == "retrieval")
+        return (self.config.llm is None) == (task == "retrieval")
 
-    # ------------------------------------------------------------------------------ stage 1
+    # ------------------------------------------------------------------- stage 1: understanding
 
-    def embed_images(self, images: np.ndarray) -> np.ndarray:
-        """uint8[N, H, W, 3] -> float32[N, Q, P], each query's feature of unit length."""
-        self._need(Blip2Stage1, "embed_images")
-        return self._batched(self._embed_images, images)
-
-    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """N texts -> float32[N, P], of unit length."""
-        self._need(Blip2Stage1, "embed_texts")
-        return self._batched(self._embed_texts, *self._encode(texts))
-
-    def similarity(self, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-        """ITC cosine of every image with every text: float32[N, M]."""
-        queries, features = self.embed_images(images), self.embed_texts(texts)
-        return np.einsum("nqp,mp->nmq", queries, features).max(axis=-1)
-
-    def match_logits(
-        self, images: np.ndarray, texts: Sequence[str], pairs: Sequence[tuple[int, int]]
+    def embed_images(
+        self, pictures: Any, *, skip_unreadable: bool = False, progress: str = ""
     ) -> np.ndarray:
-        """ITM logits of pairs (image index, text index): float32[P, 2]; column 1: they match."""
-        scorer = self.pair_scorer(images, texts)
-        image_index, text_index = np.asarray(pairs).T
-        return np.concatenate(
-            [
-                scorer(*(x[i : i + self.batch_size] for x in (image_index, text_index)))
-                for i in range(0, len(pairs), self.batch_size)
-            ]
+        """N images -> float32[N, Q, P], each query's ITC feature, of unit length."""
+        self._need_stage1("embed_images")
+        pictures = _need_some(images.as_list(pictures))
+        return self._over(
+            self._embed_images, len(pictures), self._pixels(pictures, skip_unreadable), progress
         )
 
-    def pair_scorer(self, images: np.ndarray, texts: Sequence[str]):
+    def embed_texts(
+        self, texts: Sequence[str] | str, *, truncate: int | None = None, progress: str = ""
+    ) -> np.ndarray:
+        """N texts -> float32[N, P], their ITC features, of unit length."""
+        self._need_stage1("embed_texts")
+        texts = _need_some(_texts(texts))
+        return self._over(self._embed_texts, len(texts), self._words(texts, truncate), progress)
+
+    def embed_multimodal(
+        self,
+        pictures: Any,
+        texts: Sequence[str] | str,
+        *,
+        skip_unreadable: bool = False,
+        truncate: int | None = None,
+    ) -> np.ndarray:
+        """What the queries make of image i and text i together: float32[N, Q, D]."""
+        self._need_stage1("embed_multimodal")
+        return self._over_pairs(self._embed_pairs, pictures, texts, skip_unreadable, truncate)
+
+    def similarity(
+        self, pictures: Any, texts: Sequence[str] | str, *, truncate: int | None = None
+    ) -> np.ndarray:
+        """ITC: cosine of every image's best query with every text, float32[N, M]."""
+        queries = self.embed_images(pictures)
+        return np.einsum("nqp,mp->nmq", queries, self.embed_texts(texts, truncate=truncate)).max(-1)
+
+    def match(
+        self,
+        pictures: Any,
+        texts: Sequence[str] | str,
+        *,
+        skip_unreadable: bool = False,
+        truncate: int | None = None,
+    ) -> np.ndarray:
+        """ITM: probability that image i and text i belong together, float32[N] in 0..1."""
+        logits = self.match_logits(
+            pictures, texts, skip_unreadable=skip_unreadable, truncate=truncate
+        )
+        return np.asarray(jax.nn.softmax(logits, axis=-1))[:, 1]
+
+    def match_logits(
+        self,
+        pictures: Any,
+        texts: Sequence[str] | str,
+        *,
+        skip_unreadable: bool = False,
+        truncate: int | None = None,
+    ) -> np.ndarray:
+        """ITM logits of image i and text i: float32[N, 2]; column 1: they match."""
+        self._need_stage1("match")
+        return self._over_pairs(self._match_pairs, pictures, texts, skip_unreadable, truncate)
+
+    def pair_scorer(self, pictures: Any, texts: Sequence[str]) -> Callable:
         """A function (image indices, text indices) -> ITM logits, float32[B, 2].
 
         Each image is encoded once; what the Q-Former's cross-attention reads of it is kept.
         """
-        self._need(Blip2Stage1, "match")
-        keys = self._batched(self._image_keys, images)  # [N, ...]: batch first
-        ids, mask = self._encode(texts)
+        self._need_stage1("match")
+        pictures = images.as_list(pictures)
+        keys = self._over(self._image_keys, len(pictures), self._pixels(pictures))
+        ids, mask = self._words(_texts(texts), None)(0, len(texts))
 
         def score(image_index: np.ndarray, text_index: np.ndarray) -> np.ndarray:
             kv = jax.tree.map(lambda x: np.moveaxis(x[image_index], 0, 1), keys)
@@ -113,112 +184,411 @@ class Blip2:
 
         return score
 
-    def match(self, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-        """ITM probability that image i and text i belong together: float32[N] in 0..1."""
-        if len(images) != len(texts):
-            raise ValueError(f"{len(images)} images and {len(texts)} texts; give as many of each.")
-        logits = self.match_logits(images, texts, [(i, i) for i in range(len(texts))])
-        return np.asarray(jax.nn.softmax(logits, axis=-1))[:, 1]
+    # ----------------------------------------------------------------------- stage 2: generation
 
-    # ------------------------------------------------------------------------------ stage 2
-
-    def generate(
-        self,
-        images: np.ndarray | None,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int = 30,
-    ) -> list[str]:
-        """Continues each prompt, greedily, until the end token (a newline).
+    def caption(self, pictures: Any, *, prompt: str | None = None, **options: Any) -> list[Any]:
+        """One caption an image.
 
         Args:
-          images: uint8[N, H, W, 3], one a prompt; None: the language model alone, blind.
-          prompts: N texts, possibly empty.
-          max_new_tokens: the most tokens to write.
+          pictures: N images.
+          prompt: what every caption begins with; the model family's published one when None.
+          **options: as `generate` takes.
         """
-        self._need(Blip2Stage2, "generate")
-        ids, mask = tokenizers.encode_prompts(self.llm_tokenizer, list(prompts))
-        tokens = self._batched(
-            self._generate,
-            *([] if images is None else [images]),
-            ids,
-            mask,
-            progress="generating",
-            max_new_tokens=max_new_tokens,
-            eos_id=tokenizers.newline_id(self.llm_tokenizer),
-            pad_id=self.llm_tokenizer.pad_token_id,
-        )
-        texts = self.llm_tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [text.strip() for text in texts]
-
-    def caption(self, images: np.ndarray, *, max_new_tokens: int = 30) -> list[str]:
-        """One caption an image."""
-        return self.generate(images, [""] * len(images), max_new_tokens=max_new_tokens)
+        self._need_llm("caption")
+        pictures = images.as_list(pictures)
+        prompt = DEFAULTS[self.family, "caption"].prompt if prompt is None else prompt
+        return self._write("caption", pictures, [prompt] * len(pictures), **options)
 
     def answer(
-        self, images: np.ndarray | None, questions: Sequence[str], *, max_new_tokens: int = 10
-    ) -> list[str]:
-        """One answer a question, zero-shot; `images` None answers blind."""
-        prompts = [QUESTION_PROMPT.format(question) for question in questions]
-        return self.generate(images, prompts, max_new_tokens=max_new_tokens)
+        self,
+        pictures: Any | None,
+        questions: Sequence[str] | str,
+        *,
+        prompt: str | None = None,
+        **options: Any,
+    ) -> list[Any]:
+        """One answer a question, zero-shot.
+
+        Args:
+          pictures: N images, or one for all questions; None answers blind.
+          questions: N questions.
+          prompt: with {} in place of the question; the family's published one when None.
+          **options: as `generate` takes.
+        """
+        self._need_llm("answer")
+        questions = _texts(questions)
+        empty = [i for i, question in enumerate(questions) if not question.strip()]
+        if empty:
+            raise ValueError(f"Question {empty[0]} is empty.")
+        prompt = DEFAULTS[self.family, "answer"].prompt if prompt is None else prompt
+        if "{}" not in prompt:
+            raise ValueError(f"The prompt {prompt!r} has no {{}} for the question.")
+        prompts = [prompt.replace("{}", question) for question in questions]
+        return self._write("answer", pictures, prompts, **options)
+
+    def generate(
+        self, pictures: Any | None, prompts: Sequence[str] | str = "", **options: Any
+    ) -> list[Any]:
+        """Continues prompts.
+
+        Args:
+          pictures: N images, or one for all prompts; None: the language model alone, blind.
+          prompts: N texts, or one for all images; "" just lets the model begin.
+          **options: fields of `Decoding`, instead of the family's published ones (`defaults`);
+            `seed` of sampling; and `skip_unreadable`, `truncate`, `progress`.
+
+        Returns:
+          N texts; lists of texts where num_return_sequences is above 1.
+        """
+        self._need_llm("generate")
+        return self._write("generate", pictures, prompts, **options)
+
+    def stream(self, picture: Any, prompt: str = "", **options: Any) -> Iterator[str]:
+        """Yields a text piece by piece as it is written, greedily.
+
+        Args:
+          picture: one image.
+          prompt: what to continue.
+          **options: `max_new_tokens`, `min_new_tokens`, `repetition_penalty`, `truncate`.
+        """
+        self._need_llm("stream")
+        truncate = options.pop("truncate", None)
+        default = DEFAULTS[self.family, "generate"].decoding
+        kept = {"max_new_tokens", "min_new_tokens", "repetition_penalty"}
+        how = Decoding(**{name: getattr(default, name) for name in kept} | options)
+        if how.branches > 1 or how.do_sample:
+            raise ValueError("A stream is greedy; leave num_beams and do_sample out.")
+        arrays = self._prompt_arrays([picture], [prompt], how, truncate, None)(0, 1)
+        arrays = self._placed(arrays, self._bucket(1))
+        fixed = {"how": how, "eos_ids": self.eos_ids, "pad_id": self.pad_id}
+        state = self._begin(self.params, *arrays, jax.random.key(SEED), seen=True, **fixed)
+        said = ""
+        while True:
+            ended = bool(state.done[0, 0]) or int(state.step) >= how.max_new_tokens
+            tokens = np.asarray(state.tokens[0, 0, : int(state.step)])
+            text = self.llm_tokenizer.decode(tokens, skip_special_tokens=True)
+            text = text.rstrip() if ended else text
+            # A token may be part of a letter: wait until it is whole.
+            if len(text) > len(said) and (ended or not text.endswith("\ufffd")):
+                yield text[len(said) :]
+                said = text
+            if ended:
+                return
+            state = self._advance(self.params, state, jax.random.key(SEED), **fixed)
+
+    @property
+    def family(self) -> str:
+        """Row of `defaults.DEFAULTS`."""
+        if self.config.qformer_reads_prompt:
+            return "instruct"
+        names = {OPTConfig: "opt", T5Config: "t5"}
+        return names.get(type(self.config.llm), "llama")
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text: a newline for OPT, as BLIP-2 is trained; else the tokenizer's."""
+        if isinstance(self.config.llm, OPTConfig):
+            return (tokenizers.newline_id(self.llm_tokenizer),)
+        return (self.llm_tokenizer.eos_token_id,)
+
+    @property
+    def pad_id(self) -> int:
+        """What stands after a text's end."""
+        return tokenizers.pad_id(self.llm_tokenizer)
 
     # --------------------------------------------------------------------------- both stages
 
-    def attention_maps(self, images: np.ndarray) -> np.ndarray:
+    def attention_maps(self, pictures: Any) -> np.ndarray:
         """Where each query looks: float32[N, Q, G, G] over the image's patches."""
-        return self._batched(self._maps, images)
+        pictures = _need_some(images.as_list(pictures))
+        return self._over(self._maps, len(pictures), self._pixels(pictures))
 
-    def _need(self, kind: type, method: str) -> None:
-        if self._kind is not kind:
-            other = "stage-1" if kind is Blip2Stage1 else "stage-2"
+    # ------------------------------------------------------------------------------- inside
+
+    def _need_stage1(self, method: str) -> None:
+        if self.config.llm is not None or not self._has_match:
             raise ValueError(
-                f"{method} needs a {other} model; this is a {self._kind.__name__}. "
-                f"Load the {other} checkpoint."
+                f"{method} needs the heads of stage 1; {self.source} is a stage-2 model. Load a "
+                "stage-1 run, LAVIS's blip2_pretrained.pth or Salesforce/blip2-itm-vit-g."
             )
 
-    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return tokenizers.encode_qformer(self.qformer_tokenizer, list(texts), self.text_length)
+    def _need_llm(self, method: str) -> None:
+        if self.config.llm is None:
+            raise ValueError(
+                f"{method} needs a language model; {self.source} is a stage-1 model. Load a "
+                "stage-2 run or, for example, Salesforce/blip2-opt-2.7b."
+            )
 
-    def _batched(self, function, *arrays: np.ndarray, progress: str = "", **static: Any) -> Any:
-        """Applies a compiled function to batches of one size, and puts the results together."""
+    def _write(
+        self,
+        task: str,
+        pictures: Any | None,
+        prompts: Sequence[str] | str,
+        *,
+        seed: int = SEED,
+        skip_unreadable: bool = False,
+        truncate: int | None = None,
+        progress: str = "",
+        **changes: Any,
+    ) -> list[Any]:
+        how = _changed(DEFAULTS[self.family, task].decoding, changes)
+        pictures, prompts = _paired(pictures, prompts)
+        _need_some(prompts)
+        skipped: dict[int, str] | None = {} if skip_unreadable else None
+        arrays = self._prompt_arrays(pictures, prompts, how, truncate, skipped)
+        run = functools.partial(
+            self._generate,
+            key=jax.random.key(seed),
+            how=how,
+            eos_ids=self.eos_ids,
+            pad_id=self.pad_id,
+            seen=pictures is not None,
+        )
+        tokens, scores = self._over(run, len(prompts), arrays, progress)
+        if not (scores > decode.NEVER / 2).all():
+            raise FloatingPointError(
+                f"{self.source}: the scores of its tokens are not numbers. The weights hold NaN, "
+                "or overflow in float16: load with dtype='bfloat16' or 'float32'."
+            )
+        _report(skipped)
+        texts = self.llm_tokenizer.batch_decode(
+            tokens.reshape(-1, tokens.shape[-1]), skip_special_tokens=True
+        )
+        number = how.num_return_sequences
+        rows = [
+            [text.strip() for text in texts[i : i + number]] for i in range(0, len(texts), number)
+        ]
+        results: list[Any] = [row[0] for row in rows] if number == 1 else rows
+        return [None if skipped and i in skipped else text for i, text in enumerate(results)]
+
+    def _prompt_arrays(self, pictures, prompts, how: Decoding, truncate, skipped) -> Callable:
+        """Reader of rows of a generation: row numbers, prompts, the Q-Former's texts, pixels."""
+        tokenizer = self.llm_tokenizer
+        side = "right" if isinstance(self.config.llm, T5Config) else "left"
+        rows = tokenizer(list(prompts))["input_ids"]
+        queries = self.config.qformer.num_query_tokens
+        room = getattr(self.config.llm, "max_position_embeddings", None)
+        for number, row in enumerate(rows):
+            row = row[:truncate]
+            needed = queries + len(row) + how.max_new_tokens
+            if room is not None and needed > room:
+                raise ValueError(
+                    f"Prompt {number} has {len(row)} tokens; with {queries} visual ones and "
+                    f"{how.max_new_tokens} to write that makes {needed}, and the language model "
+                    f"has {room} positions. Shorten it, or pass truncate=N."
+                )
+        if truncate is not None:
+            kept = [row[:truncate] for row in rows]
+            prompts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+        words = None
+        if self.config.qformer_reads_prompt and pictures is not None:
+            words = self._words(prompts, None)
+        pixels = None if pictures is None else self._pixels(pictures, skipped=skipped)
+
+        def read(start: int, stop: int) -> list[np.ndarray]:
+            longest = max(len(row[:truncate]) for row in rows[start:stop])
+            length = _power_of_two(longest, SHORTEST)
+            ids, mask = tokenizers.encode_prompts(
+                tokenizer, prompts[start:stop], side=side, length=length
+            )
+            arrays = [np.arange(start, stop, dtype=np.int32), ids, mask]
+            arrays += words(start, stop) if words is not None else []
+            arrays += pixels(start, stop) if pixels is not None else []
+            return arrays
+
+        return read
+
+    def _pixels(
+        self, pictures: Sequence[Any], skip_unreadable: bool = False, *, skipped: dict | None = None
+    ) -> Callable:
+        """Reader of images: uint8[N, H, W, 3]."""
+        if skip_unreadable:
+            skipped = {}
+        size = self.config.vit.image_size
+
+        def read(start: int, stop: int) -> list[np.ndarray]:
+            return [images.load_batch(pictures[start:stop], size, first=start, skip=skipped)]
+
+        read.skipped = skipped
+        return read
+
+    def _words(self, texts: Sequence[str], truncate: int | None) -> Callable:
+        """Reader of texts for the Q-Former: ids and mask, int32[N, T]."""
+        if self.qformer_tokenizer is None:
+            raise ValueError(
+                f"{self.source} came without the Q-Former's tokenizer; pass load(..., "
+                "qformer_tokenizer=FOLDER), BERT's with [DEC] added."
+            )
+        room = self.config.qformer.max_position_embeddings
+        lengths = [len(row) for row in self.qformer_tokenizer(list(texts))["input_ids"]]
+        for number, length in enumerate(lengths):
+            if min(length, truncate or length) > room:
+                raise ValueError(
+                    f"Text {number} has {length} tokens, the Q-Former reads {room} at most. "
+                    f"Shorten it, or pass truncate={room}."
+                )
+
+        def read(start: int, stop: int) -> list[np.ndarray]:
+            longest = min(max(lengths[start:stop]), truncate or room)
+            rows = [min(length, longest) for length in lengths[start:stop]]
+            padded = min(_power_of_two(max(rows), SHORTEST), room)
+            ids, mask = tokenizers.encode_qformer(
+                self.qformer_tokenizer, texts[start:stop], longest, padded
+            )
+            return [ids, mask]
+
+        return read
+
+    def _over_pairs(self, function, pictures, texts, skip_unreadable, truncate) -> np.ndarray:
+        pictures, texts = images.as_list(pictures), _texts(texts)
+        if len(pictures) != len(texts):
+            raise ValueError(
+                f"{len(pictures)} images and {len(texts)} texts; give as many of each."
+            )
+        _need_some(texts)
+        words, pixels = self._words(texts, truncate), self._pixels(pictures, skip_unreadable)
+
+        def read(start: int, stop: int) -> list[np.ndarray]:
+            return [*pixels(start, stop), *words(start, stop)]
+
+        read.skipped = pixels.skipped
+        return self._over(function, len(texts), read)
+
+    def _over(self, function: Callable, count: int, read: Callable, progress: str = "") -> Any:
+        """Applies a compiled function batch by batch, and puts the results together.
+
+        `read(start, stop)` gives the arrays of some rows; those that it skipped become NaN.
+        """
         results = []
-        with tqdm(
-            total=len(arrays[0]), desc=progress, leave=False, disable=not progress or None
-        ) as bar:
-            for batch, count in _batches(arrays, self.batch_size):
-                result = function(self.params, *batch, **static)
-                results.append(jax.tree.map(lambda x: np.asarray(x)[:count], result))  # noqa: B023
-                bar.update(count)
-        return jax.tree.map(lambda *xs: np.concatenate(xs), *results)
+        with tqdm(total=count, desc=progress, leave=False, disable=not progress or None) as bar:
+            for start in range(0, count, self.batch_size):
+                stop = min(start + self.batch_size, count)
+                arrays = self._placed(read(start, stop), self._bucket(stop - start))
+                result = jax.device_get(function(self.params, *arrays))
+                results.append(jax.tree.map(lambda x: x[: stop - start], result))  # noqa: B023
+                bar.update(stop - start)
+        whole = jax.tree.map(lambda *xs: np.concatenate(xs), *results)
+        skipped = getattr(read, "skipped", None)
+        if skipped:
+            _report(skipped)
+            whole[list(skipped)] = np.nan
+        return whole
+
+    def _bucket(self, count: int) -> int:
+        """Rows of the program that computes `count` rows."""
+        size = min(_power_of_two(count), self.batch_size)
+        if self.mesh is None:
+            return size
+        share = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return -(-size // share) * share
+
+    def _placed(self, arrays: Sequence[np.ndarray], size: int) -> list[jax.Array]:
+        """Rows filled up to `size` by repeating the first, on the devices."""
+        filled = [
+            np.concatenate([x, np.repeat(x[:1], size - len(x), axis=0)]) if len(x) < size else x
+            for x in arrays
+        ]
+        return jax.device_put(filled, None if self.mesh is None else batch_sharding(self.mesh))
 
 
-def _batches(arrays, size: int) -> Iterator[tuple[list[np.ndarray], int]]:
-    """Slices of `size` rows, the last one filled up with its first row, and the real count."""
-    for start in range(0, len(arrays[0]), size):
-        batch = [x[start : start + size] for x in arrays]
-        count = len(batch[0])
-        fill = [np.repeat(x[:1], size - count, axis=0) for x in batch]
-        yield [np.concatenate(pair) for pair in zip(batch, fill, strict=True)], count
+def _report(skipped: dict[int, str] | None) -> None:
+    for number, reason in (skipped or {}).items():
+        log.warning("Image %d was skipped: %s.", number, reason)
 
 
-def _embed_images(model: Blip2Stage1, images: jax.Array) -> jax.Array:
-    image_kv = model.qformer.image_keys_values(model.encode_images(images))
+def _changed(default: Decoding, changes: dict[str, Any]) -> Decoding:
+    """The default decoding with some of its fields changed."""
+    known = [field.name for field in dataclasses.fields(Decoding)]
+    unknown = sorted(changes.keys() - set(known))
+    if unknown:
+        raise TypeError(f"No option {', '.join(unknown)}; there are {', '.join(known)}.")
+    if changes.get("do_sample"):
+        changes = {"num_beams": 1, **changes}
+    if changes.get("max_new_tokens", default.max_new_tokens) < default.min_new_tokens:
+        changes = {"min_new_tokens": 0, **changes}
+    return dataclasses.replace(default, **changes)
+
+
+def _need_some(items: Any) -> Any:
+    if not len(items):
+        raise ValueError("There is nothing to do: no images, no texts.")
+    return items
+
+
+def _texts(texts: Sequence[str] | str) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def _paired(pictures: Any | None, prompts: Sequence[str] | str) -> tuple[Any, list[str]]:
+    """As many images as prompts: one image, or one prompt, serves all."""
+    prompts = _texts(prompts)
+    if pictures is None:
+        return None, prompts
+    pictures = images.as_list(pictures)
+    if len(prompts) == 1:
+        prompts = prompts * len(pictures)
+    if len(pictures) == 1:
+        pictures = list(pictures) * len(prompts)
+    if len(pictures) != len(prompts):
+        raise ValueError(
+            f"{len(pictures)} images and {len(prompts)} prompts; give as many of each, or one of "
+            "either."
+        )
+    return pictures, prompts
+
+
+def _power_of_two(count: int, least: int = 1) -> int:
+    return max(least, 1 << (count - 1).bit_length())
+
+
+# ---------------------------------------------------------------------------- compiled functions
+
+
+def _embed_images(model: Blip2Stage1, pixels: jax.Array) -> jax.Array:
+    image_kv = model.qformer.image_keys_values(model.encode_images(pixels))
     return model.project_image(model.query_image(image_kv)[0])
 
 
-def _image_keys(model: Blip2Stage1, images: jax.Array) -> Any:
+def _embed_pairs(model: Blip2Stage1, pixels, ids, mask) -> jax.Array:
+    image_kv = model.qformer.image_keys_values(model.encode_images(pixels))
+    return model.query_image_and_text(image_kv, ids, mask).astype(jnp.float32)
+
+
+def _match_pairs(model: Blip2Stage1, pixels, ids, mask) -> jax.Array:
+    image_kv = model.qformer.image_keys_values(model.encode_images(pixels))
+    return model.match(image_kv, ids, mask)
+
+
+def _image_keys(model: Blip2Stage1, pixels: jax.Array) -> Any:
     """Cross-attention keys and values with the batch first: two of float[B, groups, H, N, K]."""
-    image_kv = model.qformer.image_keys_values(model.encode_images(images))
+    image_kv = model.qformer.image_keys_values(model.encode_images(pixels))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), image_kv)
 
 
-def _generate(model: Blip2Stage2, *inputs: jax.Array, max_new_tokens, eos_id, pad_id) -> jax.Array:
-    *images, ids, mask = inputs
-    embeds = model.llm.embed(ids)
-    if images:
-        prompt = model.visual_prompt(images[0])
-        embeds = jnp.concatenate([prompt, embeds.astype(prompt.dtype)], axis=1)
-        mask = jnp.pad(mask, ((0, 0), (prompt.shape[1], 0)), constant_values=1)
-    return greedy(
-        model.llm, embeds, mask, max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=pad_id
-    )
+def _prompt(model: Blip2Stage2, row, ids, mask, arrays: Sequence[jax.Array], seen: bool) -> Prompt:
+    """Image and text, as the language model reads them; `arrays`: see `_prompt_arrays`."""
+    embeds, whole = model.llm.embed(ids), mask
+    if seen:
+        *text, pixels = arrays
+        visual = model.visual_prompt(pixels, tuple(text) or None)
+        embeds = jnp.concatenate([visual, embeds.astype(visual.dtype)], axis=1)
+        whole = jnp.pad(mask, ((0, 0), (visual.shape[1], 0)), constant_values=1)
+    start = getattr(model.config.llm, "decoder_start_id", None)
+    if start is not None:
+        ids, mask = jnp.full_like(ids[:, :1], start), jnp.ones_like(mask[:, :1])
+    return Prompt(embeds, whole, ids, mask, row)
+
+
+def _generate(model: Blip2Stage2, row, ids, mask, *arrays, key, how, eos_ids, pad_id, seen):
+    prompt = _prompt(model, row, ids, mask, arrays, seen)
+    return decode.decode(model.llm, prompt, how, eos_ids=eos_ids, pad_id=pad_id, key=key)
+
+
+def _begin(model: Blip2Stage2, row, ids, mask, *arrays, how, eos_ids, pad_id, seen):
+    *arrays, key = arrays
+    prompt = _prompt(model, row, ids, mask, arrays, seen)
+    return decode.begin(model.llm, prompt, how, eos_ids=eos_ids, pad_id=pad_id, key=key)
+
+
+def _advance(model: Blip2Stage2, state, key, *, how, eos_ids, pad_id):
+    return decode.advance(model.llm, state, how, eos_ids=eos_ids, pad_id=pad_id, key=key)

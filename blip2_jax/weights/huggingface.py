@@ -6,6 +6,7 @@ A tower may also be taken out of a whole model's folder.
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -26,6 +27,7 @@ from blip2_jax.weights.tables import Table
 PACKAGE = "package:"
 EXTRAS = "stage1_heads.safetensors"  # what `Blip2ForImageTextRetrieval` has no place for
 COMPOSITES = ("blip-2", "instructblip")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find(source: str) -> Path:
@@ -36,9 +38,27 @@ def find(source: str) -> Path:
         known = sorted(p.name for p in assets.iterdir() if p.is_dir()) if assets.is_dir() else []
         hint = f"The package ships: {', '.join(known) or 'none'}."
     else:
-        folder, hint = Path(source), "Give a local folder, as `hf download` makes it."
+        folder, hint = Path(source), "Give a local folder, or a name on the Hugging Face hub."
+        if not folder.exists() and HUB_NAME.fullmatch(source):
+            folder = _from_hub(source)
     if not (folder / "config.json").is_file():
         raise WeightsError(f"No config.json in {folder} (from {source!r}). {hint}")
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    """The local copy of a repository on the hub, fetched if need be; safetensors if it has them."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=["*.bin"]))
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{name} is no local folder, and could not be had from the Hugging Face hub: {error}"
+        ) from error
     return folder
 
 

@@ -23,7 +23,8 @@ def get_config() -> ConfigDict:
     )
     config.batch_size = 50
     config.retrieval = ConfigDict({"candidates": 100, "rerank": 16})
-    config.captioning = ConfigDict({"max_new_tokens": 30})
-    config.vqa = ConfigDict({"max_new_tokens": 6, "form": "official"})
+    # Fields of `inference.decode.Decoding`; greedy, where the published rows take five beams.
+    config.captioning = ConfigDict({"decoding": {"num_beams": 1, "max_new_tokens": 30}})
+    config.vqa = ConfigDict({"form": "official", "decoding": {"num_beams": 1, "max_new_tokens": 6}})
     config.report = ConfigDict({"examples": 24, "attention": 4})
     return config

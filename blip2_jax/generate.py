@@ -1,0 +1,220 @@
+"""Caption images, or answer about them.
+
+  blip2 generate --model=runs/quickstart/stage2 --image=photo.jpg
+  blip2 generate --model=Salesforce/blip2-opt-2.7b --image=photos/ --dtype=bfloat16 --json
+  blip2 generate --model=SRC --image='shots/*.png' --prompt="Question: how many? Answer:"
+  blip2 generate --model=SRC --image=photos/ --output=captions.jsonl
+
+SRC is a Hugging Face folder or hub name, a LAVIS .pth (with --vit and --llm), a native folder or
+the workdir of a finished run. Images may be files, folders (searched for images, not into their
+subfolders) and patterns. One line an image: its name, a tab, the text; as JSON with --json. With
+--output, lines go into a file, and the same command goes on where it was stopped. Images that
+cannot be read are reported and left out; the exit code is then 1.
+
+Without a --prompt images are captioned. Unless flags say otherwise, decoding is as published:
+
+"""
+
+import argparse
+import glob
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from PIL import Image
+from tqdm import tqdm
+
+from blip2_jax import cli
+from blip2_jax.inference import defaults
+from blip2_jax.inference.decode import Decoding
+from blip2_jax.inference.images import ImageError, open_image
+from blip2_jax.inference.pipeline import Blip2
+from blip2_jax.pretrained import load
+
+NUMBERS = {
+    "num_beams": "width of the beam search; 1: greedy",
+    "max_new_tokens": "the most tokens to write",
+    "min_new_tokens": "the fewest",
+    "length_penalty": "above 0 favors long texts, below 0 short ones",
+    "repetition_penalty": "above 1 avoids words that were said",
+    "temperature": "of sampling",
+    "top_k": "sample from the k likeliest tokens only",
+    "top_p": "sample from the fewest tokens that hold this share",
+    "num_return_sequences": "texts an image",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="SRC", help="see above")
+    parser.add_argument(
+        "--image", required=True, action="append", metavar="FILE", help="may be given repeatedly"
+    )
+    parser.add_argument("--prompt", help="what to continue; without it, images are captioned")
+    parser.add_argument("--question", help="instead of --prompt: asked in the published form")
+    parser.add_argument("--json", action="store_true", help="lines of JSON")
+    parser.add_argument("--output", metavar="FILE.jsonl", help="write there, resumably; JSON lines")
+    parser.add_argument("--stream", action="store_true", help="show one text as it is written")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="as stored")
+    parser.add_argument("--batch_size", type=int, default=16, help="images at once (16)")
+    parser.add_argument("--vit", default="", help="the image encoder's folder or .pth (LAVIS)")
+    parser.add_argument("--llm", default="", help="the language model's folder (LAVIS)")
+    parser.add_argument("--do_sample", action="store_true", default=None, help="draw texts")
+    parser.add_argument("--seed", type=int, default=0, help="of --do_sample")
+    kinds = Decoding.__annotations__
+    for name, what in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=kinds[name], help=what)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = cli.parse(__doc__ + defaults.table(), argv, add_arguments, config=False)
+    try:
+        return generate(args)
+    except ValueError as error:
+        raise SystemExit(f"blip2 generate: {error}") from error
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Writes a text for every image; returns the exit code."""
+    if args.prompt is not None and args.question is not None:
+        raise ValueError("give --prompt or --question, not both.")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size is {args.batch_size}; it must be at least 1.")
+    names = find_images(args.image)
+    options = {name: getattr(args, name) for name in (*NUMBERS, "do_sample")}
+    options = {name: value for name, value in options.items() if value is not None}
+    request = {"model": args.model, "prompt": args.prompt, "question": args.question, **options}
+    output = Path(args.output) if args.output else None
+    done = read_done(output, request) if output else set()
+    left = [name for name in names if name not in done]
+    if done:
+        print(f"{output}: {len(names) - len(left)} of {len(names)} images were done before.")
+    if not left:
+        return 0
+    placed = {"data": 1, "fsdp": -1, "tensor": 1} if jax.device_count() > 1 else None
+    model = load(
+        args.model,
+        dtype=args.dtype,
+        mesh=placed,
+        vit=args.vit,
+        llm=args.llm,
+        batch_size=args.batch_size,
+    )
+    if args.stream:
+        return stream(model, left, args, options)
+    failed = 0
+    with open(output, "a") if output else sys.stdout as file:
+        if output and not done:
+            file.write(json.dumps({"request": request}) + "\n")
+        bar = tqdm(total=len(left), unit=" images", disable=None if output else True)
+        for batch in _batches(left, args.batch_size):
+            rows = describe(model, batch, args, options)
+            failed += sum("error" in row for row in rows)
+            for row in rows:
+                print(_line(row, args.json or output is not None), file=file)
+            file.flush()
+            bar.update(len(batch))
+        bar.close()
+    if failed:
+        print(f"{failed} of {len(left)} images could not be read.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def describe(
+    model: Blip2, names: Sequence[str], args: argparse.Namespace, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """A text, or what went wrong, for each of a batch of images."""
+    opened: dict[str, Any] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name in names:
+        try:
+            opened[name] = open_image(name)
+        except ImageError as error:
+            rows[name] = {"image": name, "error": str(error)}
+            print(f"{name}: {error}", file=sys.stderr)
+    if opened:
+        pictures, options = list(opened.values()), {**options, "seed": args.seed}
+        if args.question is not None:
+            texts = model.answer(pictures, [args.question] * len(pictures), **options)
+        elif args.prompt is not None:
+            texts = model.generate(pictures, args.prompt, **options)
+        else:
+            texts = model.caption(pictures, **options)
+        for name, text in zip(opened, texts, strict=True):
+            rows[name] = {"image": name, "text": text}
+    return [rows[name] for name in names]
+
+
+def stream(model: Blip2, names: Sequence[str], args: argparse.Namespace, options) -> int:
+    """Shows each text as it is written."""
+    prompt = args.prompt or ""
+    if args.question is not None:
+        prompt = defaults.DEFAULTS[model.family, "answer"].prompt.replace("{}", args.question)
+    for name in names:
+        print(f"{name}\t", end="", flush=True)
+        for piece in model.stream(name, prompt, **options):
+            print(piece, end="", flush=True)
+        print()
+    return 0
+
+
+def _line(row: dict[str, Any], as_json: bool) -> str:
+    if as_json:
+        return json.dumps(row, ensure_ascii=False)
+    text = row.get("text", f"({row.get('error')})")
+    return f"{row['image']}\t{text if isinstance(text, str) else ' | '.join(text)}"
+
+
+def _batches(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(names), size):
+        yield names[start : start + size]
+
+
+def find_images(given: Sequence[str]) -> list[str]:
+    """Files named one by one, in folders or by patterns; each once, in a fixed order.
+
+    Raises:
+      ValueError: something given finds nothing.
+    """
+    endings = {ending for ending, _ in Image.registered_extensions().items()}
+    found: dict[str, None] = {}
+    for name in given:
+        if Path(name).is_dir():
+            inside = sorted(p for p in Path(name).iterdir() if p.suffix.lower() in endings)
+            matches = [str(path) for path in inside]
+        elif Path(name).exists() or not glob.has_magic(name):
+            matches = [name] if Path(name).exists() or "://" in name else []
+        else:
+            matches = sorted(glob.glob(name))
+        if not matches:
+            raise ValueError(f"--image={name}: no such image, or a folder without any.")
+        found |= dict.fromkeys(matches)
+    return list(found)
+
+
+def read_done(output: Path, request: dict[str, Any]) -> set[str]:
+    """Images that the file has a line for; a last line that was cut off is removed.
+
+    Raises:
+      ValueError: the file holds the answers to another request, or something else.
+    """
+    if not output.exists() or not output.stat().st_size:
+        return set()
+    whole = output.read_text()
+    kept = whole[: whole.rfind("\n") + 1]
+    try:
+        first, *rows = map(json.loads, kept.splitlines())
+        before, names = first["request"], {row["image"] for row in rows}
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{output} was not written by blip2 generate; name another.") from error
+    if before != request:
+        raise ValueError(f"{output} was written by another request, {before}; name another file.")
+    if kept != whole:
+        output.write_text(kept)
+    return names
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

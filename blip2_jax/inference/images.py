@@ -1,0 +1,106 @@
+"""Images as people hold them: files, bytes, Pillow images, arrays; of any size and mode."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import numpy as np
+from PIL import Image
+
+from blip2_jax.data import transforms
+from blip2_jax.data.transforms import ImageError
+
+
+def open_image(image: Any) -> Image.Image:
+    """An upright RGB image.
+
+    Args:
+      image: a path, a file:// URL, encoded bytes, a `PIL.Image`, or an array: uint8[H, W, 3],
+        [H, W, 1], [H, W, 4] or [H, W], or floats of such a shape in 0..1.
+
+    Raises:
+      ImageError: it is not an image, or one without pixels.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        image = _read(image)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return transforms.decode_image(bytes(image))
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ImageError(f"it has {image.width} x {image.height} pixels")
+        return transforms.upright_rgb(image)
+    return _of_array(image)
+
+
+def _read(source: str | os.PathLike) -> bytes:
+    text = os.fspath(source)
+    scheme = urlparse(text).scheme
+    if scheme == "file":
+        text = unquote(urlparse(text).path)
+    elif len(scheme) > 1:  # one letter is a drive of Windows
+        raise ImageError(f"{scheme}:// URLs are not fetched; download {text} first")
+    try:
+        return Path(text).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{text}: {error.strerror}") from error
+
+
+def _of_array(image: Any) -> Image.Image:
+    try:
+        array = np.asarray(image)
+    except (TypeError, ValueError) as error:
+        raise ImageError(f"a {type(image).__name__} is not an image") from error
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+        raise ImageError(f"shape {array.shape}; an image is [H, W, 3], [H, W, 4] or [H, W]")
+    if 0 in array.shape:
+        raise ImageError(f"shape {array.shape}: it has no pixels")
+    if np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and 0 <= array.min() and array.max() <= 1):
+            raise ImageError("floats must be in 0..1; pass whole numbers 0..255 as uint8")
+        array = np.round(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ImageError(f"dtype {array.dtype}; pass uint8 in 0..255 or floats in 0..1")
+    return Image.fromarray(array).convert("RGB")
+
+
+def as_list(images: Any) -> Sequence[Any]:
+    """Several images, or one alone, as a sequence."""
+    if isinstance(images, np.ndarray) or hasattr(images, "__array__"):
+        if getattr(images, "ndim", 0) == 4:
+            return images
+        return [images]
+    if isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image)):
+        return [images]
+    return list(images)
+
+
+def load_batch(
+    images: Sequence[Any], size: int, *, first: int = 0, skip: dict[int, str] | None = None
+) -> np.ndarray:
+    """Opens and resizes images, as in the evaluation transform: uint8[N, size, size, 3].
+
+    Args:
+      images: see `open_image`.
+      size: side of the model's images, in pixels.
+      first: number of the first one, for messages.
+      skip: if given, what cannot be read becomes a black image, and its number and the reason
+        are put in here.
+
+    Raises:
+      ImageError: with the number of the image that cannot be read, and why.
+    """
+    rows = []
+    for number, image in enumerate(images, first):
+        try:
+            rows.append(transforms.resize(open_image(image), size))
+        except ImageError as error:
+            where = f" ({image})" if isinstance(image, (str, os.PathLike)) else ""
+            if skip is None:
+                raise ImageError(f"Image {number}{where} cannot be read: {error}.") from error
+            skip[number] = str(error)
+            rows.append(np.zeros((size, size, 3), np.uint8))
+    return np.stack(rows) if rows else np.zeros((0, size, size, 3), np.uint8)

@@ -1,0 +1,99 @@
+"""From whatever a user names to a model that answers: `blip2_jax.load`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from blip2_jax import recipe
+from blip2_jax.data import tokenizers
+from blip2_jax.inference.pipeline import Blip2
+from blip2_jax.models.blip2 import AXES
+from blip2_jax.runtime import distributed
+from blip2_jax.runtime import mesh as meshes
+from blip2_jax.weights import checkpoint
+from blip2_jax.weights.checkpoint import Checkpoint
+
+BERT = "bert-base-uncased"  # whose vocabulary every published Q-Former has, and [DEC]
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: Any = None,
+    mesh: Mesh | Mapping[str, int] | None = None,
+    vit: str = "",
+    llm: str = "",
+    qformer_tokenizer: str = "",
+    llm_tokenizer: str = "",
+    batch_size: int = 32,
+) -> Blip2:
+    """Loads a BLIP-2 or InstructBLIP model.
+
+    Args:
+      source: a Hugging Face folder or hub name, a LAVIS `.pth`, a native folder, or the workdir of
+        a finished run.
+      dtype: what parameters are kept in and computed with, e.g. "bfloat16"; None: as stored.
+      mesh: a mesh, or sizes of one as in a config ({"data": 1, "fsdp": -1, "tensor": 1}), over
+        which parameters and batches are spread; None: the first device.
+      vit, llm: the towers' own folders or files, where the source does not hold them (LAVIS).
+      qformer_tokenizer, llm_tokenizer: folders or hub names, where the source has none.
+      batch_size: images, texts or pairs that are computed at once, at most.
+
+    Raises:
+      ValueError: everything that does not fit, before anything is read.
+    """
+    distributed.setup_compilation_cache()
+    source = str(source)
+    if (Path(source) / "done.json").is_file():
+        return recipe.load_run(Path(source), batch_size=batch_size, dtype=dtype)
+    found = checkpoint.open_checkpoint(source, vit=vit, llm=llm)
+    if isinstance(mesh, Mapping):
+        mesh = meshes.make_mesh(mesh)
+    texts = _tokenizers(found, llm, qformer_tokenizer, llm_tokenizer)
+    params = found.load(_placed(found.abstract(), dtype, mesh), progress=f"reading {source}")
+    return Blip2(
+        found.config,
+        params,
+        dtype=dtype and jnp.dtype(dtype),
+        mesh=mesh,
+        batch_size=batch_size,
+        source=source,
+        **texts,
+    )
+
+
+def _placed(abstract: Any, dtype: Any, mesh: Mesh | None) -> Any:
+    """The parameters in their dtype, on their devices."""
+    if dtype is not None:
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), abstract)
+    if mesh is None:
+        return abstract
+    places = meshes.shardings(abstract, AXES, meshes.RULES, mesh)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, places
+    )
+
+
+def _tokenizers(found: Checkpoint, llm: str, qformer: str, language: str) -> dict[str, Any]:
+    """The model's tokenizers: as named, or those beside the weights, or the published ones."""
+    config, beside = found.config, found.companions
+    has_own = beside is not None and any(beside.glob("tokenizer*"))
+    chosen: dict[str, Any] = {}
+    if config.llm is not None:
+        own = language or llm or (str(beside) if has_own else "")
+        if not own:
+            raise ValueError(
+                f"{found.source} has no tokenizer for its language model. Name the folder of one "
+                "with llm_tokenizer=."
+            )
+        chosen["llm_tokenizer"] = tokenizers.load(own)
+    if config.llm is None or config.qformer_reads_prompt:
+        own = beside / "qformer_tokenizer" if config.llm is not None and beside else beside
+        if not qformer and own is not None and any(own.glob("tokenizer*")):
+            qformer = str(own)
+        chosen["qformer_tokenizer"] = tokenizers.load(qformer or BERT)
+    return chosen

@@ -1,0 +1,75 @@
+"""Published-shaped folders with random weights and the embedded world's tokenizers."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from blip2_jax.data import tokenizers
+from tests.weights import models
+
+SIDE = models.VISION["image_size"]
+
+
+def generation_folder(folder: Path, llm: str = "opt") -> torch.nn.Module:
+    """A `Blip2ForConditionalGeneration` with processor and tokenizer, as the hub has it."""
+    tokenizer = t5_tokenizer() if llm == "t5" else tokenizers.load("package:digits-opt")
+    processor = transformers.Blip2Processor(
+        BlipImageProcessorPil(size={"height": SIDE, "width": SIDE}), tokenizer, num_query_tokens=5
+    )
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    eos = tokenizer("\n")["input_ids"][-1]
+    special = {"vocab_size": 256, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
+    if llm != "t5":
+        special["bos_token_id"] = tokenizer.bos_token_id
+    text = models.TEXT[llm] | special
+    config = transformers.Blip2Config(
+        vision_config=models.VISION,
+        qformer_config=models.QFORMER | {"use_qformer_text_input": False},
+        text_config=text,
+        num_query_tokens=5,
+        image_token_index=image,
+    )
+    theirs = transformers.Blip2ForConditionalGeneration(config)
+    if llm == "t5":
+        head = theirs.language_model.lm_head
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
+    models.randomize(theirs)
+    with torch.no_grad():  # loud enough that pictures and prompts matter, and texts differ
+        theirs.language_projection.weight *= 3
+        theirs.language_model.get_input_embeddings().weight *= 3
+    theirs.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return theirs
+
+
+def t5_tokenizer():
+    """A Unigram tokenizer of words, which ends every text with `</s>`."""
+    words = "a red green blue digit three seven question answer what color is there".split()
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *("▁" + w for w in words), *map(chr, range(33, 123))]
+    return transformers.T5Tokenizer(
+        vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0
+    )
+
+
+def retrieval_folder(folder: Path) -> torch.nn.Module:
+    """A `Blip2ForImageTextRetrieval` with the embedded world's BERT tokenizer."""
+    tokenizer = tokenizers.load("package:digits-bert")
+    config = transformers.Blip2Config(
+        vision_config=models.VISION,
+        qformer_config=models.QFORMER
+        | {
+            "use_qformer_text_input": True,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 40,
+        },
+        text_config={"model_type": "opt"},
+        num_query_tokens=5,
+        image_text_hidden_size=24,
+    )
+    config.image_token_index = None
+    theirs = models.randomize(transformers.Blip2ForImageTextRetrieval(config))
+    theirs.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return theirs

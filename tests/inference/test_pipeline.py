@@ -1,0 +1,241 @@
+"""The object users hold: equal to transformers end to end, and the same whatever the batch."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import blip2_jax
+from blip2_jax.data.transforms import ImageError
+from blip2_jax.inference.decode import Decoding
+from tests.inference import published
+
+PROMPTS = ["a red", "", "Question: what color is the 3? Answer:", "the 7"]
+EXACT = {"max_new_tokens": 9, "min_new_tokens": 0}
+
+
+def pictures(n: int = 4) -> list[Image.Image]:
+    """Images of several sizes."""
+    rng = np.random.default_rng(0)
+    sizes = [(30, 40), (28, 28), (51, 17), (90, 64)]
+    return [
+        Image.fromarray(rng.integers(0, 256, (*sizes[i % 4], 3)).astype(np.uint8)) for i in range(n)
+    ]
+
+
+@pytest.fixture(scope="module", params=["opt", "t5"])
+def both(request, tmp_path_factory):
+    """(transformers' model, its folder, ours)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = published.generation_folder(folder, request.param)
+    return theirs, folder, blip2_jax.load(folder)
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("opt")
+    published.generation_folder(folder, "opt")
+    return folder, blip2_jax.load(folder)
+
+
+@pytest.fixture(scope="module")
+def retrieval(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("retrieval")
+    theirs = published.retrieval_folder(folder)
+    return theirs, folder, blip2_jax.load(folder)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_texts_equal_those_of_transformers(both, beams):
+    """Processor, image encoder, Q-Former, projection, language model and search, in one batch."""
+    theirs, folder, ours = both
+    processor = transformers.Blip2Processor.from_pretrained(folder)
+    processor.tokenizer.padding_side = "right" if ours.family == "t5" else "left"
+    inputs = processor(images=pictures(), text=PROMPTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        ids = theirs.generate(
+            **inputs, num_beams=beams, do_sample=False, max_new_tokens=EXACT["max_new_tokens"]
+        )
+    if ours.family == "opt":
+        ids = ids[:, inputs["input_ids"].shape[1] :]
+    want = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    got = ours.generate(pictures(), PROMPTS, num_beams=beams, **EXACT)
+    assert got == want
+    assert len(set(got)) > 1  # the weights are loud enough for pictures and prompts to matter
+
+
+def test_a_row_alone_equals_the_row_in_any_batch(both):
+    _, folder, ours = both
+    how = {"num_beams": 3, **EXACT}
+    together = ours.generate(pictures(), PROMPTS, **how)
+    alone = [ours.generate([p], [t], **how)[0] for p, t in zip(pictures(), PROMPTS, strict=True)]
+    assert alone == together
+    turned = ours.generate(pictures()[::-1], PROMPTS[::-1], **how)
+    assert turned[::-1] == together
+    by_two = blip2_jax.load(folder, batch_size=2)
+    assert by_two.generate(pictures(), PROMPTS, **how) == together
+
+
+def test_samples_do_not_depend_on_the_batch_but_on_the_seed(opt):
+    folder, ours = opt
+    how = {"do_sample": True, "num_return_sequences": 3, "top_k": 9, **EXACT}
+    together = ours.generate(pictures(), PROMPTS, seed=1, **how)
+    assert [len(texts) for texts in together] == [3] * 4
+    assert len({text for texts in together for text in texts}) > 4
+    assert (
+        blip2_jax.load(folder, batch_size=1).generate(pictures(), PROMPTS, seed=1, **how)
+        == together
+    )
+    assert ours.generate(pictures(), PROMPTS, seed=2, **how) != together
+    certain = ours.generate(pictures(), PROMPTS, do_sample=True, top_k=1, **EXACT)
+    assert certain == ours.generate(pictures(), PROMPTS, num_beams=1, **EXACT)
+
+
+def test_eight_devices_say_the_same(both):
+    """Parameters sharded over fsdp and tensor, batches over data and fsdp."""
+    _, folder, ours = both
+    spread = blip2_jax.load(folder, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    kernel = spread.params["vit"]["layers"]["blocks"]["mlp"]["fc1"]["kernel"]
+    assert len({str(shard.index) for shard in kernel.addressable_shards}) == 4
+    for beams in (1, 3):
+        got = spread.generate(pictures(3), PROMPTS[:3], num_beams=beams, **EXACT)
+        assert got == ours.generate(pictures(3), PROMPTS[:3], num_beams=beams, **EXACT)
+
+
+def test_a_second_call_of_a_bucket_compiles_nothing(opt):
+    _, ours = opt
+    ours.caption(pictures(4), **EXACT)
+    programs = ours._generate._cache_size()
+    ours.caption(pictures(3), **EXACT)
+    ours.generate(pictures(4), ["a red", "", "the 7", "the 8"], **{**vars(CAPTION), **EXACT})
+    assert ours._generate._cache_size() == programs
+    ours.caption(pictures(2), **EXACT)
+    assert ours._generate._cache_size() == programs + 1
+
+
+CAPTION = Decoding(num_beams=5, max_new_tokens=30, min_new_tokens=1)
+
+
+def test_a_stream_is_the_greedy_text_in_pieces(opt):
+    _, ours = opt
+    for picture, prompt in zip(pictures(), PROMPTS, strict=True):
+        pieces = list(ours.stream(picture, prompt, **EXACT))
+        want = ours.generate([picture], [prompt], num_beams=1, **EXACT)[0]
+        assert "".join(pieces).strip() == want
+        assert len(pieces) > 1 or len(want) < 3
+
+
+def test_scores_and_features_equal_those_of_transformers(retrieval):
+    theirs, folder, ours = retrieval
+    texts = ["a red 3", "the 7 is small and blue and the 2 is green", "an orange 1"]
+    tokens = ours.qformer_tokenizer(texts, padding=True, return_tensors="pt")
+    images = BlipImages()(images=pictures(3), return_tensors="pt")["pixel_values"]
+    text = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+    with torch.no_grad():
+        itm = theirs(images, **text, use_image_text_matching_head=True).logits_per_image
+        itc = theirs(images, **text, use_image_text_matching_head=False)
+    match = torch.softmax(itm, dim=-1)[:, 1].numpy()
+    np.testing.assert_allclose(ours.match(pictures(3), texts), match, atol=1e-4)
+    similarity = ours.similarity(pictures(3), texts)
+    np.testing.assert_allclose(similarity, itc.logits_per_image.numpy(), atol=1e-4)
+    np.testing.assert_allclose(ours.embed_images(pictures(3)), itc.image_embeds.numpy(), atol=1e-4)
+    np.testing.assert_allclose(ours.embed_texts(texts), itc.text_embeds.numpy(), atol=1e-4)
+    scorer = ours.pair_scorer(pictures(3), texts)
+    logits = scorer(np.array([0, 1, 2]), np.array([0, 1, 2]))
+    np.testing.assert_allclose(logits, itm.numpy(), atol=1e-4)
+    assert ours.embed_multimodal(pictures(3), texts).shape == (3, 5, 128)
+    maps = ours.attention_maps(pictures(3))
+    assert maps.shape == (3, 5, 4, 4) and (maps >= 0).all() and (maps.sum((-1, -2)) <= 1.001).all()
+
+
+def BlipImages():
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    return BlipImageProcessorPil(size={"height": published.SIDE, "width": published.SIDE})
+
+
+# ----------------------------------------------------------------------------------- bad input
+
+
+def test_an_unreadable_image_is_named_or_skipped(opt, retrieval, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    _, ours = opt
+    good = pictures(2)
+    for bad, said in (
+        (tmp_path / "bad.png", r"Image 1 .*bad\.png.* not a readable image"),
+        (tmp_path / "empty.png", "Image 1 .* no bytes"),
+        (tmp_path / "none.png", "Image 1 .* No such file"),
+        ("https://example.org/x.png", "not fetched; download"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+        (np.zeros((4, 4, 3), np.int64), "dtype int64"),
+        (object(), "not an image|shape"),
+    ):
+        with pytest.raises(ImageError, match=said):
+            ours.caption([good[0], bad, good[1]], **EXACT)
+        texts = ours.caption([good[0], bad, good[1]], skip_unreadable=True, **EXACT)
+        assert texts == [ours.caption(good, **EXACT)[0], None, ours.caption(good, **EXACT)[1]]
+    features = retrieval[2].embed_images([good[0], b"", good[1]], skip_unreadable=True)
+    assert np.isnan(features[1]).all() and np.isfinite(features[[0, 2]]).all()
+
+
+def test_prompts_that_are_too_long_or_empty(opt):
+    _, ours = opt
+    long = "a red 3 and " * 30
+    with pytest.raises(ValueError, match=r"Prompt 1 has \d+ tokens; .* 60 positions.*truncate"):
+        ours.generate(pictures(2), ["a red 3", long], **EXACT)
+    cut = ours.generate(pictures(1), [long], truncate=4, **EXACT)
+    assert cut == ours.generate(pictures(1), ["a red 3"], truncate=4, **EXACT)
+    with pytest.raises(ValueError, match="Question 1 is empty"):
+        ours.answer(pictures(2), ["how many?", "  "])
+    with pytest.raises(ValueError, match="2 images and 3 prompts"):
+        ours.generate(pictures(2), ["a", "b", "c"])
+    with pytest.raises(ValueError, match="nothing to do"):
+        ours.caption([])
+
+
+def test_a_method_without_its_head_says_what_has_it(opt, retrieval):
+    with pytest.raises(ValueError, match="similarity|embed_images needs the heads of stage 1"):
+        opt[1].similarity(pictures(1), ["a"])
+    with pytest.raises(ValueError, match="match needs .*blip2-itm-vit-g"):
+        opt[1].match(pictures(1), ["a"])
+    for method in ("caption", "generate"):
+        with pytest.raises(ValueError, match=f"{method} needs a language model.*opt-2.7b"):
+            getattr(retrieval[2], method)(pictures(1))
+    with pytest.raises(ValueError, match="Text 0 has .* tokens, the Q-Former reads 40"):
+        retrieval[2].embed_texts(["a red 3 and " * 30])
+    assert retrieval[2].embed_texts(["a red 3 and " * 30], truncate=40).shape == (1, 24)
+
+
+def test_weights_that_are_not_numbers(opt):
+    folder, _ = opt
+    broken = blip2_jax.load(folder)
+    broken.params["language_projection"]["bias"] = jax.numpy.full_like(
+        broken.params["language_projection"]["bias"], np.nan
+    )
+    for beams in (1, 3):
+        with pytest.raises(FloatingPointError, match="weights hold NaN"):
+            broken.caption(pictures(2), num_beams=beams, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"num_beams": 0}, "num_beams is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0 .greedy"),
+        ({"num_return_sequences": 9}, "9 of 5 beams"),
+        ({"do_sample": True, "num_beams": 3}, "not supported"),
+        ({"length_counts": "all"}, "generated or prompt"),
+        ({"min_new_tokens": 99}, "from 0 to max_new_tokens"),
+    ],
+)
+def test_decoding_that_cannot_be(opt, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        opt[1].caption(pictures(1), **wrong)
+
+
+def test_an_unknown_option_is_named(opt):
+    with pytest.raises(TypeError, match="No option num_beam; there are .*num_beams"):
+        opt[1].caption(pictures(1), num_beam=3)
