@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = cli.parse(__doc__, argv, add_arguments, config=False)
+    args = cli.parse(__doc__, argv, add_arguments, prog="blip2 convert", config=False)
     try:
         return convert(args)
     except WeightsError as error:

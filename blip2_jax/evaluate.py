@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = cli.parse(__doc__, argv, add_arguments)
+    args = cli.parse(__doc__, argv, add_arguments, prog="blip2 evaluate")
     distributed.setup_compilation_cache()
     return evaluate(args.config, Path(args.workdir), args.model)
 

@@ -16,6 +16,7 @@ Without a --prompt images are captioned. Unless flags say otherwise, decoding is
 """
 
 import argparse
+import contextlib
 import glob
 import json
 import sys
@@ -69,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = cli.parse(__doc__ + defaults.table(), argv, add_arguments, config=False)
+    doc = __doc__ + defaults.table()
+    args = cli.parse(doc, argv, add_arguments, prog="blip2 generate", config=False)
     try:
         return generate(args)
     except ValueError as error:
@@ -105,7 +107,7 @@ def generate(args: argparse.Namespace) -> int:
     if args.stream:
         return stream(model, left, args, options)
     failed = 0
-    with open(output, "a") if output else sys.stdout as file:
+    with open(output, "a") if output else contextlib.nullcontext(sys.stdout) as file:
         if output and not done:
             file.write(json.dumps({"request": request}) + "\n")
         bar = tqdm(total=len(left), unit=" images", disable=None if output else True)

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = cli.parse(__doc__, argv, add_arguments)
+    args = cli.parse(__doc__, argv, add_arguments, prog="blip2 train")
     return train(args.config, Path(args.workdir))
 
 

@@ -21,7 +21,9 @@ def decode_image(data: bytes) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
         return upright_rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:  # whose own message is an address in memory
+        raise ImageError("not a readable image: of no known format") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"not a readable image: {error}") from error
 
 

@@ -6,6 +6,7 @@ of question answering. `blip2 generate --help` prints this table.
 """
 
 import dataclasses
+import textwrap
 from typing import NamedTuple
 
 from blip2_jax.inference.decode import Decoding
@@ -43,16 +44,17 @@ DEFAULTS = {
 }
 
 
-def table() -> str:
-    """The defaults, a line each, for help texts."""
-    lines = [f"  {'family':<9} {'task':<9} {'prompt':<28} decoding"]
+def table(width: int = 79) -> str:
+    """The defaults, in columns of a help text this wide."""
+    columns = "  {:<9}{:<10}{:<29}"
+    lines = [columns.format("family", "task", "prompt") + "decoding"]
+    indent = len(columns.format("", "", ""))
     plain = Decoding()
     for (family, task), (prompt, how) in DEFAULTS.items():
         shown = {"num_beams": how.num_beams, "max_new_tokens": how.max_new_tokens}
         shown |= {k: v for k, v in vars(how).items() if k not in shown and v != getattr(plain, k)}
-        settings = [f"{name}={value:g}" for name, value in shown.items()]
-        first, rest = " ".join(settings[:2]), " ".join(settings[2:])
-        lines.append(f"  {family:<9} {task:<9} {prompt or '(none)':<28} {first}")
-        if rest:
-            lines.append(f"  {'':<48} {rest}")
+        settings = " ".join(f"{name}={value:g}" for name, value in shown.items())
+        first, *rest = textwrap.wrap(settings, width - indent, break_on_hyphens=False)
+        lines.append(columns.format(family, task, prompt or "(none)") + first)
+        lines += [" " * indent + line for line in rest]
     return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""`blip2 generate`: files, folders and patterns, resumed where it was stopped, bad images named."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blip2_jax import generate
+from tests.inference import published
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, and a folder of four images, of which one cannot be read."""
+    root = tmp_path_factory.mktemp("generate")
+    published.generation_folder(root / "model", "opt")
+    (root / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.jpg", "d.png"):
+        pixels = rng.integers(0, 256, (40, 30, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(root / "photos" / name)
+    (root / "photos/c.png").write_bytes(b"no image")
+    (root / "photos/notes.txt").write_text("no image, and not taken for one")
+    return root
+
+
+def run(folder, *words):
+    # Few tokens, and none of the published minimum: the model's weights are random.
+    short = ["--max_new_tokens=6", "--min_new_tokens=0", "--num_beams=2"]
+    return generate.main([f"--model={folder}/model", *short, *words])
+
+
+def test_a_line_an_image_and_bad_images_are_named(folder, capsys):
+    assert run(folder, f"--image={folder}/photos") == 1
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert [line.split("\t")[0].rsplit("/")[-1] for line in lines] == [
+        "a.png", "b.jpg", "c.png", "d.png",
+    ]  # fmt: skip
+    assert "not a readable image" in lines[2] and "c.png" in err
+    assert "1 of 4 images could not be read" in err
+
+
+def test_patterns_prompts_and_json(folder, capsys):
+    assert run(folder, f"--image={folder}/photos/[ab].*", "--prompt=a red", "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [sorted(row) for row in rows] == [["image", "text"]] * 2
+    assert run(folder, f"--image={folder}/photos/a.png", "--question=how many?") == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_a_stopped_request_goes_on_and_another_is_refused(folder, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    request = [f"--image={folder}/photos", f"--output={output}", "--batch_size=1"]
+    assert run(folder, *request) == 1
+    whole = output.read_text()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 5  # the request, and four images
+    output.write_text("".join(lines[:3]) + lines[3][:9])  # killed in the middle of a line
+    assert run(folder, *request) == 1
+    assert output.read_text() == whole
+    capsys.readouterr()
+    assert run(folder, *request) == 0  # nothing left to do
+    assert "4 of 4 images were done before" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="written by another request"):
+        run(folder, *request, "--prompt=a red")
+    (tmp_path / "mine.txt").write_text("my notes\n")
+    with pytest.raises(SystemExit, match="not written by blip2 generate"):
+        run(folder, f"--image={folder}/photos", f"--output={tmp_path}/mine.txt")
+    assert (tmp_path / "mine.txt").read_text() == "my notes\n"
+
+
+def test_a_stream_ends_in_the_greedy_text(folder, capsys):
+    image = f"--image={folder}/photos/a.png"
+    words = [f"--model={folder}/model", image, "--max_new_tokens=6", "--min_new_tokens=0"]
+    assert generate.main([*words, "--num_beams=1", "--prompt="]) == 0
+    plain = capsys.readouterr().out
+    assert generate.main([*words, "--stream"]) == 0
+    assert capsys.readouterr().out.split() == plain.split()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--image=/nowhere/x.png"], "no such image"),
+        (["--image=/nowhere/*.png"], "no such image"),
+        (["--image={0}/photos", "--prompt=a", "--question=b"], "not both"),
+        (["--image={0}/photos", "--top_p=1.5", "--do_sample"], "top_p is 1.5"),
+        (["--image={0}/photos", "--batch_size=0"], "batch_size is 0"),
+    ],
+)
+def test_bad_requests(folder, words, said):
+    with pytest.raises(SystemExit, match=said):
+        run(folder, *(word.format(folder) for word in words))
+
+
+def test_a_model_that_is_none(folder):
+    with pytest.raises(SystemExit, match="No config.json"):
+        generate.main([f"--model={folder}/photos", f"--image={folder}/photos"])
+
+
+def test_help_shows_the_published_defaults(capsys):
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "Question: {} Short answer:" in shown and "repetition_penalty=1.5" in shown
+    assert max(map(len, shown.splitlines())) <= 100
