@@ -10,4 +10,5 @@ blip2_environment "[test]"
 ruff check .
 ruff format --check .
 bash -n launch/*.sh .ci/run
+shellcheck --shell=bash --external-sources launch/*.sh .ci/run
 exec python -m pytest "$@"
