@@ -24,11 +24,10 @@ from blip2_jax import cli, recipe
 from blip2_jax.data import loader
 from blip2_jax.runtime import distributed, mesh
 from blip2_jax.runtime.checkpoint import Checkpointer
+from blip2_jax.runtime.distributed import PREEMPTED
 from blip2_jax.runtime.metrics import MetricsWriter, Progress
 from blip2_jax.stages.step import Params, State
 from blip2_jax.weights import bert, checkpoint
-
-PREEMPTED = 42  # exit code of a run that saved itself on SIGTERM: start it again to go on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

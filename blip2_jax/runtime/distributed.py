@@ -10,6 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 
 ENABLE = "BLIP2_DISTRIBUTED"
+PREEMPTED = 42  # exit code of a run that saved itself on SIGTERM: start it again to go on
 
 
 def initialize(enabled: bool = False) -> None:

@@ -1,0 +1,184 @@
+"""Long processes, several at a time, that survive the process which started them.
+
+A task is a folder and a command that can be started again: it goes on where it was, and says by
+code 42 that it was told to stop before its end.
+"""
+
+import collections
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from tqdm import tqdm
+
+from blip2_jax.runtime.distributed import PREEMPTED
+from blip2_jax.runtime.metrics import Progress
+
+LOG_FILE = "log.txt"
+_TICK = 0.1  # seconds between two looks at the processes
+
+
+class Busy(RuntimeError):
+    """Another process is at work there."""
+
+
+class Task(Protocol):
+    """What is to be run."""
+
+    name: str
+    workdir: Path
+
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to do."""
+
+
+Command = Callable[[Task, int], tuple[list[str], Mapping[str, str]]]
+
+
+def run_all(
+    tasks: Sequence[Task], workers: int, command: Command, label: str = ""
+) -> tuple[dict[str, int], bool]:
+    """Runs all tasks that are not finished, `workers` at a time, with a progress line.
+
+    A task that leaves with code 42 is started again; one that fails is reported and stops no
+    other. On SIGTERM or Ctrl-C all are told to save themselves; on a second one they are killed.
+
+    Args:
+      tasks: by name, and each in a folder of its own, which gets their output as `log.txt`.
+      workers: how many at a time.
+      command: of a task on a worker (from 0): its words, and what to add to the environment.
+      label: stands before the progress.
+
+    Returns:
+      The exit code of each task that failed (negative: killed by that signal), and whether the
+      whole was told to stop.
+    """
+    waiting = collections.deque(task for task in tasks if not task.is_finished())
+    jobs: dict[int, _Job] = {}
+    failed: dict[str, int] = {}
+    done, told = len(tasks) - len(waiting), 0
+    progress = Progress(len(tasks), initial=done, label=label, unit="run", active=True)
+    with _Stop() as stop, progress:
+        while jobs or (waiting and not stop.count):
+            for worker in range(workers):
+                if worker not in jobs and waiting and not stop.count:
+                    task = waiting.popleft()
+                    jobs[worker] = _Job(task, *command(task, worker))
+            if stop.count > told:
+                told = stop.count
+                tqdm.write(f"Stopping {len(jobs)} runs ...", file=sys.stderr)
+                for job in jobs.values():
+                    job.send(signal.SIGTERM if told == 1 else signal.SIGKILL)
+            ended = 0
+            for worker, job in list(jobs.items()):
+                code = job.poll(give_up=stop.count > 0)
+                if code is None:
+                    continue
+                del jobs[worker]
+                if code == PREEMPTED and not stop.count:
+                    waiting.appendleft(job.task)
+                elif code and not stop.count:
+                    failed[job.task.name] = code
+                    tqdm.write(f"{job.task.name} failed with code {code}.", file=sys.stderr)
+                    ended += 1
+                else:
+                    ended += code == 0
+            progress.update(ended, running=len(jobs), failed=len(failed))
+            time.sleep(_TICK)
+    return failed, stop.count > 0
+
+
+@contextlib.contextmanager
+def only_one(file: Path, message: str) -> Iterator[None]:
+    """Lets one process at a time through.
+
+    Raises:
+      Busy: with `message`, when another one is inside.
+    """
+    with open(file, "a") as lock:
+        if not _lock(lock):
+            raise Busy(message)
+        yield
+
+
+def _lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class _Job:
+    """A task on its way, in a process group of its own.
+
+    Its processes hold a lock as long as they live. If the one that started them was killed, they
+    go on without it: a later one finds the lock taken, waits, and then looks what is left to do.
+    """
+
+    def __init__(self, task: Task, words: list[str], environment: Mapping[str, str]):
+        self.task, self._words, self._environment = task, words, environment
+        self._process: subprocess.Popen | None = None
+        task.workdir.mkdir(parents=True, exist_ok=True)
+        self._held = open(task.workdir / "run.lock", "a")
+        if not self._start():
+            text = f"{task.name} goes on from an earlier start; waiting for it."
+            tqdm.write(text, file=sys.stderr)
+
+    def _start(self) -> bool:
+        if not _lock(self._held):
+            return False
+        if not self.task.is_finished():
+            with open(self.task.workdir / LOG_FILE, "a") as log:
+                self._process = subprocess.Popen(
+                    self._words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **self._environment},
+                    pass_fds=[self._held.fileno()],
+                    start_new_session=True,  # Ctrl-C is ours to pass on, as SIGTERM
+                )
+        return True
+
+    def poll(self, give_up: bool) -> int | None:
+        """The exit code, or None while the task goes on; a task to wait for can be given up."""
+        if self._process is None and not self._start():
+            code = PREEMPTED if give_up else None
+        else:
+            code = 0 if self._process is None else self._process.poll()
+        if code is not None:
+            self._held.close()
+        return code
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to all processes of the task."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+
+class _Stop:
+    """Counts how often we were told to stop."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> "_Stop":
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._on_signal) for number in numbers}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, *_: object) -> None:
+        self.count += 1
