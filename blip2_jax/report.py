@@ -1,6 +1,6 @@
-"""One self-contained HTML page about a run: scores, curves, pictures, attention, how it was made.
+"""Self-contained HTML pages: a run (scores, curves, pictures, attention, how it was made), a sweep.
 
-Everything is inside the page (pictures as data, curves as SVG, no scripts), so that it opens
+Everything is inside a page (pictures as data, curves as SVG, no scripts), so that it opens
 offline and can be mailed. What a run did not produce is left out with a line that says so.
 """
 
@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -46,6 +47,7 @@ _NOT_SCORES = re.compile(r"seconds/|.*(_gb|/candidates|/candidate_texts)$")
 _INK, _LINE = "#010203", "#040506"  # stand-ins, replaced by the page's own colors
 _CURVE_COLORS = ("#0f8b8d", "#e08e0b", "#6c6fe0", "#d6487e", "#7a8699", "#5a9e3a")
 _CIDER_MOST = 10.0  # of CIDEr-D, whose scale is not 0..1
+_COMPARED = ("loss", "accuracy")  # what a sweep's runs are compared by
 _MOST_POINTS = 300
 _MOST_QUERIES = 7  # with the image itself, one row of the page
 _PICTURE = 192  # pixels of a heatmap's side; pictures of 64 pixels become three times as large
@@ -90,16 +92,10 @@ def write_report(
     Raises:
       ValueError: an image or an attention map of the wrong shape.
     """
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     rows = score_rows(metrics)
-    page = environment.get_template("report.html.j2").render(
+    return _render(
+        path,
+        "report.html.j2",
         title=title,
         summary=summary,
         headlines=[rows[name] for name in HEADLINES if name in rows],
@@ -112,6 +108,85 @@ def write_report(
         versions=versions,
         config=config,
     )
+
+
+def write_sweep_report(
+    path: str | Path,
+    *,
+    title: str,
+    summary: str,
+    keys: Sequence[str],
+    runs: Sequence[Mapping],
+) -> Path:
+    """Writes the page of a sweep: a table over its runs, and one chart a metric with all of them.
+
+    Args:
+      path: the HTML file; its folder is made.
+      title: heading of the page.
+      summary: one or two sentences under the title.
+      keys: what is swept.
+      runs: each {"run": its name, "status": a word, "point": {key: text}, "records": those of its
+        `metrics.jsonl`}. Losses and accuracies are drawn; the table shows the last of each, and
+        which finished run has the best.
+
+    Returns:
+      The path written.
+    """
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for run in runs:
+        for record in run["records"]:
+            for name, value in record.items():
+                number = isinstance(value, (int, float)) and math.isfinite(value)
+                if number and name.endswith(_COMPARED):
+                    curves.setdefault(name, {}).setdefault(run["run"], [])
+                    curves[name][run["run"]].append((record["step"], value))
+    # Held-out metrics first, and totals before their parts.
+    names = sorted(curves, key=lambda name: (not name.startswith("eval/"), name.count("/"), name))
+    colors = dict(zip((run["run"] for run in runs), _colors(len(runs)), strict=True))
+    last = {name: {run: points[-1][1] for run, points in curves[name].items()} for name in names}
+    finished = {run["run"] for run in runs if run["status"] == "finished"}
+    best = {}
+    for name in names:
+        ended = {run: value for run, value in last[name].items() if run in finished}
+        if len(ended) > 1:
+            best[name] = (min if name.endswith("loss") else max)(ended, key=ended.get)
+    return _render(
+        path,
+        "sweep.html.j2",
+        title=title,
+        summary=summary,
+        keys=keys,
+        names=names,
+        rows=[
+            {
+                "name": run["run"],
+                "color": colors[run["run"]],
+                "status": run["status"],
+                "step": run["records"][-1]["step"] if run["records"] else "",
+                "point": run["point"],
+                "metrics": {
+                    n: f"{last[n][run['run']]:.4g}" for n in names if run["run"] in last[n]
+                },
+                "best": {n for n in names if best.get(n) == run["run"]},
+            }
+            for run in runs
+        ],
+        charts=[
+            (_words(name), _svg(curves[name], f"curve{i}-", name.rpartition("/")[2], colors))
+            for i, name in enumerate(names)
+        ],
+    )
+
+
+def _render(path: str | Path, template: str, **parts) -> Path:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(template).render(**parts)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -237,27 +312,37 @@ def _draw_curves(curves: Mapping[str, Sequence[Mapping]]) -> list[tuple[str, str
     return drawn
 
 
-def _svg(series: Mapping[str, list[tuple[int, float]]], prefix: str) -> str:
-    """A line chart; its text takes the page's font and color, its ids start with `prefix`."""
+def _svg(
+    series: Mapping[str, list[tuple[int, float]]],
+    prefix: str,
+    what: str = "loss",
+    colors: Mapping[str, str] | None = None,
+) -> str:
+    """A line chart; its text takes the page's font and color, its ids start with `prefix`.
+
+    With `colors`, by name, the page says elsewhere which line is which: there is no legend.
+    """
     style = {"svg.fonttype": "none", "svg.hashsalt": prefix, "font.size": 9.5}
     style["text.parse_math"] = False
-    colors = {f"{part}.color": _INK for part in ("xtick", "ytick", "text")}
-    with matplotlib.rc_context(style | colors | {"axes.labelcolor": _INK}):
+    ink = {f"{part}.color": _INK for part in ("xtick", "ytick", "text")}
+    with matplotlib.rc_context(style | ink | {"axes.labelcolor": _INK}):
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")
         axes = figure.add_subplot()
         for i, (name, points) in enumerate(sorted(series.items(), key=lambda s: s[0] != "loss")):
             steps, values = _thin(np.array(points, float))
-            color = _CURVE_COLORS[i % len(_CURVE_COLORS)]
+            color = colors[name] if colors else _CURVE_COLORS[i % len(_CURVE_COLORS)]
             label = "total" if name == "loss" and len(series) > 1 else name.removesuffix("/loss")
-            shape = {"lw": 2.2 if i == 0 else 1.5, "marker": "o" if len(steps) == 1 else None}
+            wide = i == 0 and not colors
+            shape = {"lw": 2.2 if wide else 1.5, "marker": "o" if len(steps) == 1 else None}
             axes.plot(steps, values, color=color, label=label, **shape)
         axes.set_xlabel("step")
-        axes.set_ylabel("loss")
+        axes.set_ylabel(what)
         axes.set_ylim(bottom=0.0 if min(v for p in series.values() for _, v in p) >= 0 else None)
         axes.grid(axis="y", color=_LINE, lw=0.8)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+        if not colors:
+            axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         FigureCanvasSVG(figure)
@@ -267,6 +352,14 @@ def _svg(series: Mapping[str, list[tuple[int, float]]], prefix: str) -> str:
     text = re.sub(r' xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"', "", text, count=4)
     text = text.replace(_INK, "currentColor").replace(_LINE, "var(--line)")
     return re.sub(r'( id="|url\(#|href="#)', rf"\1{prefix}", text)
+
+
+def _colors(count: int) -> list[str]:
+    """As many different colors; those of the other charts while they last."""
+    if count <= len(_CURVE_COLORS):
+        return list(_CURVE_COLORS[:count])
+    shades = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count))
+    return [to_hex(shade) for shade in shades]
 
 
 def _thin(points: np.ndarray) -> np.ndarray:
