@@ -107,7 +107,9 @@ def loop(
     """
     config = run.config
     step = int(state["step"])
-    key = jax.device_put(jax.random.key(config.seed), mesh.replicated(run.mesh))
+    # Made in place: a key cannot be sent to the devices of other hosts.
+    make_key = jax.jit(jax.random.key, static_argnums=0, out_shardings=mesh.replicated(run.mesh))
+    key = make_key(config.seed)
     metrics: dict[str, Any] = {}
     with (
         loader.train_batches(config, run.image_size, start_step=step) as batches,

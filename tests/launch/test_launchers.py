@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from blip2_jax.runtime.metrics import read_jsonl
 from tests.launch import fakes
 
 ROOT = Path(__file__).parents[2]
@@ -509,3 +510,20 @@ def test_a_preempted_slice_is_made_anew_and_the_run_ends_as_if_nothing_had_been(
     whole, resumed = (tmp_path / name / "metrics.jsonl" for name in ("whole", "run"))
     assert len(whole.read_text().splitlines()) == 50
     assert resumed.read_text() == whole.read_text()
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """A real run: the same numbers, but for the order of sums, as in one process."""
+    place = Place(tmp_path / "place", ROOT, real=True)
+    words = ["--config.steps=6", "--config.data.batch_size=8"]
+    recipe = "tests/recipes/tiny_lm.py"
+    logged = []
+    for processes in ("1", "2"):
+        workdir = tmp_path / processes
+        said = place.run("local", recipe, str(workdir), *words, PROCESSES=processes)
+        assert said.returncode == 0, said.stderr
+        logged.append(read_jsonl(workdir / "metrics.jsonl"))
+    one, two = logged
+    assert [record["step"] for record in two] == [2, 4, 6]
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
