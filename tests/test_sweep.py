@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,7 +186,7 @@ def test_a_missing_tool_is_named_with_where_to_get_it(tmp_path, capsys, monkeypa
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("bash", "env", "awk", "dirname"):
-        (bare / name).symlink_to(f"/usr/bin/{name}")
+        (bare / name).symlink_to(shutil.which(name))
     monkeypatch.setenv("PATH", str(bare))
     words = (f"--config={TINY}", f"--workdir={tmp_path / 'w'}", f"--backend={backend}")
     assert f"{tool} is not installed here. " in refused(capsys, *words)
