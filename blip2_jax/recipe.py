@@ -192,7 +192,7 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
     frozen_shardings = jax.tree.map(lambda x: x.sharding, frozen)
 
     stage = STAGES[config.stage.name]
-    spec = Spec(graph, optimizer, schedule, FrozenConfigDict(config.stage))
+    spec = Spec(graph, optimizer, schedule, FrozenConfigDict(config.stage), mesh)
     batch, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
     return Recipe(
         config=config,

@@ -74,12 +74,14 @@ class Blip2(nnx.Module):
         text = config.llm is None or config.qformer_reads_prompt
         self.qformer = QFormer(config.qformer, text=text, dtype=dtype, rngs=rngs)
 
-    def encode_images(self, images: jax.Array) -> jax.Array:
+    def image_features(self, images: jax.Array) -> jax.Array:
         """uint8[B, H, W, 3] -> float[B, N, D_image]; no gradient enters a frozen encoder."""
         features = self.vit(images)
-        if self.config.freeze_vit:
-            features = jax.lax.stop_gradient(features)
-        return self.ln_vision(features)
+        return jax.lax.stop_gradient(features) if self.config.freeze_vit else features
+
+    def encode_images(self, images: jax.Array) -> jax.Array:
+        """uint8[B, H, W, 3] -> float[B, N, D_image], normalized by `ln_vision`."""
+        return self.ln_vision(self.image_features(images))
 
     def queries(self, batch: int) -> jax.Array:
         """The learned queries, once for each image: float[B, Q, D]."""

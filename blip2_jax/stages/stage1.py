@@ -3,13 +3,15 @@
 Three objectives over one batch of image-text pairs, all of weight 1: image-text contrast (ITC),
 matching (ITM) and image-grounded text generation (ITG). The image is encoded once; its
 cross-attention keys and values are made once and shared by the pass that ITC and ITG read and the
-three that ITM needs.
+two that ITM makes of it. The hard negative of a text may be an image on another device: then its
+features come here in a ring, before `ln_vision`, so that no gradient has to travel back.
 """
 
 import jax
 import jax.numpy as jnp
 
 from blip2_jax.models.blip2 import Blip2Stage1
+from blip2_jax.runtime import mesh as meshes
 from blip2_jax.stages import losses
 from blip2_jax.stages.step import Batch, Metrics, Params, Spec, State, update
 
@@ -35,7 +37,8 @@ def loss_fn(
     )
     same = batch["image_id"][:, None] == batch["image_id"][None, :]
 
-    image_kv = model.qformer.image_keys_values(model.encode_images(batch["image"]))
+    features = model.image_features(batch["image"])
+    image_kv = _keys_values(model, features)
     queries, past = model.query_image(image_kv, k_image)
     itc, image_to_text, text_to_image = losses.itc_loss(
         model.project_image(queries),
@@ -45,9 +48,14 @@ def loss_fn(
         label_smoothing=options.label_smoothing,
         gather_grad=options.itc_gather_grad,
     )
-    itm, itm_accuracy = _itm(
-        model, image_kv, ids, mask, same, image_to_text, text_to_image, k_negatives, k_itm
-    )
+    k1, k2 = jax.random.split(k_negatives)
+    hard_image = losses.hard_negatives(k1, jax.lax.stop_gradient(text_to_image), same)
+    hard_text = losses.hard_negatives(k2, jax.lax.stop_gradient(image_to_text), same)
+    if meshes.num_batch_shards(spec.mesh) == 1:
+        hard_kv = jax.tree.map(lambda x: x[:, hard_image], image_kv)
+    else:
+        hard_kv = _keys_values(model, meshes.take_rows(features, hard_image, spec.mesh))
+    itm, itm_accuracy = _itm(model, image_kv, hard_kv, hard_text, ids, mask, k_itm)
     itg = _itg(model, past, ids, mask, options, k_itg)
 
     loss = itc + itm + itg["loss"]
@@ -65,16 +73,20 @@ def loss_fn(
     return loss, metrics
 
 
-def _itm(model, image_kv, ids, mask, same, image_to_text, text_to_image, k_negatives, key):
+def _keys_values(model: Blip2Stage1, features: jax.Array):
+    """What the cross-attentions read of images."""
+    return model.qformer.image_keys_values(model.ln_vision(features))
+
+
+def _itm(model, image_kv, hard_kv, hard_text, ids, mask, key):
     """Matching, with a hard negative image for each text and a hard negative text for each image.
 
     The batch of three: (text, its image), (text, hard image), (hard text, image); the first third
-    matches. Cross-attention keys of the hard images are rows of those already made.
+    matches.
     """
-    k1, k2 = jax.random.split(k_negatives)
-    hard_image = losses.hard_negatives(k1, jax.lax.stop_gradient(text_to_image), same)
-    hard_text = losses.hard_negatives(k2, jax.lax.stop_gradient(image_to_text), same)
-    three_kv = jax.tree.map(lambda x: jnp.concatenate([x, x[:, hard_image], x], axis=1), image_kv)
+    three_kv = jax.tree.map(
+        lambda x, hard: jnp.concatenate([x, hard, x], axis=1), image_kv, hard_kv
+    )
     three_ids = jnp.concatenate([ids, ids, ids[hard_text]])
     three_mask = jnp.concatenate([mask, mask, mask[hard_text]])
     logits = model.match(three_kv, three_ids, three_mask, key)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from blip2_jax.runtime.optim import apply_gradients
@@ -26,12 +27,14 @@ class Spec:
       optimizer: see `runtime.optim`.
       schedule: learning rate of a step number, for the log.
       stage: the config's `stage` section, options of the loss.
+      mesh: the devices; what a step must move between them by hand, it moves on these.
     """
 
     graph: nnx.GraphDef
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     stage: FrozenConfigDict
+    mesh: Mesh
 
     def merge(self, params: Params, frozen: Params) -> nnx.Module:
         """The model with its parameters in place.

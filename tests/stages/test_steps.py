@@ -1,5 +1,8 @@
 """What the train steps of both stages promise."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +79,25 @@ def test_loss_and_update_do_not_depend_on_the_mesh(stage, mesh):
     for name, value in one[1].items():
         np.testing.assert_allclose(many[1][name], value, rtol=1e-4, err_msg=name)
     assert abs(many[1]["loss"] - one[1]["loss"]) < 1e-5 * max(1.0, abs(one[1]["loss"]))
+
+
+def test_no_device_is_given_every_image():
+    """Hard negatives come from the whole batch; the features of the whole batch do not."""
+    run = recipe.build(tiny.config("stage1", **{"mesh.data": 8, "mesh.fsdp": 1}))
+    batch = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tiny.batch(run.config).items()
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    step = run.train_step.lower(run.abstract_state, run.abstract_frozen, batch, key)
+    gathered = [
+        math.prod(map(int, dims.split(",")))
+        for dims in re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", step.compile().as_text())
+    ]
+    c = run.model_config
+    features = run.config.data.batch_size * c.vit.num_tokens * c.vit.hidden_size
+    # Projected queries and texts are gathered: that is what the contrast is about.
+    queries = run.config.data.batch_size * c.qformer.num_query_tokens * c.projection_dim
+    assert gathered and max(gathered) <= queries < features
 
 
 def test_no_gradient_reaches_the_frozen_encoder_through_the_model():
