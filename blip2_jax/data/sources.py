@@ -1,24 +1,153 @@
-"""Where records come from: sequences with random access, so that order and resume are exact."""
+"""Where records come from: sequences with random access, so that order and resume are exact.
 
+A source has a length, records by number, and `where(number)`, which names a record's place in
+reports. A record is a dict: `image` (encoded bytes), `id`, `captions` (list of texts), maybe
+`questions` (list of {"question", "answers" or "answer", ...}), and `image_number` where several
+records show one image. A record that cannot be read raises RecordError.
+"""
+
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from blip2_jax.data import world
+from blip2_jax.data import files, lists, tars, world
+from blip2_jax.data.faults import RecordError, Skipped
+
+SCHEMES = ("weight", "size", "sqrt_size")  # how the parts of a mixture are weighted
+
+
+def open_files(
+    path: str | Sequence[str],
+    *,
+    images: str = "",
+    split: str = "",
+    form: str = "image",
+    index_folder: str = "",
+) -> Any:
+    """The source for what a path holds: a prepared folder, tars or lists.
+
+    Args:
+      path: a file, folder, glob or braces (see `files.expand`), or several; `{split}` in it
+        stands for `split`.
+      images: folder of the images that lists name; "": the list's own.
+      split: of a prepared folder, or of a list that holds several.
+      form: of lists: a record an "image" or a "caption".
+      index_folder: where indexes of tars are kept; see `tars.TarSource`.
+
+    Raises:
+      ValueError: nothing there that can be read.
+    """
+    paths = [path] if isinstance(path, str) else list(path)
+    paths = [p.replace("{split}", split) for p in paths]
+    if not paths or not all(paths):
+        raise ValueError("No path of data is given.")
+    if len(paths) == 1 and is_prepared(paths[0]):
+        return TfdsSource(paths[0], split)
+    found = [f for p in paths for f in files.expand(p, (*tars.SUFFIXES, *lists.SUFFIXES))]
+    # An archive that is gone is known by its index (see `tars.ensure_index`).
+    archives = {
+        f.removesuffix(tars.NOTE) for f in found if f.endswith((".tar", f".tar{tars.NOTE}"))
+    }
+    if archives:  # img2dataset leaves .parquet and .json beside them, which say the same
+        return tars.TarSource(sorted(archives), index_folder=index_folder)
+    return lists.ListSource(found, images, split=split, form=form)
+
+
+def is_prepared(folder: str) -> bool:
+    """Whether `blip2 prepare` or TFDS wrote this folder."""
+    if files.is_local(folder):
+        return Path(folder).is_dir() and any(Path(folder).rglob("dataset_info.json"))
+    fs, path = files.filesystem(folder)
+    return fs.isdir(path) and any(f.endswith("/dataset_info.json") for f in fs.find(path))
+
+
+class Mixture:
+    """Several sources as one, numbered through.
+
+    Args:
+      parts: the sources, by name.
+      scheme: "weight": by `weights`; "size": by number of records; "sqrt_size": by its root.
+      weights: of each part, for "weight".
+
+    Attributes:
+      ranges: first and last record number of each part, end excluded.
+      weights: shares, sum 1.
+    """
+
+    def __init__(
+        self, parts: dict[str, Any], scheme: str = "size", weights: dict[str, float] | None = None
+    ):
+        if scheme not in SCHEMES:
+            raise ValueError(f"mixture scheme {scheme!r}; known: {', '.join(SCHEMES)}.")
+        sizes = np.array([len(part) for part in parts.values()], float)
+        if scheme == "weight":
+            sizes = np.array([(weights or {}).get(name, 1.0) for name in parts], float)
+            if not (sizes > 0).all() or not np.isfinite(sizes).all():
+                raise ValueError(f"Weights of a mixture must be above 0: {weights}.")
+        elif scheme == "sqrt_size":
+            sizes = np.sqrt(sizes)
+        self.names, self.parts = list(parts), list(parts.values())
+        self.weights = (sizes / sizes.sum()).tolist()
+        ends = np.cumsum([len(part) for part in self.parts]).tolist()
+        self.ranges = list(zip([0, *ends[:-1]], ends, strict=True))
+        images = np.cumsum([getattr(part, "image_numbers", len(part)) for part in self.parts])
+        self._first_image = [0, *images.tolist()]
+        self.faults = Skipped()
+        for part in self.parts:
+            if hasattr(part, "faults"):
+                self.faults.merge(part.faults)
+        self.faults.total = len(self) + self.faults.count
+
+    def __len__(self) -> int:
+        return self.ranges[-1][1]
+
+    def part_of(self, index: int) -> int:
+        """Which part a record belongs to."""
+        return next(n for n, (_, end) in enumerate(self.ranges) if index < end)
+
+    def where(self, index: int) -> str:
+        part = self.part_of(index)
+        return place(self.parts[part], index - self.ranges[part][0])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        part = self.part_of(index)
+        index -= self.ranges[part][0]
+        record = self.parts[part][index]
+        number = self._first_image[part] + record.get("image_number", index)
+        return {**record, "image_number": number}
+
+
+def place(source: Any, index: int) -> str:
+    """A record's place, for reports."""
+    try:
+        return source.where(index) if hasattr(source, "where") else f"record {index}"
+    except RecordError as error:
+        return error.where or f"record {index}"
 
 
 class TfdsSource:
-    """A split of a prepared TFDS folder (ArrayRecord); images stay encoded, text becomes `str`."""
+    """A split of a prepared TFDS folder (ArrayRecord); images stay encoded, text becomes `str`.
+
+    A remote folder is copied into the cache first (see `files.local_copy`).
+    """
 
     def __init__(self, folder: str | Path, split: str):
         import tensorflow_datasets as tfds  # needs no TensorFlow for ArrayRecord
 
+        if not files.is_local(str(folder)):
+            folder = files.local_copy(str(folder))
+        self.name = f"{folder} {split}"
         folders = sorted(Path(folder).rglob("dataset_info.json"))
         if not folders:
             raise ValueError(
                 f"No prepared data in {folder}. Make it with: "
-                f"blip2 prepare --source=digits --out={folder}"
+                f"blip2 prepare --source=digits --out={folder} (the embedded world), or from "
+                "your own with --source=files."
             )
         builder = tfds.builder_from_directory(folders[0].parent)
         if split not in builder.info.splits:
@@ -28,6 +157,9 @@ class TfdsSource:
         self._records = builder.as_data_source(
             split, decoders={"image": tfds.decode.SkipDecoding()}
         )
+        done = Path(folder) / "done.json"  # numbers of images go up to this, those skipped included
+        known = json.loads(done.read_text()) if done.is_file() else {}
+        self.image_numbers = known.get("image_numbers", len(self._records))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -35,7 +167,14 @@ class TfdsSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")  # which ends a `for` loop
-        return _as_text(self._records[index])
+        try:
+            record = self._records[index]
+        except Exception as error:  # the readers' errors have no common class
+            raise RecordError("cannot be read", f"{self.where(index)}: {error}"[:300]) from error
+        return _as_text(record)
+
+    def where(self, index: int) -> str:
+        return f"{self.name}[{index}]"
 
 
 def _as_text(record: dict[str, Any]) -> dict[str, Any]:
@@ -44,6 +183,8 @@ def _as_text(record: dict[str, Any]) -> dict[str, Any]:
     for key, value in record.items():
         if key == "image":
             out[key] = value
+        elif key == "extra":  # what `blip2 prepare` keeps beside the captions
+            out |= json.loads(_decode(value) or "{}")
         elif isinstance(value, dict):
             columns = {name: [_decode(v) for v in values] for name, values in value.items()}
             rows = zip(*columns.values(), strict=True)

@@ -1,0 +1,97 @@
+"""What cannot be read: said by reason and place, counted, and bounded."""
+
+import collections
+
+
+class RecordError(ValueError):
+    """A record that cannot be used.
+
+    Args:
+      reason: a short text; equal for equal causes, so that it can be counted.
+      where: the file, archive member or row.
+    """
+
+    def __init__(self, reason: str, where: str = ""):
+        super().__init__(f"{reason} ({where})" if where else reason)
+        self.reason, self.where = reason, where
+
+    def __reduce__(self):
+        return type(self), (self.reason, self.where)
+
+
+class Skipped:
+    """Counts what was skipped, by reason, and stops a run that skips too much.
+
+    Args:
+      total: number of records there are.
+      most: share of them that may be unreadable; None: any.
+    """
+
+    EXAMPLES = 5  # places that are kept of each reason
+
+    def __init__(self, total: int = 0, most: float | None = None):
+        self.total, self.most = total, most
+        self.by_reason: collections.Counter[str] = collections.Counter()
+        self.examples: dict[str, list[str]] = {}
+        self._seen: set[int] = set()
+
+    @property
+    def count(self) -> int:
+        """Different records that were skipped so far."""
+        return self.by_reason.total()
+
+    def add(self, reason: str, where: str = "", *, index: int | None = None) -> None:
+        """Counts one record; one of the same `index` is counted once.
+
+        Raises:
+          ValueError: more than the bounded share has been skipped.
+        """
+        if index is not None:
+            if index in self._seen:
+                return
+            self._seen.add(index)
+        self.by_reason[reason] += 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < self.EXAMPLES:
+            places.append(where)
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError if more than the bounded share has been skipped."""
+        if self.most is not None and self.count > max(1, self.most * self.total):
+            raise ValueError(
+                f"{self.count} of {self.total} records cannot be read, more than the share of "
+                f"{self.most:g} that a run may skip (config.data.most_skipped). Mend the data, or "
+                "leave out what is broken with blip2 prepare.\n" + self.text()
+            )
+
+    def merge(self, other: "Skipped | dict") -> None:
+        """Adds what another count (or its `to_json`) holds."""
+        other = other.to_json() if isinstance(other, Skipped) else other
+        for reason, found in other.items():
+            self.by_reason[reason] += found["count"]
+            places = self.examples.setdefault(reason, [])
+            places += found["examples"][: self.EXAMPLES - len(places)]
+
+    def to_json(self) -> dict[str, dict]:
+        """{reason: {"count", "examples"}}, the most frequent first."""
+        return {
+            reason: {"count": n, "examples": self.examples.get(reason, [])}
+            for reason, n in self.by_reason.most_common()
+        }
+
+    def text(self) -> str:
+        """One line a reason, with some of the places."""
+        lines = []
+        for reason, found in self.to_json().items():
+            places = [place for place in found["examples"] if place]
+            more = ", ..." if found["count"] > len(places) else ""
+            lines.append(
+                f"  {found['count']} x {reason}" + f": {', '.join(places)}{more}" * bool(places)
+            )
+        return "\n".join(lines)
+
+    def report(self) -> None:
+        """Prints what was skipped and why, if anything was."""
+        if self.count:
+            print(f"Skipped {self.count} of {self.total} records:\n{self.text()}")

@@ -1,0 +1,197 @@
+"""Files, local or remote: every path may be one that fsspec knows (`gs://...`, `s3://...`).
+
+Remote stores need their fsspec driver: `pip install 'blip2_jax[gcs]'` for `gs://`.
+"""
+
+import glob
+import hashlib
+import os
+import re
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from blip2_jax.data.faults import RecordError
+
+MOST_OPEN = 256  # files that are kept open; below the usual limit of 1,024 for a process
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """fsspec's file system of a path, and the path as it wants it.
+
+    Raises:
+      ValueError: there is no driver for the path's protocol; says what to install.
+    """
+    try:
+        return fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        extra = "blip2_jax[gcs]" if path.startswith(("gs://", "gcs://")) else "its fsspec driver"
+        raise ValueError(f"{path}: pip install '{extra}' ({error}).") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def is_local(path: str) -> bool:
+    return "://" not in path
+
+
+def join(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}" if folder else name
+
+
+def expand(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The files that a path stands for, sorted: a file, a folder's files with one of `suffixes`,
+    a glob (`*`), or webdataset's braces (`{00000..00331}.tar`).
+
+    Raises:
+      ValueError: there are none.
+    """
+    braces = _BRACES.search(pattern)
+    if braces:
+        first, last = braces.groups()
+        numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
+        return [pattern[: braces.start()] + n + pattern[braces.end() :] for n in numbers]
+    fs, path = filesystem(pattern)
+    unstrip = (lambda p: p) if is_local(pattern) else fs.unstrip_protocol
+    if glob.has_magic(path):
+        found = [unstrip(p) for p in fs.glob(path)]
+    elif fs.isdir(path):
+        found = [unstrip(p) for p in fs.ls(path, detail=False) if p.endswith(suffixes)]
+    else:
+        found = [pattern] if fs.isfile(path) else []
+    if not found:
+        raise ValueError(
+            f"{pattern}: no such file, and no folder with files that end in {', '.join(suffixes)}."
+        )
+    return sorted(found)
+
+
+def read(path: str, most: int | None = None) -> bytes:
+    """A whole file.
+
+    Raises:
+      RecordError: it is not there, is empty, or is larger than `most` bytes.
+    """
+    try:
+        if is_local(path):
+            with open(path, "rb") as file:
+                data = file.read() if most is None else file.read(most + 1)
+        else:
+            fs, inner = filesystem(path)
+            data = fs.cat_file(inner, end=None if most is None else most + 1)
+    except OSError as error:
+        raise RecordError(reason(error), path) from error
+    if not data:
+        raise RecordError("empty file", path)
+    if most is not None and len(data) > most:
+        raise RecordError(f"file of more than {most} bytes", path)
+    return data
+
+
+def reason(error: OSError) -> str:
+    """What went wrong, in the same words for the same causes."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return f"cannot be read ({error.strerror or type(error).__name__})"
+
+
+def write(path: str, data: bytes) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    fs, inner = filesystem(path)
+    if not is_local(path):  # object stores show a file when it is complete
+        fs.pipe_file(inner, data)
+        return
+    draft = f"{inner}.{uuid.uuid4().hex[:8]}.partial"
+    with open(draft, "wb") as file:
+        file.write(data)
+    os.replace(draft, inner)
+
+
+def cache_folder(name: str) -> Path:
+    """A folder for what can be made again; $BLIP2_CACHE or ~/.cache/blip2_jax."""
+    root = os.environ.get("BLIP2_CACHE") or Path.home() / ".cache" / "blip2_jax"
+    folder = Path(root) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def short_hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def local_copy(folder: str) -> str:
+    """A remote folder's copy in the cache, fetched file by file where it is not there yet.
+
+    ArrayRecord's reader opens local files only. A folder that is mounted (Cloud Storage FUSE) is
+    a local path and needs none of this.
+    """
+    from tqdm import tqdm
+
+    fs, root = filesystem(folder)
+    target = cache_folder("data") / short_hash(folder)
+    found = fs.find(root, detail=True)
+    if not found:
+        raise ValueError(f"{folder}: nothing there.")
+    for path, info in tqdm(sorted(found.items()), desc=f"fetching {folder}", unit=" files"):
+        local = target / path.removeprefix(root).lstrip("/")
+        if local.is_file() and local.stat().st_size == info["size"]:
+            continue
+        local.parent.mkdir(parents=True, exist_ok=True)
+        draft = local.with_name(f"{local.name}.{uuid.uuid4().hex[:8]}.partial")
+        fs.get_file(path, str(draft))
+        os.replace(draft, local)
+    return str(target)
+
+
+class Ranges:
+    """Reads parts of files, from any number of threads; travels to worker processes."""
+
+    def __init__(self):
+        self._open: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        return {}
+
+    def __setstate__(self, state: dict) -> None:
+        del state
+        self.__init__()
+
+    def read(self, path: str, start: int, size: int) -> bytes:
+        """`size` bytes from `start` on.
+
+        Raises:
+          RecordError: the file is not there any more, or ends before.
+        """
+        try:
+            if is_local(path):
+                data = self._pread(path, start, size)
+            else:
+                fs, inner = filesystem(path)
+                data = fs.cat_file(inner, start=start, end=start + size)
+        except OSError as error:
+            raise RecordError(reason(error), path) from error
+        if len(data) < size:
+            raise RecordError("archive cut short", path)
+        return data
+
+    def _pread(self, path: str, start: int, size: int) -> bytes:
+        file = self._open.get(path)
+        if file is not None:
+            return os.pread(file, size, start)
+        file = os.open(path, os.O_RDONLY)
+        with self._lock:
+            keep = len(self._open) < MOST_OPEN and self._open.setdefault(path, file) == file
+        try:
+            return os.pread(file, size, start)
+        finally:
+            if not keep:
+                os.close(file)
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_open", {}).values():
+            os.close(file)

@@ -1,0 +1,380 @@
+"""Tar archives of image-text pairs (webdataset, img2dataset) with random access.
+
+Each archive is scanned once; what is found is kept in a small index, 32 bytes a record, that is
+mapped into memory and shared by all processes. From there on a record is one read at a known
+place, so shuffling is global and resuming exact. Nothing is ever extracted.
+
+    00000.tar   KEY.jpg  KEY.txt  KEY.json  KEY2.jpg ...     members of one key stand together
+"""
+
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from blip2_jax.data import files, lists
+from blip2_jax.data.faults import RecordError, Skipped
+
+SUFFIXES = (".tar",)
+NOTE = ".idx.json"  # what an index has beside it
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+TEXTS = ("txt", "caption")
+PARTS = ("image", "text", "meta")  # of a record
+BLOCK = 512  # bytes; headers and contents of a tar begin at multiples of it
+FORMAT = 1  # of the index; another number here makes all of them anew
+INDEX = np.dtype(
+    [
+        ("image", "<u4"), ("image_size", "<u4"),  # block where the content begins, bytes of it
+        ("text", "<u4"), ("text_size", "<u4"),  # size 0: there is none
+        ("meta", "<u4"), ("meta_size", "<u4"),
+        ("key", "<u8"),  # hash of the key
+    ]
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- scanning
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A regular file in a tar: where its content begins, in bytes, and how long it is."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def scan(file: Any, size: int) -> Iterator[Member | RecordError]:
+    """The members of an open tar, without reading their contents.
+
+    Understands ustar, GNU long names and base-256 sizes, and pax headers. What is damaged comes as
+    a RecordError; nothing that follows a damaged header can be found.
+    """
+    at, name, long_size = 0, None, None
+    if not size:
+        yield RecordError("empty file")
+        return
+    while True:
+        file.seek(at)
+        header = file.read(BLOCK)
+        if len(header) < BLOCK:
+            yield RecordError("archive cut short")
+            return
+        if header == bytes(BLOCK):
+            return
+        length = _number(header[124:136])
+        if length is None or not _is_header(header):
+            yield RecordError("damaged archive")
+            return
+        kind = header[156:157]
+        start = at + BLOCK
+        at = start + -(-length // BLOCK) * BLOCK
+        if kind in (b"L", b"x"):  # the name, or name and size, of the member that follows
+            if length > 1 << 20:
+                yield RecordError("damaged archive")
+                return
+            text = file.read(length)
+            if kind == b"L":
+                name = text.rstrip(b"\0").decode(errors="replace")
+            else:
+                name, long_size = _pax(text, name)
+            continue
+        if long_size is not None:
+            length, at = long_size, start + -(-long_size // BLOCK) * BLOCK
+        if kind in (b"0", b"\0"):
+            if start + length > size:
+                yield RecordError("archive cut short", name or _name(header))
+                return
+            yield Member(name or _name(header), start, length)
+        name, long_size = None, None
+        if at == size:
+            yield RecordError("archive cut short")  # no end mark
+            return
+
+
+def _number(field: bytes) -> int | None:
+    if field[0] & 0x80:  # GNU's base 256, for sizes from 8 GiB
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    try:
+        return int(field.strip(b"\0 ") or b"0", 8)
+    except ValueError:
+        return None
+
+
+def _is_header(header: bytes) -> bool:
+    if header[257:262] == b"ustar":
+        return True
+    total = sum(header) - sum(header[148:156]) + 8 * 32  # the old format has only this
+    return total == _number(header[148:156])
+
+
+def _name(header: bytes) -> str:
+    name, prefix = header[:100], header[345:500]
+    name = name.split(b"\0", 1)[0].decode(errors="replace")
+    if header[257:263] == b"ustar\0" and prefix[0]:
+        return prefix.split(b"\0", 1)[0].decode(errors="replace") + "/" + name
+    return name
+
+
+def _pax(text: bytes, name: str | None) -> tuple[str | None, int | None]:
+    """`path` and `size` of a pax header; its lines are "LENGTH KEY=VALUE"."""
+    size = None
+    while text:
+        length, _, _ = text.partition(b" ")
+        if not length.isdigit() or not 0 < int(length) <= len(text):
+            break
+        key, _, value = text[len(length) + 1 : int(length) - 1].partition(b"=")
+        if key == b"path":
+            name = value.decode(errors="replace")
+        elif key == b"size" and value.isdigit():
+            size = int(value)
+        text = text[int(length) :]
+    return name, size
+
+
+def index(file: Any, size: int, where: str) -> tuple[np.ndarray, Skipped]:
+    """The records of an open tar, and what in it is none.
+
+    Args:
+      file: seekable, in bytes.
+      size: of the file.
+      where: its path, for reports.
+    """
+    rows, faults, seen = [], Skipped(), set()
+    key, parts = None, {}
+
+    def finish() -> None:
+        if key is None:
+            return
+        image = parts.get("image")
+        if image is None:
+            faults.add("no image", f"{where}:{key}")
+        elif not image[1]:
+            faults.add("empty file", f"{where}:{key}")
+        elif key in seen:
+            faults.add("duplicated key", f"{where}:{key}")
+        elif not parts.get("text", (0, 0))[1] and not parts.get("meta", (0, 0))[1]:
+            faults.add("no caption", f"{where}:{key}")
+        else:
+            seen.add(key)
+            flat = [n for part in PARTS for n in parts.get(part, (0, 0))]
+            rows.append((*flat, int(files.short_hash(key), 16)))
+
+    for member in scan(file, size):
+        if isinstance(member, RecordError):
+            faults.add(member.reason, f"{where}:{member.where}" if member.where else where)
+            continue
+        folder, _, base = member.name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        if not stem:  # .DS_Store and the like
+            continue
+        suffix = suffix.lower()
+        part = (
+            "image" if suffix in IMAGES else "text" if suffix in TEXTS
+            else "meta" if suffix == "json" else None
+        )  # fmt: skip
+        found = f"{folder}/{stem}" if folder else stem
+        if found != key or part in parts:
+            finish()
+            key, parts = found, {}
+        if part:
+            parts[part] = (member.offset // BLOCK, member.size)
+    finish()
+    faults.total = len(rows) + faults.count
+    return np.array(rows, INDEX), faults
+
+
+# ---------------------------------------------------------------------------------------- source
+
+
+def _identity(path: str) -> dict[str, Any]:
+    """What tells a changed archive from the one that was indexed."""
+    if files.is_local(path):
+        found = os.stat(path)
+        return {"format": FORMAT, "size": found.st_size, "changed": found.st_mtime_ns}
+    fs, inner = files.filesystem(path)
+    info = fs.info(inner)
+    changed = info.get("etag") or info.get("mtime") or info.get("created")
+    return {"format": FORMAT, "size": info["size"], "changed": str(changed)}
+
+
+def _index_path(path: str, folder: str) -> Path:
+    """Beside a local archive, or in `folder`."""
+    if folder:
+        return Path(folder) / f"{files.short_hash(os.path.abspath(path))}.idx"
+    if files.is_local(path) and os.access(os.path.dirname(path) or ".", os.W_OK):
+        return Path(f"{path}.idx")
+    return files.cache_folder("tars") / f"{files.short_hash(path)}.idx"
+
+
+def _load(target: Path, identity: dict) -> tuple[int, dict] | None:
+    try:
+        found = json.loads(Path(f"{target}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    same = {key: found.get(key) for key in identity} == identity
+    return (found["records"], found["faults"]) if same else None
+
+
+def ensure_index(path: str, folder: str = "") -> tuple[Path, int, dict]:
+    """The index of an archive, made where there is none or the archive has changed.
+
+    Returns:
+      its file, the number of records, and the faults (`Skipped.to_json`).
+
+    Raises:
+      RecordError: the archive cannot be read, or is not there and was never indexed.
+    """
+    target = _index_path(path, folder)
+    try:
+        identity = _identity(path)
+    except FileNotFoundError as error:
+        # An archive that vanished keeps its numbers: a run that goes on without it misses its
+        # records, and finds all others where they were.
+        found = _load(target, {"format": FORMAT})
+        if found is None:
+            raise RecordError("no such file", path) from error
+        return target, *found
+    try:
+        found = _load(target, identity)
+        if found is None:
+            if files.is_local(path):
+                with open(path, "rb", buffering=4096) as file:
+                    rows, faults = index(file, identity["size"], path)
+            else:
+                fs, inner = files.filesystem(path)
+                with fs.open(inner, "rb", block_size=4 << 20, cache_type="readahead") as file:
+                    rows, faults = index(file, identity["size"], path)
+            found = len(rows), faults.to_json()
+            buffer = io.BytesIO()
+            np.save(buffer, rows)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            files.write(str(target), buffer.getvalue())  # before the note that says it is there
+            note = {**identity, "records": found[0], "faults": found[1]}
+            files.write(f"{target}.json", json.dumps(note).encode())
+    except OSError as error:
+        raise RecordError(files.reason(error), path) from error
+    return target, *found
+
+
+class TarSource:
+    """Records of tar archives.
+
+    Args:
+      paths: the archives, local or remote.
+      index_folder: where indexes are kept; "": beside local archives where that can be written,
+        else in the cache folder.
+      threads: archives that are scanned at the same time.
+
+    Attributes:
+      faults: what was left out already, by reason.
+    """
+
+    def __init__(self, paths: Sequence[str], *, index_folder: str = "", threads: int = 8):
+        self.paths, self.faults = [], Skipped()
+        self._indexes, counts = [], []
+
+        def prepare(path: str):
+            try:
+                return ensure_index(path, index_folder)
+            except RecordError as error:
+                return error
+
+        with ThreadPoolExecutor(threads) as pool:
+            found = pool.map(prepare, paths)
+            bar = tqdm(found, total=len(paths), desc="tar indexes", leave=False, delay=2)
+            for path, result in zip(paths, bar, strict=True):
+                if isinstance(result, RecordError):
+                    self.faults.add(result.reason, result.where)
+                    continue
+                target, count, faults = result
+                self.faults.merge(faults)
+                if count:
+                    self.paths.append(path)
+                    self._indexes.append(target)
+                    counts.append(count)
+        if not counts:
+            raise ValueError(
+                f"{paths[0]}{', ...' * (len(paths) > 1)}: not one record that can be used.\n"
+                + self.faults.text()
+            )
+        self._ends = np.cumsum(counts)
+        self._map()
+        self._ranges = files.Ranges()
+        self.faults.total = len(self) + self.faults.count
+
+    def _map(self) -> None:
+        self._maps = [np.load(path, mmap_mode="r", allow_pickle=False) for path in self._indexes]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": None}  # a worker process maps the same files
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _find(self, position: int) -> tuple[str, np.void]:
+        shard = int(np.searchsorted(self._ends, position, side="right"))
+        first = int(self._ends[shard - 1]) if shard else 0
+        return self.paths[shard], self._maps[shard][position - first]
+
+    def keys(self) -> np.ndarray:
+        """The hash of each record's key, uint64[N]."""
+        return np.concatenate([rows["key"] for rows in self._maps])
+
+    def where(self, index: int) -> str:
+        """Archive and member of a record."""
+        path, row = self._find(index)
+        try:
+            header = self._ranges.read(path, (int(row["image"]) - 1) * BLOCK, BLOCK)
+        except RecordError:
+            return path
+        return f"{path}:{_name(header)}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")  # which ends a `for` loop
+        path, row = self._find(index)
+        parts = {name: (int(row[name]) * BLOCK, int(row[f"{name}_size"])) for name in PARTS}
+        parts = {name: part for name, part in parts.items() if part[1]}
+        # A record's members stand together: one read fetches them all, the image's header too.
+        first = min(start for start, _ in parts.values()) - BLOCK
+        last = max(start + size for start, size in parts.values())
+        data = self._ranges.read(path, first, last - first)
+        get = {name: data[start - first :][:size] for name, (start, size) in parts.items()}
+        name = _name(data[parts["image"][0] - first - BLOCK :][:BLOCK])
+        return _record(get, name, f"{path}:{name}")
+
+
+def _record(parts: dict[str, bytes], name: str, where: str) -> dict[str, Any]:
+    """Members' contents as a record; captions of the .json go before those of the .txt."""
+    row: dict[str, Any] = {}
+    try:
+        if "meta" in parts:
+            row = json.loads(parts["meta"].decode())
+        text = parts.get("text", b"").decode()
+    except UnicodeDecodeError as error:
+        raise RecordError("not UTF-8", where) from error
+    except ValueError as error:
+        raise RecordError("not JSON", where) from error
+    if isinstance(row, list):  # CapFilt: the member is a list of captions
+        row = {"captions": row}
+    elif not isinstance(row, dict):
+        raise RecordError("not a JSON object", where)
+    stem = name.rpartition("/")[2].partition(".")[0]
+    record = lists.normalize({**row, "image": name, "id": row.get("key", stem)})
+    if not record["captions"]:
+        record["captions"] = lists.captions_of(text)
+    if not record["captions"] and not record.get("questions"):
+        raise RecordError("empty caption", where)
+    return {**record, "image": parts["image"]}

@@ -1,0 +1,77 @@
+"""Small images, tars and lists for the tests of data."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+
+def jpeg(seed: int = 0, size: tuple[int, int] = (48, 36), *, kind: str = "JPEG") -> bytes:
+    """A smooth picture; another one for every seed."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3)).astype(np.uint8))
+    out = io.BytesIO()
+    coarse.resize(size, Image.Resampling.BICUBIC).save(out, format=kind, quality=92)
+    return out.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that says it is 60,000 pixels wide and high."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000))
+    parts = (chunk(b"IHDR", head), chunk(b"IDAT", pixels), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def write_tar(path, members: list[tuple[str, bytes]], **options) -> str:
+    """A tar of (name, content), in order."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def members(key: str, seed: int, caption: str) -> list[tuple[str, bytes]]:
+    """What img2dataset writes for one pair."""
+    meta = {"caption": caption, "key": key, "status": "success", "url": f"http://x/{key}"}
+    return [
+        (f"{key}.jpg", jpeg(seed)),
+        (f"{key}.txt", caption.encode()),
+        (f"{key}.json", json.dumps(meta).encode()),
+    ]
+
+
+def write_shards(folder, shards: int, records: int) -> list[str]:
+    """Tars as img2dataset writes them: 00000.tar, with keys 000000000, ..."""
+    return [
+        write_tar(
+            folder / f"{shard:05d}.tar",
+            [
+                member
+                for n in range(records)
+                for member in members(
+                    f"{shard:05d}{n:04d}", shard * records + n, f"picture {shard} {n}"
+                )
+            ],
+        )
+        for shard in range(shards)
+    ]
+
+
+def write_images(folder, count: int) -> list[str]:
+    """JPEGs 0.jpg, 1.jpg, ... in a folder; returns their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        (folder / f"{number}.jpg").write_bytes(jpeg(number))
+    return [f"{number}.jpg" for number in range(count)]
