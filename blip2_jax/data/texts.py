@@ -1,0 +1,43 @@
+"""Texts as the published models read them: LAVIS's cleaning, and T5's prefix and suffix."""
+
+import re
+
+import numpy as np
+
+MOST_WORDS = 50
+_PUNCTUATION = re.compile(r'[.!"()*#:;~]')
+_SPACES = re.compile(r"\s{2,}")
+
+
+def _first_words(text: str, most: int) -> str:
+    return " ".join(text.split(" ")[:most])
+
+
+def clean_caption(text: str, *, most_words: int = MOST_WORDS) -> str:
+    """LAVIS's `blip_caption`: lower case, a space for each of . ! " ( ) * # : ; ~, 50 words."""
+    text = _PUNCTUATION.sub(" ", text.lower())
+    text = _SPACES.sub(" ", text).rstrip("\n").strip(" ")
+    return _first_words(text, most_words)
+
+
+def clean_question(text: str, *, most_words: int = MOST_WORDS) -> str:
+    """LAVIS's `blip_question`: lower case, the same characters deleted, 50 words."""
+    return _first_words(_PUNCTUATION.sub("", text.lower()).rstrip(" "), most_words)
+
+
+def split_prefix(text: str, rng: np.random.Generator) -> tuple[str, str]:
+    """Cuts a caption in two for an encoder-decoder LLM (paper, section 3.3, figure 3).
+
+    The cut is drawn uniformly from after the first word to the middle of the text, as the
+    authors say; whether they count words or tokens they do not say. Words here, so that no word
+    is torn.
+
+    Returns:
+      prefix (for the encoder) and suffix (for the decoder, never empty). A text of one word has
+      an empty prefix.
+    """
+    words = text.split()
+    if len(words) < 2:
+        return "", text
+    cut = int(rng.integers(1, len(words) // 2 + 1))
+    return " ".join(words[:cut]), " ".join(words[cut:])

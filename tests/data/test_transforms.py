@@ -1,0 +1,191 @@
+"""Images as the published models see them."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tests.data.made as made
+from blip2_jax.data import transforms
+
+
+def test_a_crop_is_what_cutting_and_resizing_gives():
+    """torchvision's order: pixels beyond the crop have no part in it."""
+    image = transforms.decode_image(made.jpeg(3, (120, 80)))
+    array = transforms.random_resized_crop(image, 32, np.random.default_rng(5), flip=False)
+    box = transforms.random_crop(120, 80, np.random.default_rng(5), (0.5, 1.0))
+    expected = image.crop(box).resize((32, 32), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(array, np.asarray(expected))
+
+
+def test_crops_have_the_published_areas_and_ratios():
+    rng = np.random.default_rng(0)
+    boxes = np.array([transforms.random_crop(400, 300, rng, (0.5, 1.0)) for _ in range(2000)])
+    left, top, right, bottom = boxes.T
+    assert left.min() == top.min() == 0 and right.max() == 400 and bottom.max() == 300
+    width, height = right - left, bottom - top
+    area, ratio = width * height / 120_000, width / height
+    assert 0.495 < area.min() < 0.51 and area.max() > 0.97
+    assert 0.74 < ratio.min() < 0.78 and 1.3 < ratio.max() < 1.345
+
+
+@pytest.mark.parametrize(("size", "box"), [((1000, 10), (13, 10)), ((10, 1000), (10, 13))])
+def test_an_image_too_narrow_for_any_crop_gives_its_middle(size, box):
+    left, top, right, bottom = transforms.random_crop(*size, np.random.default_rng(0), (0.9, 1.0))
+    assert (right - left, bottom - top) == box
+    assert abs((left + right) - size[0]) <= 1 and abs((top + bottom) - size[1]) <= 1
+
+
+def test_the_evaluation_transform_squashes_the_whole_image():
+    image = transforms.decode_image(made.jpeg(1, (90, 40)))
+    array = transforms.resize(image, 24)
+    np.testing.assert_array_equal(array, np.asarray(image.resize((24, 24), 3)))
+    assert array.dtype == np.uint8
+
+
+def test_half_of_the_images_are_mirrored():
+    image = transforms.decode_image(made.jpeg(1, (32, 32)))
+    rng = np.random.default_rng(0)
+    whole = np.asarray(image)
+    seen = [transforms.random_resized_crop(image, 32, rng, scale=(1.0, 1.0)) for _ in range(200)]
+    mirrored = sum(np.array_equal(array, whole[:, ::-1]) for array in seen)
+    assert 75 < mirrored < 125
+    assert all(np.array_equal(a, whole) or np.array_equal(a, whole[:, ::-1]) for a in seen)
+
+
+# ------------------------------------------------------------------------------- RandAugment
+
+
+def operation(name, magnitude=5.0, seed=0):
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 200, (20, 20, 3)).astype(np.uint8))
+    found = transforms.AUGMENTATIONS[name](image, magnitude, np.random.default_rng(seed))
+    return np.asarray(image).astype(int), np.asarray(found).astype(int)
+
+
+def test_the_operations_are_those_of_blip_image_train():
+    assert list(transforms.AUGMENTATIONS) == [
+        "identity", "autocontrast", "brightness", "sharpness", "equalize",
+        "shear_x", "shear_y", "translate_x", "translate_y", "rotate",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["identity", "brightness", "sharpness"])
+def test_at_the_published_magnitude_these_change_nothing(name):
+    before, after = operation(name)
+    np.testing.assert_array_equal(before, after)
+
+
+def test_brightness_and_autocontrast():
+    before, after = operation("brightness", 0.0)
+    np.testing.assert_allclose(after, 0.1 * before, atol=1)
+    _, after = operation("autocontrast")
+    assert (after.min(axis=(0, 1)) == 0).all() and (after.max(axis=(0, 1)) >= 254).all()
+
+
+@pytest.mark.parametrize(("name", "axis"), [("translate_x", 1), ("translate_y", 0)])
+def test_translation_is_by_one_pixel_a_level_and_shows_gray(name, axis):
+    shifts = set()
+    for seed in range(8):
+        before, after = operation(name, 5.0, seed)
+        before, after = np.moveaxis(before, axis, 0), np.moveaxis(after, axis, 0)
+        right = np.array_equal(after[5:], before[:-5]) and (after[:5] == 128).all()
+        left = np.array_equal(after[:-5], before[5:]) and (after[-5:] == 128).all()
+        assert right != left
+        shifts.add(right)
+    assert shifts == {True, False}  # both directions
+
+
+@pytest.mark.parametrize(("name", "share"), [("shear_x", 0.15), ("shear_y", 0.15)])
+def test_shear_moves_the_last_row_by_its_share(name, share):
+    ramp = np.broadcast_to(np.arange(100)[None, :, None], (100, 100, 3)).astype(np.uint8)
+    ramp = ramp if name == "shear_x" else ramp.transpose(1, 0, 2)
+    found = transforms.AUGMENTATIONS[name](Image.fromarray(ramp), 5, np.random.default_rng(0))
+    moved = (np.asarray(found).astype(int) - ramp)[:, :, 0]
+    moved = moved if name == "shear_x" else moved.T
+    # Row 90 is read 13.5 pixels to a side; look where that is inside.
+    assert abs(abs(moved[90, 40:60].mean()) - 90 * share) < 1
+
+
+def test_rotation_is_by_three_degrees_a_level():
+    image = Image.new("RGB", (101, 101))
+    image.paste((255, 255, 255), (89, 49, 92, 52))
+    turned = np.asarray(transforms.AUGMENTATIONS["rotate"](image, 5, np.random.default_rng(0)))
+    inside = turned[35:65, 60:95].sum(axis=2)  # where nothing of the border shows
+    y, x = np.unravel_index(inside.argmax(), inside.shape)
+    angle = np.degrees(np.arctan2(y + 35 - 50, x + 60 - 50))
+    assert abs(abs(angle) - 15) < 1.5
+
+
+def test_two_operations_are_drawn_and_each_is_done_half_the_time():
+    array = np.random.default_rng(1).integers(0, 200, (20, 20, 3)).astype(np.uint8)
+    rng = np.random.default_rng(0)
+    changed = [not np.array_equal(transforms.rand_augment(array, rng), array) for _ in range(1000)]
+    # 7 of 10 operations change something at magnitude 5: 1 - (1 - 0.35)^2
+    assert abs(np.mean(changed) - (1 - 0.65**2)) < 0.05
+
+
+def test_the_same_randomness_gives_the_same_image():
+    def make(seed, **options):
+        rng = np.random.default_rng(seed)
+        return transforms.train_image(
+            made.jpeg(0, (64, 48)), 32, rng, randaugment=(2, 5), **options
+        )
+
+    np.testing.assert_array_equal(make(1), make(1))
+    assert not np.array_equal(make(1), make(2))
+
+
+# ------------------------------------------------------------------------------ fast and broken
+
+
+@pytest.mark.parametrize("size", [(640, 480), (200, 300), (90, 60)])
+def test_the_fast_way_crops_the_same_and_looks_the_same(size):
+    pytest.importorskip("cv2")
+    pytest.importorskip("simplejpeg")
+    data = made.jpeg(2, size)
+    for seed in range(5):
+        exact, fast = (
+            transforms.train_image(data, 64, np.random.default_rng(seed), resize=way).astype(int)
+            for way in transforms.RESIZES
+        )
+        assert np.abs(exact - fast).mean() < 3
+
+
+def test_the_fast_way_reads_what_is_no_jpeg(tmp_path):
+    pytest.importorskip("cv2")
+    pytest.importorskip("simplejpeg")
+    png = made.jpeg(2, (80, 60), kind="PNG")
+    exact = transforms.resize(transforms.decode_image(png), 32).astype(int)
+    fast = transforms.fast_image(png, 32, np.random.default_rng(0)).astype(int)
+    assert np.abs(exact - fast).mean() < 3
+    out = io.BytesIO()
+    Image.fromarray(exact.astype(np.uint8)).convert("CMYK").save(out, "JPEG")
+    assert transforms.fast_image(out.getvalue(), 32, np.random.default_rng(0)).shape == (32, 32, 3)
+
+
+BROKEN = {
+    "no bytes": b"",
+    "not a readable image": b"<html>404</html>" * 50,
+    "not a readable image: damaged": made.jpeg(0, (300, 200))[:900],
+    "too many pixels": made.bomb(),
+}
+
+
+@pytest.mark.parametrize("resize", transforms.RESIZES)
+@pytest.mark.parametrize("reason", BROKEN)
+def test_what_is_wrong_with_an_image_is_said(reason, resize):
+    if resize == "fast":
+        pytest.importorskip("cv2")
+        pytest.importorskip("simplejpeg")
+    with pytest.raises(transforms.ImageError) as error:
+        transforms.train_image(BROKEN[reason], 16, np.random.default_rng(0), resize=resize)
+    assert error.value.reason == reason
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
+def test_every_mode_becomes_rgb(mode):
+    out = io.BytesIO()
+    image = Image.new(mode, (5, 4))
+    image.save(out, "TIFF")
+    assert transforms.decode_image(out.getvalue()).mode == "RGB"
