@@ -113,21 +113,38 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict(
         {
-            # tfds: a prepared folder. stories, easy_stories: text of the embedded world, written as
-            # it is read (`data/sources.py`).
+            # tfds: a folder that `blip2 prepare` or TFDS wrote. files: tars or lists as they are.
+            # coco, vqav2, ... (`data/datasets.py`): a folder as the owners publish it. stories,
+            # easy_stories: text of the embedded world, written as it is read.
             "source": "tfds",
+            # The data: a folder, file, glob or {00000..00331}.tar, also remote (gs://...);
+            # `{split}` in it stands for the split.
             "dir": "",
+            "images": "",  # folder of the images that lists name; "": the list's own
+            "form": "image",  # of lists: a record an `image`, or a `caption` (LAVIS's COCO)
+            "index_dir": "",  # where indexes of tars are kept; "": beside them, or in the cache
             "split": "train",
             "eval_split": "test",
+            # Several sources: name -> {"dir": ..., "weight": 1.0, and "source", "images", "form"
+            # and "split" where they differ from those above}. Empty: the one above.
+            "mixture": ConfigDict(),
+            "mixture_by": "weight",  # weight, size or sqrt_size (of the parts, in records)
             "batch_size": 1680,  # global; the paper's for ViT-g
             "text_length": 32,  # Q-Former tokens, [CLS] and [SEP] included
             "llm_length": 32,
             "qformer_tokenizer": "bert-base-uncased",
             "llm_tokenizer": "",  # "": the LLM's source
             "prompt": "",  # stands before every caption of stage 2, and is not learned
+            "clean_text": True,  # LAVIS's `blip_caption`: lower case, no punctuation, 50 words
+            "first_captions": 0,  # draw from this many captions of an image; 0: all (LAION: 2)
             "crop_scale": (0.5, 1.0),  # random resized crop, share of the area; (1, 1): none
             "flip": True,
-            "threads": 16,
+            # RandAugment's operations and magnitude; LAVIS's `blip_image_train`: (2, 5).
+            "randaugment": (0, 0),
+            "resize": "exact",  # Pillow's antialiased bicubic; or fast (see the README)
+            "threads": 16,  # that decode; with workers, of all of them together
+            "workers": 0,  # processes that decode; 0: threads of this one, which scale as well
+            "most_skipped": 0.1,  # share of records that may be unreadable before a run stops
             "story_warmup": 0.0,  # share of the stories, at first, that are easier still
         }
     )

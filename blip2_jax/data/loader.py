@@ -1,14 +1,20 @@
 """Batches, as a pure function of the step.
 
-    numbers -> shuffle, repeat -> record + randomness -> example -> this host's share -> batch
+    numbers -> shuffle, repeat -> mix -> record, randomness -> example -> host's share -> batch
 
 The randomness of an example comes from its place in the global order, before the hosts' shares are
-cut, so the global batch of a step is the same for any number of hosts and after any restart.
-A record that cannot be read is replaced by the next one that can, counted and reported.
+cut, so the global batch of a step is the same for any number of hosts, threads and worker
+processes, and after any restart. A record that cannot be read is replaced by another that can, the
+same one every time. What was wrong with it travels with the batch, is counted where the batch
+arrives, and a share of such records that is too large stops the run.
 """
 
 import collections
-import threading
+import dataclasses
+import functools
+import json
+import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,56 +22,55 @@ import grain
 import jax
 import numpy as np
 
-from blip2_jax.data import digits, sources, tokenizers, transforms, world
+from blip2_jax.data import sources
+from blip2_jax.data.examples import Example, ExampleOf, make_example
+from blip2_jax.data.faults import RecordError, Skipped
 
-Example = dict[str, np.ndarray]
-MOST_BAD = 0.1  # share of a data set that may be unreadable before the run stops
-
-
-class Skipped:
-    """Counts records that could not be read, by reason; safe to share between threads."""
-
-    def __init__(self, total: int):
-        self.total = total
-        self._bad: dict[int, str] = {}
-        self._lock = threading.Lock()
-
-    @property
-    def count(self) -> int:
-        """Different records that were replaced so far."""
-        return len(self._bad)
-
-    def add(self, index: int, reason: Exception) -> None:
-        with self._lock:
-            self._bad[index] = str(reason)
-            if len(self._bad) > max(1, MOST_BAD * self.total):
-                raise ValueError(
-                    f"{len(self._bad)} of {self.total} records cannot be read, the last one "
-                    f"because: {reason}. Prepare the data again."
-                )
-
-    def report(self) -> None:
-        """Prints what was skipped and why, if anything was."""
-        if not self._bad:
-            return
-        print(f"Skipped {self.count} of {self.total} records:")
-        for reason, n in collections.Counter(self._bad.values()).most_common(5):
-            where = [i for i, r in sorted(self._bad.items()) if r == reason][:5]
-            print(f"  {n} x {reason} (record {', '.join(map(str, where))}{', ...' * (n > 5)})")
+MOST_REPLACED = 100  # records in a row that may be unreadable
+FAULTS = "_faults"  # uint8[B, FAULTS_SIZE], on the way from where an example is made: JSON
+FAULTS_SIZE = 1024
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Batches:
-    """An iterator of batches that closes its threads when a `with` block ends."""
+    """An iterator of batches that closes its threads or processes when a `with` block ends.
+
+    Attributes:
+      skipped: what could not be read so far, on this host.
+      wait_seconds: time spent waiting for data.
+    """
 
     def __init__(self, dataset: grain.IterDataset, skipped: Skipped):
         self.skipped = skipped
+        self.wait_seconds = 0.0
         self._iterator = iter(dataset)
 
     def __iter__(self) -> Iterator[Example]:
         return self
 
     def __next__(self) -> Example:
-        return next(self._iterator)
+        started = time.perf_counter()
+        batch = next(self._iterator)
+        self.wait_seconds += time.perf_counter() - started
+        for note in batch.pop(FAULTS):
+            if note[0]:
+                for index, reason, where in json.loads(note.tobytes().rstrip(b"\0")):
+                    self.skipped.add(reason, where, index=index)
+        return batch
+
+    def ahead(self, put: Callable[[Example], Any], count: int = 2) -> Iterator[Any]:
+        """Batches on the device, `count` of them on their way while the one before is computed.
+
+        Args:
+          put: sends a batch off without waiting for it, as `jax.device_put` does.
+          count: batches that are held.
+        """
+        held: collections.deque[Any] = collections.deque()
+        for batch in self:
+            held.append(put(batch))
+            if len(held) >= count:
+                yield held.popleft()
+        yield from held
 
     def __enter__(self) -> "Batches":
         return self
@@ -74,165 +79,262 @@ class Batches:
         self._iterator.close()
 
 
-def train_batches(config, image_size: int, *, start_step: int = 0) -> Batches:
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """Which share of every global batch this process reads."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def this(cls) -> "Host":
+        return cls(jax.process_index(), jax.process_count())
+
+    def share(self, dataset: grain.MapDataset, batch_size: int) -> grain.MapDataset:
+        """This host's part of each batch of `batch_size`.
+
+        Raises:
+          ValueError: the batch does not divide over the hosts.
+        """
+        if batch_size % self.count:
+            raise ValueError(f"A batch of {batch_size} does not divide over {self.count} hosts.")
+        return dataset.slice(slice(self.index, None, self.count)).batch(batch_size // self.count)
+
+
+def train_batches(
+    config, image_size: int, *, start_step: int = 0, host: Host | None = None
+) -> Batches:
     """This host's share of the global batches from `start_step` on, without end.
 
     Args:
       config: a recipe's config; `data` and `seed` decide.
       image_size: side of the images, from the model.
       start_step: number of batches that were seen before.
+      host: of how many; None: this process.
     """
     source = make_source(config, config.data.split)
-    read, skipped = _reader(source, make_example(config, image_size, train=True))
-    order = grain.MapDataset.range(len(source)).seed(config.seed)
-    if config.data.source == "tfds":  # stories are in easy-to-hard order, each read once
-        order = order.shuffle()
-    local = _local_batch(config.data.batch_size)
-    dataset = (
-        order.repeat()
-        .random_map(read)
-        .slice(slice(jax.process_index(), None, jax.process_count()))
-        .batch(local)
-        .slice(slice(start_step, None))
-        .to_iter_dataset(_read_options(config))
-    )
-    return Batches(dataset, skipped)
+    skipped = _skipped(source, config)
+    read = Reader(source, make_example(config, image_size, train=True))
+    dataset = _order(source, config).random_map(read)
+    dataset = (host or Host.this()).share(dataset, config.data.batch_size)
+    return Batches(_start(dataset.slice(slice(start_step, None)), config), skipped)
 
 
-def heldout_batches(config, image_size: int) -> Batches:
+def heldout_batches(config, image_size: int, *, host: Host | None = None) -> Batches:
     """The first `eval.batches` whole batches of `eval_split` (0: all), in order, not augmented."""
     source = make_source(config, config.data.eval_split)
-    read, skipped = _reader(source, make_example(config, image_size, train=False))
     size = min(config.eval.batch_size, len(source))
     count = len(source) // size
     count = min(count, config.eval.batches) or count
-    dataset = (
-        grain.MapDataset.range(count * size)
-        .seed(0)
-        .random_map(read)
-        .slice(slice(jax.process_index(), None, jax.process_count()))
-        .batch(_local_batch(size))
-        .to_iter_dataset(_read_options(config))
+    read = Reader(source, make_example(config, image_size, train=False))
+    dataset = grain.MapDataset.range(count * size).seed(0).random_map(read)
+    return Batches(
+        _start((host or Host.this()).share(dataset, size), config), _skipped(source, config)
     )
-    return Batches(dataset, skipped)
 
 
-def _local_batch(size: int) -> int:
-    if size % jax.process_count():
-        raise ValueError(f"A batch of {size} does not divide over {jax.process_count()} hosts.")
-    return size // jax.process_count()
+def scored_batches(
+    config, image_size: int, *, split: str = "", host: Host | None = None
+) -> Batches:
+    """Every record of a split once, for scores: padded to whole batches, the same number on every
+    host.
+
+    Batches have `index` int32[B], the record's number, and `valid` bool[B]: false where a row is
+    padding or stands for a record that cannot be read.
+    """
+    source = make_source(config, split or config.data.eval_split)
+    size = config.eval.batch_size
+    read = Scored(source, make_example(config, image_size, train=False))
+    dataset = grain.MapDataset.range(-(-len(source) // size) * size).seed(0).random_map(read)
+    return Batches(
+        _start((host or Host.this()).share(dataset, size), config), _skipped(source, config)
+    )
 
 
-def _read_options(config) -> grain.ReadOptions:
-    threads = config.data.threads
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
+def _order(source: Any, config) -> grain.MapDataset:
+    """Record numbers without end: every part in an order of its own that changes every epoch."""
+    if config.data.source in STORIES:  # in easy-to-hard order, each read once
+        return grain.MapDataset.range(len(source)).seed(config.seed).repeat()
+    if not isinstance(source, sources.Mixture):
+        return grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
+    parts = [
+        grain.MapDataset.range(*ends).seed(config.seed + number).shuffle().repeat()
+        for number, ends in enumerate(source.ranges)
+    ]
+    return grain.MapDataset.mix(parts, weights=source.weights).seed(config.seed)
+
+
+def _start(dataset: grain.MapDataset, config) -> grain.IterDataset:
+    """Threads, in this process or in several of their own."""
+    threads, workers = config.data.threads, config.data.workers
+    if workers:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # Grain's workers ask for flags, wherever we run
+            flags.FLAGS.mark_as_parsed()
+        threads = -(-threads // workers)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
+    iterable = dataset.to_iter_dataset(options)
+    if workers:
+        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iterable
+
+
+# ------------------------------------------------------------------------------------- sources
+
+STORIES = ("stories", "easy_stories")
 
 
 def make_source(config, split: str) -> Any:
-    """The config's records of a split."""
+    """The config's records of a split: one source, or a mixture."""
     data = config.data
+    if not data.mixture:
+        return _source(config, data, split)
+    parts = {}
+    for name, part in data.mixture.items():
+        unknown = set(part) - {"source", "dir", "images", "form", "split", "weight"}
+        if unknown:
+            raise ValueError(f"config.data.mixture.{name} has no key {sorted(unknown)[0]!r}.")
+        whole = {**{key: data[key] for key in ("source", "images", "form", "index_dir")}, **part}
+        # A part may call its training split something else ("train2017").
+        own = part.get("split", split) if split == data.split else split
+        parts[name] = _source(config, _Section(whole), own)
+    weights = {name: part.get("weight", 1.0) for name, part in data.mixture.items()}
+    return sources.Mixture(parts, data.mixture_by, weights)
+
+
+class _Section:
+    def __init__(self, values: dict[str, Any]):
+        self.__dict__.update(values)
+
+
+def _source(config, data, split: str) -> Any:
     if data.source == "tfds":
         return sources.TfdsSource(data.dir, split)
-    if data.source in ("stories", "easy_stories"):
+    if data.source == "files":
+        if split != config.data.split and "{split}" not in data.dir:
+            if not sources.is_prepared(data.dir):
+                raise ValueError(
+                    f"config.data.dir {data.dir!r} is the same for {config.data.split!r} and "
+                    f"{split!r}. Write {{split}} where the two differ, or set eval.every to 0."
+                )
+        return sources.open_files(
+            data.dir,
+            images=data.images,
+            split=split,
+            form=data.form,
+            index_folder=data.index_dir,
+        )
+    if data.source in STORIES:
         if split == data.split:
             count = config.steps * data.batch_size
             return sources.StorySource(data.source, count, 0, data.story_warmup)
         count = max(1, config.eval.batches) * config.eval.batch_size
         # Others than those trained on, all hard, and all with what the answers follow from.
         return sources.StorySource("described_stories", count, 1)
-    known = "tfds, stories, easy_stories"
+    from blip2_jax.data import datasets
+
+    if data.source in datasets.NAMES:
+        return datasets.open_dataset(data.source, data.dir, split, data.images, form=data.form)
+    known = ", ".join(("tfds", "files", *STORIES, *datasets.NAMES))
     raise ValueError(f"config.data.source is {data.source!r}; known: {known}.")
 
 
-def _reader(source: Any, example: Callable[..., Example]) -> tuple[Callable, Skipped]:
-    """A function (index, rng) -> example that steps over unreadable records."""
-    skipped = Skipped(len(source))
+# ------------------------------------------------------------------------------------- reading
 
-    def read(index: int, rng: np.random.Generator) -> Example:
+
+def _skipped(source: Any, config) -> Skipped:
+    """A count that begins with what the source left out at its start."""
+    skipped = Skipped(len(source), config.data.most_skipped)
+    if hasattr(source, "faults"):
+        skipped.merge(source.faults)
+        skipped.total = len(source) + skipped.count
+    skipped.check()
+    return skipped
+
+
+class Reader:
+    """(record number, rng) -> example; steps over records that cannot be read.
+
+    The replacement is the record a golden share of the part further on, and so on: always the
+    same, and those of a whole lost archive spread over the others.
+
+    Raises:
+      ValueError: 100 records in a row cannot be read.
+    """
+
+    def __init__(self, source: Any, example: ExampleOf):
+        self.source, self.example = source, example
+        self.ranges = getattr(source, "ranges", [(0, len(source))])
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Example:
         index = int(index)
-        while True:
+        start, end = next(ends for ends in self.ranges if index < ends[1])
+        faults = []
+        for _ in range(min(end - start, MOST_REPLACED)):
             # A copy of the generator's state: a replacement is drawn as its record would have been.
             state = rng.bit_generator.state
             try:
-                return example(source[index], index, rng)
-            except (transforms.ImageError, KeyError, UnicodeDecodeError) as error:
-                skipped.add(index, error)
+                return {**self.read(index, rng), FAULTS: _note(faults)}
+            except RecordError as error:
+                faults.append((index, error.reason, error.where))
                 rng.bit_generator.state = state
-                index = (index + 1) % len(source)
-
-    return read, skipped
-
-
-# ----------------------------------------------------------------------------------- examples
-
-
-def make_example(config, image_size: int, *, train: bool) -> Callable[..., Example]:
-    """The function (record, index, rng) -> arrays that a stage's batches are made of."""
-    data, stage = config.data, config.stage.name
-    if stage == "pretrain_lm":
-        return _story_example(tokenizers.load(data.llm_tokenizer), data.llm_length)
-
-    def image(record: dict, rng: np.random.Generator) -> np.ndarray:
-        decoded = transforms.decode_image(record["image"])
-        if not train:
-            return transforms.resize(decoded, image_size)
-        return transforms.random_resized_crop(
-            decoded, image_size, rng, scale=data.crop_scale, flip=data.flip
+                index = start + (index - start + _stride(end - start)) % (end - start)
+        raise ValueError(
+            f"{len(faults)} records in a row cannot be read; the last: {faults[-1][1]} "
+            f"({faults[-1][2]}). See with blip2 prepare --check what is wrong."
         )
 
-    if stage == "pretrain_vit":
-        return _patch_example(image, image_size // config.model.vit.patch_size, config.stage.labels)
+    def read(self, index: int, rng: np.random.Generator) -> Example:
+        """One example.
 
-    if stage == "stage1":
-        tokenizer = tokenizers.load(data.qformer_tokenizer)
-
-        def encode(text: str) -> Example:
-            ids, mask = tokenizers.encode_qformer(tokenizer, [text], data.text_length)
-            return {"text_ids": ids[0], "text_mask": mask[0]}
-
-    else:
-        tokenizer = tokenizers.load(data.llm_tokenizer or config.model.llm.source)
-
-        def encode(text: str) -> Example:
-            arrays = tokenizers.encode_captions(tokenizer, [text], data.llm_length, data.prompt)
-            names = ("llm_ids", "llm_mask", "llm_labels")
-            return {name: array[0] for name, array in zip(names, arrays, strict=True)}
-
-    def example(record: dict, index: int, rng: np.random.Generator) -> Example:
-        captions = record["captions"]
-        text = captions[rng.integers(len(captions)) if train else 0]
-        return {"image": image(record, rng), "image_id": np.int32(index), **encode(text)}
-
-    return example
+        Raises:
+          RecordError: it cannot be made; names the place.
+        """
+        try:
+            return self.example(self.source[index], index, rng)
+        except RecordError as error:
+            where = error.where or sources.place(self.source, index)
+            raise RecordError(error.reason, where) from error
+        except KeyError as error:
+            raise RecordError(f"no {error}", sources.place(self.source, index)) from error
+        except UnicodeDecodeError as error:
+            raise RecordError("not UTF-8", sources.place(self.source, index)) from error
 
 
-def _story_example(tokenizer: Any, length: int) -> Callable[..., Example]:
-    def example(record: dict, index: int, rng: np.random.Generator) -> Example:
-        del index, rng  # a story is what it is
-        ids, mask, weights = tokenizers.encode_stories(tokenizer, [record["story"]], length)
-        return {"llm_ids": ids[0], "llm_mask": mask[0], "llm_weights": weights[0]}
+class Scored(Reader):
+    """(record number, rng) -> example with `index` and `valid`; replaces nothing."""
 
-    return example
+    def __call__(self, index: int, rng: np.random.Generator) -> Example:
+        index, faults = int(index), []
+        valid = index < len(self.source)
+        if valid:
+            try:
+                example = self.read(index, rng)
+            except RecordError as error:
+                faults.append((index, error.reason, error.where))
+                valid = False
+        if not valid:  # anything of the right shape
+            example = {k: v for k, v in super().__call__(0, rng).items() if k != FAULTS}
+        marks = {"index": np.int32(index), "valid": np.bool_(valid), FAULTS: _note(faults)}
+        return {**example, **marks}
 
 
-def _patch_example(image: Callable, grid: int, labels) -> Callable[..., Example]:
-    """Patch labels of the embedded world: what the box that covers most of a patch holds."""
-    names = {
-        "digit": range(10),
-        "color": world.COLORS,
-        "size": world.SIZES,
-        "place": world.PLACES,
-    }
+@functools.cache
+def _stride(count: int) -> int:
+    """About a golden share of `count`, and without a common divisor: reaches every record."""
+    stride = max(1, round(GOLDEN * count))
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
 
-    def example(record: dict, index: int, rng: np.random.Generator) -> Example:
-        del index
-        arrays = {"image": image(record, rng)}
-        scene = world.scene_from_json(record["scene"])
-        owner = digits.patch_owners(record["boxes"], grid)
-        for name, classes in labels.items():
-            known = list(names[name])
-            values = [known.index(getattr(thing, name)) for thing in scene] + [classes - 1]
-            arrays[name] = np.array(values, np.int32)[owner]
-        return arrays
 
-    return example
+def _note(faults: list[tuple[int, str, str]]) -> np.ndarray:
+    """Faults as uint8[FAULTS_SIZE]; as many as it holds, long places cut from the left."""
+    out = np.zeros(FAULTS_SIZE, np.uint8)
+    if faults:
+        kept = [(index, reason[:100], where[-200:]) for index, reason, where in faults]
+        while len(text := json.dumps(kept).encode()) > FAULTS_SIZE:
+            kept.pop()
+        out[: len(text)] = np.frombuffer(text, np.uint8)
+    return out

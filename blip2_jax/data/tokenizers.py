@@ -154,6 +154,28 @@ def encode_captions(
     return ids, mask, _pad([hidden + body for body in bodies], length, IGNORED)
 
 
+def is_encoder_decoder(tokenizer: Any) -> bool:
+    """Whether a tokenizer is T5's kind: no begin token, `</s>` after every text."""
+    return tokenizer.bos_token_id is None
+
+
+def encode_prefix(
+    tokenizer: Any, prefixes: Sequence[str], suffixes: Sequence[str], length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Stage 2's text for an encoder-decoder LLM (LAVIS `blip2_t5.py`); right-padded.
+
+    Returns:
+      ids and mask of the encoder's text, labels of the decoder's, int32[B, length] each. Both
+      texts end in `</s>`; labels are -100 at padding.
+    """
+    texts = [list(prefixes), list(suffixes)]
+    ids, labels = (
+        tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts
+    )
+    mask = _pad([[1] * len(row) for row in ids], length, 0)
+    return _pad(ids, length, tokenizer.pad_token_id), mask, _pad(labels, length, IGNORED)
+
+
 def encode_prompts(
     tokenizer: Any, texts: Sequence[str], *, side: str = "left", length: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
     config.data.llm_length = 28
     config.data.crop_scale = (1.0, 1.0)  # places are in the captions: no crops
     config.data.flip = False  # nor mirrored digits
+    config.data.clean_text = False  # captions are the world's grammar, commas and all
     config.data.threads = 2
     config.data.batch_size = 64
 

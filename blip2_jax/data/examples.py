@@ -1,0 +1,120 @@
+"""From a record to the arrays that a stage's batches are made of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from blip2_jax.data import digits, texts, tokenizers, transforms, world
+from blip2_jax.data.faults import RecordError
+
+Example = dict[str, np.ndarray]
+ExampleOf = Callable[[dict, int, np.random.Generator], Example]
+
+
+def make_example(config, image_size: int, *, train: bool) -> ExampleOf:
+    """The function (record, index, rng) -> arrays that a stage's batches are made of."""
+    data, stage = config.data, config.stage.name
+    if stage == "pretrain_lm":
+        return _story_example(tokenizers.load(data.llm_tokenizer), data.llm_length)
+    image = _image(data, image_size, train=train)
+    if stage == "pretrain_vit":
+        return _patch_example(image, image_size // config.model.vit.patch_size, config.stage.labels)
+    if stage == "stage1":
+        encode = _qformer_text(tokenizers.load(data.qformer_tokenizer), data.text_length)
+    else:
+        tokenizer = tokenizers.load(data.llm_tokenizer or config.model.llm.source)
+        encode = _llm_text(tokenizer, data.llm_length, data.prompt)
+
+    def example(record: dict, index: int, rng: np.random.Generator) -> Example:
+        captions = _captions(record, data)
+        text = captions[rng.integers(len(captions)) if train else 0]
+        number = np.int32(record.get("image_number", index))
+        return {"image": image(record, rng), "image_id": number, **encode(text, rng)}
+
+    return example
+
+
+def _captions(record: dict, data) -> list[str]:
+    """The captions to draw from, cleaned; those with nothing left of them go."""
+    captions = record["captions"][: data.first_captions or None]
+    if data.clean_text:
+        captions = [texts.clean_caption(caption) for caption in captions]
+    captions = [caption for caption in captions if caption]
+    if not captions:
+        raise RecordError("empty caption")
+    return captions
+
+
+def _image(data, size: int, *, train: bool) -> Callable[[dict, np.random.Generator], np.ndarray]:
+    def image(record: dict, rng: np.random.Generator) -> np.ndarray:
+        if not train:
+            return transforms.resize(transforms.decode_image(record["image"]), size)
+        return transforms.train_image(
+            record["image"],
+            size,
+            rng,
+            scale=data.crop_scale,
+            flip=data.flip,
+            randaugment=data.randaugment,
+            resize=data.resize,
+        )
+
+    return image
+
+
+def _qformer_text(tokenizer: Any, length: int) -> Callable[..., Example]:
+    def encode(text: str, rng: np.random.Generator) -> Example:
+        del rng
+        ids, mask = tokenizers.encode_qformer(tokenizer, [text], length)
+        return {"text_ids": ids[0], "text_mask": mask[0]}
+
+    return encode
+
+
+def _llm_text(tokenizer: Any, length: int, prompt: str) -> Callable[..., Example]:
+    """A decoder-only LLM reads the whole caption; an encoder-decoder its prefix (T5)."""
+    whole = not tokenizers.is_encoder_decoder(tokenizer)
+
+    def encode(text: str, rng: np.random.Generator) -> Example:
+        if whole:
+            arrays = tokenizers.encode_captions(tokenizer, [text], length, prompt)
+        else:  # with a prompt the encoder reads that, as in caption fine-tuning
+            prefix, suffix = (prompt, text) if prompt else texts.split_prefix(text, rng)
+            arrays = tokenizers.encode_prefix(tokenizer, [prefix], [suffix], length)
+        names = ("llm_ids", "llm_mask", "llm_labels")
+        return {name: array[0] for name, array in zip(names, arrays, strict=True)}
+
+    return encode
+
+
+def _story_example(tokenizer: Any, length: int) -> ExampleOf:
+    def example(record: dict, index: int, rng: np.random.Generator) -> Example:
+        del index, rng  # a story is what it is
+        ids, mask, weights = tokenizers.encode_stories(tokenizer, [record["story"]], length)
+        return {"llm_ids": ids[0], "llm_mask": mask[0], "llm_weights": weights[0]}
+
+    return example
+
+
+def _patch_example(image: Callable, grid: int, labels) -> ExampleOf:
+    """Patch labels of the embedded world: what the box that covers most of a patch holds."""
+    names = {
+        "digit": range(10),
+        "color": world.COLORS,
+        "size": world.SIZES,
+        "place": world.PLACES,
+    }
+
+    def example(record: dict, index: int, rng: np.random.Generator) -> Example:
+        del index
+        arrays = {"image": image(record, rng)}
+        scene = world.scene_from_json(record["scene"])
+        owner = digits.patch_owners(record["boxes"], grid)
+        for name, classes in labels.items():
+            known = list(names[name])
+            values = [known.index(getattr(thing, name)) for thing in scene] + [classes - 1]
+            arrays[name] = np.array(values, np.int32)[owner]
+        return arrays
+
+    return example
