@@ -159,6 +159,7 @@ class TfdsSource:
         )
         done = Path(folder) / "done.json"  # numbers of images go up to this, those skipped included
         known = json.loads(done.read_text()) if done.is_file() else {}
+        known = known.get("splits", {}).get(split, {})
         self.image_numbers = known.get("image_numbers", len(self._records))
 
     def __len__(self) -> int:
