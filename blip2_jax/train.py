@@ -21,7 +21,7 @@ import jax
 from ml_collections import ConfigDict
 
 from blip2_jax import cli, recipe
-from blip2_jax.data import loader
+from blip2_jax.data import loader, sources
 from blip2_jax.runtime import distributed, mesh
 from blip2_jax.runtime.checkpoint import Checkpointer
 from blip2_jax.runtime.distributed import PREEMPTED
@@ -55,6 +55,8 @@ def train(config, workdir: Path) -> int:
     run = recipe.build(config)
     frozen, fingerprints = run.load_frozen()
     identity["fingerprints"] = fingerprints
+    source = loader.make_source(config, config.data.split)
+    identity["data"] = sources.identity(source)  # other records would be other batches
     print(_describe(run, fingerprints))
 
     with (
@@ -85,7 +87,7 @@ def train(config, workdir: Path) -> int:
             seconds = seconds_before + time.monotonic() - started
             checkpointer.save(int(state["step"]), state, {**identity, "seconds": seconds})
 
-        state, stopped = loop(run, state, frozen, workdir, save, preemption)
+        state, stopped = loop(run, state, frozen, workdir, save, preemption, source)
         save(state)
     if stopped:
         print(f"Asked to stop: saved step {int(state['step'])}. The same command resumes.")
@@ -98,7 +100,7 @@ def train(config, workdir: Path) -> int:
 
 
 def loop(
-    run: recipe.Recipe, state: State, frozen: Params, workdir: Path, save, preemption
+    run: recipe.Recipe, state: State, frozen: Params, workdir: Path, save, preemption, source
 ) -> tuple[State, bool]:
     """Steps from `state` to the config's last step.
 
@@ -112,14 +114,14 @@ def loop(
     key = make_key(config.seed)
     metrics: dict[str, Any] = {}
     with (
-        loader.train_batches(config, run.image_size, start_step=step) as batches,
+        loader.train_batches(config, run.image_size, start_step=step, source=source) as batches,
         MetricsWriter(workdir, restored_step=step) as writer,
         Progress(config.steps, initial=step, label=config.name) as progress,
     ):
-        since, since_step = time.monotonic(), step
+        since, since_step, waited = time.monotonic(), step, 0.0
+        ahead = batches.ahead(lambda batch: mesh.global_batch(batch, run.mesh))
         while step < config.steps:
-            batch = mesh.global_batch(next(batches), run.mesh)
-            state, metrics = run.train_step(state, frozen, batch, key)
+            state, metrics = run.train_step(state, frozen, next(ahead), key)
             step += 1
             progress.update(1)
             if step % config.log.every == 0 or step == config.steps:
@@ -127,12 +129,13 @@ def loop(
                 check_finite(numbers, step)
                 now = time.monotonic()
                 rate = (step - since_step) * config.data.batch_size / (now - since)
-                since, since_step = now, step
+                wait = (batches.wait_seconds - waited) / (now - since)  # share of the time
+                since, since_step, waited = now, step, batches.wait_seconds
                 if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
                     numbers |= evaluate_losses(run, state["params"], frozen)
                     since = time.monotonic()
                 numbers["data/skipped"] = batches.skipped.count
-                writer.write(step, numbers, timing={"examples_per_second": rate})
+                writer.write(step, numbers, timing={"examples_per_second": rate, "data_wait": wait})
                 progress.update(0, loss=numbers["loss"])
             if preemption.should_stop(step):
                 break

@@ -5,6 +5,7 @@ own, VQA's questions, GQA's dict and a spreadsheet of two columns are all read a
 """
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -246,6 +247,9 @@ class Packed:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
+    def digest(self) -> str:
+        return hashlib.blake2b(self._data, digest_size=8).hexdigest()
+
     def __getitem__(self, index: int) -> Any:
         return json.loads(self._data[self._ends[index] : self._ends[index + 1]])
 
@@ -320,6 +324,10 @@ class ListSource:
 
     def __len__(self) -> int:
         return len(self._row_of if self._field else self._rows)
+
+    def digest(self) -> str:
+        """Of the rows."""
+        return self._rows.digest()
 
     def _row(self, index: int) -> int:
         return int(self._row_of[index]) if self._field else index

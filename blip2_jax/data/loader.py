@@ -102,7 +102,7 @@ class Host:
 
 
 def train_batches(
-    config, image_size: int, *, start_step: int = 0, host: Host | None = None
+    config, image_size: int, *, start_step: int = 0, host: Host | None = None, source: Any = None
 ) -> Batches:
     """This host's share of the global batches from `start_step` on, without end.
 
@@ -111,8 +111,9 @@ def train_batches(
       image_size: side of the images, from the model.
       start_step: number of batches that were seen before.
       host: of how many; None: this process.
+      source: what `make_source` gave for the config; None: it is asked.
     """
-    source = make_source(config, config.data.split)
+    source = make_source(config, config.data.split) if source is None else source
     skipped = _skipped(source, config)
     read = Reader(source, make_example(config, image_size, train=True))
     dataset = _order(source, config).random_map(read)

@@ -122,6 +122,18 @@ class Mixture:
         return {**record, "image_number": number}
 
 
+def identity(source: Any) -> dict[str, Any]:
+    """What decides which records a source has, for a run to find them the same when it goes on.
+
+    Folders are no part of it: data may move.
+    """
+    if isinstance(source, Mixture):
+        parts = zip(source.names, source.parts, source.weights, strict=True)
+        return {name: {**identity(part), "weight": weight} for name, part, weight in parts}
+    found = {"records": len(source)}
+    return {**found, "digest": source.digest()} if hasattr(source, "digest") else found
+
+
 def place(source: Any, index: int) -> str:
     """A record's place, for reports."""
     try:

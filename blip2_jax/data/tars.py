@@ -328,6 +328,11 @@ class TarSource:
         first = int(self._ends[shard - 1]) if shard else 0
         return self.paths[shard], self._maps[shard][position - first]
 
+    def digest(self) -> str:
+        """Of the archives' names and what each holds."""
+        names = [path.rsplit("/", 1)[-1] for path in self.paths]
+        return files.short_hash(json.dumps([names, self._ends.tolist()]))
+
     def keys(self) -> np.ndarray:
         """The hash of each record's key, uint64[N]."""
         return np.concatenate([rows["key"] for rows in self._maps])

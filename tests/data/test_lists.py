@@ -287,3 +287,19 @@ def test_a_mixture_numbers_its_parts_through(folder):
     assert [r["image_number"] for r in two] == list(range(6))
     assert two[4]["captions"] == part[1]["captions"] and two.where(4) == part.where(1)
     assert np.sum(two.weights) == 1
+
+
+def test_a_source_is_known_by_what_it_holds_not_where(tmp_path):
+    def shards(name, count, records=2):
+        (tmp_path / name).mkdir()
+        made.write_shards(tmp_path / name, count, records)
+        return sources.identity(sources.open_files(str(tmp_path / name)))
+
+    first = shards("a", 3)
+    assert first == shards("b", 3) and first["records"] == 6
+    assert first != shards("c", 2, 3)  # as many records, in other archives
+    rows = [{"image": f"{n}.jpg", "caption": "a"} for n in range(3)]
+    one, two = (lists.ListSource(iter(r), "x") for r in (rows, [*rows[:2], rows[0]]))
+    assert sources.identity(one) != sources.identity(two)
+    mixed = sources.identity(sources.Mixture({"one": one, "two": two}))
+    assert mixed["one"]["records"] == 3 and mixed["one"]["weight"] == 0.6
