@@ -7,14 +7,13 @@ place, so shuffling is global and resuming exact. Nothing is ever extracted.
     00000.tar   KEY.jpg  KEY.txt  KEY.json  KEY2.jpg ...     members of one key stand together
 """
 
-import dataclasses
 import io
 import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -27,6 +26,7 @@ NOTE = ".idx.json"  # what an index has beside it
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 TEXTS = ("txt", "caption")
 PARTS = ("image", "text", "meta")  # of a record
+PART_OF = {**dict.fromkeys(IMAGES, "image"), **dict.fromkeys(TEXTS, "text"), "json": "meta"}
 BLOCK = 512  # bytes; headers and contents of a tar begin at multiples of it
 FORMAT = 1  # of the index; another number here makes all of them anew
 INDEX = np.dtype(
@@ -42,8 +42,7 @@ INDEX = np.dtype(
 # ------------------------------------------------------------------------------------- scanning
 
 
-@dataclasses.dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A regular file in a tar: where its content begins, in bytes, and how long it is."""
 
     name: str
@@ -61,16 +60,17 @@ def scan(file: Any, size: int) -> Iterator[Member | RecordError]:
     if not size:
         yield RecordError("empty file")
         return
+    seek, read = file.seek, file.read
     while True:
-        file.seek(at)
-        header = file.read(BLOCK)
+        seek(at)
+        header = read(BLOCK)
         if len(header) < BLOCK:
             yield RecordError("archive cut short")
             return
         if header == bytes(BLOCK):
             return
         length = _number(header[124:136])
-        if length is None or not _is_header(header):
+        if length is None or (header[257:262] != b"ustar" and not _is_old_header(header)):
             yield RecordError("damaged archive")
             return
         kind = header[156:157]
@@ -80,7 +80,7 @@ def scan(file: Any, size: int) -> Iterator[Member | RecordError]:
             if length > 1 << 20:
                 yield RecordError("damaged archive")
                 return
-            text = file.read(length)
+            text = read(length)
             if kind == b"L":
                 name = text.rstrip(b"\0").decode(errors="replace")
             else:
@@ -100,26 +100,23 @@ def scan(file: Any, size: int) -> Iterator[Member | RecordError]:
 
 
 def _number(field: bytes) -> int | None:
-    if field[0] & 0x80:  # GNU's base 256, for sizes from 8 GiB
-        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
     try:
         return int(field.strip(b"\0 ") or b"0", 8)
     except ValueError:
+        if field[0] & 0x80:  # GNU's base 256, for sizes from 8 GiB
+            return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
         return None
 
 
-def _is_header(header: bytes) -> bool:
-    if header[257:262] == b"ustar":
-        return True
-    total = sum(header) - sum(header[148:156]) + 8 * 32  # the old format has only this
-    return total == _number(header[148:156])
+def _is_old_header(header: bytes) -> bool:
+    """Whether the checksum is right, which is all that the format before ustar has."""
+    return sum(header) - sum(header[148:156]) + 8 * 32 == _number(header[148:156])
 
 
 def _name(header: bytes) -> str:
-    name, prefix = header[:100], header[345:500]
-    name = name.split(b"\0", 1)[0].decode(errors="replace")
-    if header[257:263] == b"ustar\0" and prefix[0]:
-        return prefix.split(b"\0", 1)[0].decode(errors="replace") + "/" + name
+    name = header[:100].partition(b"\0")[0].decode(errors="replace")
+    if header[345] and header[257:263] == b"ustar\0":
+        return header[345:500].partition(b"\0")[0].decode(errors="replace") + "/" + name
     return name
 
 
@@ -175,11 +172,7 @@ def index(file: Any, size: int, where: str) -> tuple[np.ndarray, Skipped]:
         stem, _, suffix = base.partition(".")
         if not stem:  # .DS_Store and the like
             continue
-        suffix = suffix.lower()
-        part = (
-            "image" if suffix in IMAGES else "text" if suffix in TEXTS
-            else "meta" if suffix == "json" else None
-        )  # fmt: skip
+        part = PART_OF.get(suffix.lower())
         found = f"{folder}/{stem}" if folder else stem
         if found != key or part in parts:
             finish()
@@ -246,7 +239,7 @@ def ensure_index(path: str, folder: str = "") -> tuple[Path, int, dict]:
         found = _load(target, identity)
         if found is None:
             if files.is_local(path):
-                with open(path, "rb", buffering=4096) as file:
+                with open(path, "rb", buffering=1 << 16) as file:
                     rows, faults = index(file, identity["size"], path)
             else:
                 fs, inner = files.filesystem(path)
@@ -271,7 +264,8 @@ class TarSource:
       paths: the archives, local or remote.
       index_folder: where indexes are kept; "": beside local archives where that can be written,
         else in the cache folder.
-      threads: archives that are scanned at the same time.
+      threads: remote archives that are scanned at the same time; the time of local ones goes into
+        Python, which more threads would only make slower.
 
     Attributes:
       faults: what was left out already, by reason.
@@ -287,7 +281,8 @@ class TarSource:
             except RecordError as error:
                 return error
 
-        with ThreadPoolExecutor(threads) as pool:
+        local = all(map(files.is_local, paths))
+        with ThreadPoolExecutor(1 if local else threads) as pool:
             found = pool.map(prepare, paths)
             bar = tqdm(found, total=len(paths), desc="tar indexes", leave=False, delay=2)
             for path, result in zip(paths, bar, strict=True):
