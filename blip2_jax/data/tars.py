@@ -28,6 +28,7 @@ TEXTS = ("txt", "caption")
 PARTS = ("image", "text", "meta")  # of a record
 PART_OF = {**dict.fromkeys(IMAGES, "image"), **dict.fromkeys(TEXTS, "text"), "json": "meta"}
 BLOCK = 512  # bytes; headers and contents of a tar begin at multiples of it
+MOST_BETWEEN = 1 << 18  # bytes of other members that are read along rather than stepped over
 FORMAT = 1  # of the index; another number here makes all of them anew
 INDEX = np.dtype(
     [
@@ -155,6 +156,8 @@ def index(file: Any, size: int, where: str) -> tuple[np.ndarray, Skipped]:
             faults.add("no image", f"{where}:{key}")
         elif not image[1]:
             faults.add("empty file", f"{where}:{key}")
+        elif max(size for _, size in parts.values()) > lists.MOST_BYTES:
+            faults.add(f"file of more than {lists.MOST_BYTES} bytes", f"{where}:{key}")
         elif key in seen:
             faults.add("duplicated key", f"{where}:{key}")
         elif not parts.get("text", (0, 0))[1] and not parts.get("meta", (0, 0))[1]:
@@ -347,12 +350,16 @@ class TarSource:
         path, row = self._find(index)
         parts = {name: (int(row[name]) * BLOCK, int(row[f"{name}_size"])) for name in PARTS}
         parts = {name: part for name, part in parts.items() if part[1]}
-        # A record's members stand together: one read fetches them all, the image's header too.
-        first = min(start for start, _ in parts.values()) - BLOCK
-        last = max(start + size for start, size in parts.values())
-        data = self._ranges.read(path, first, last - first)
-        get = {name: data[start - first :][:size] for name, (start, size) in parts.items()}
-        name = _name(data[parts["image"][0] - first - BLOCK :][:BLOCK])
+        header = (parts["image"][0] - BLOCK, BLOCK)
+        spans = {**parts, "header": header}
+        first = min(start for start, _ in spans.values())
+        last = max(start + size for start, size in spans.values())
+        if last - first < sum(size for _, size in spans.values()) + MOST_BETWEEN:
+            data = self._ranges.read(path, first, last - first)  # one read for all of them
+            get = {name: data[start - first :][:size] for name, (start, size) in spans.items()}
+        else:
+            get = {name: self._ranges.read(path, *span) for name, span in spans.items()}
+        name = _name(get["header"])
         return _record(get, name, f"{path}:{name}")
 
 
@@ -362,7 +369,7 @@ def _record(parts: dict[str, bytes], name: str, where: str) -> dict[str, Any]:
     try:
         if "meta" in parts:
             row = json.loads(parts["meta"].decode())
-        text = parts.get("text", b"").decode()
+        text = parts.get("text", b"").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecordError("not UTF-8", where) from error
     except ValueError as error:

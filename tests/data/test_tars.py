@@ -219,3 +219,23 @@ def test_the_notes_beside_an_index_say_what_it_is_of(tmp_path):
     tars.TarSource([path])
     note = json.loads(open(f"{path}.idx.json").read())
     assert note["records"] == 2 and note["size"] == os.path.getsize(path)
+
+
+def test_other_members_of_a_record_are_stepped_over_and_large_ones_refused(tmp_path, monkeypatch):
+    from blip2_jax.data import lists
+
+    monkeypatch.setattr(lists, "MOST_BYTES", 10_000)
+    image = made.jpeg(1)
+    path = made.write_tar(
+        tmp_path / "x.tar",
+        [("a.jpg", image), ("a.npy", bytes(500_000)), ("a.txt", b"far away"),
+         ("b.jpg", image), ("b.txt", b"x" * 20_000)],
+    )  # fmt: skip
+    source = tars.TarSource([path])
+    read = []
+    real = files.Ranges.read
+    monkeypatch.setattr(files.Ranges, "read", lambda s, *a: read.append(a[2]) or real(s, *a))
+    (record,) = source
+    assert record["captions"] == ["far away"] and record["image"] == image
+    assert sum(read) < 5_000
+    assert source.faults.by_reason == {"file of more than 10000 bytes": 1}
