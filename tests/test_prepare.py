@@ -72,7 +72,7 @@ def test_the_card_and_the_page_say_what_is_in_it(web, tmp_path):
     out = tmp_path / "out"
     pairs(web, out)
     text, page = (out / "README.md").read_text(), (out / "report.html").read_text()
-    assert "| train | 28 | 28 | 0 |" in text and "| not an image | 1 |" in text
+    assert "| train | 28 | 28 | 0 |" in text and "| not a readable image | 1 |" in text
     assert "words of a caption" in page and page.count("data:image/jpeg;base64,") == 3
     assert "http://" not in page.replace("http://www.w3.org", "")  # nothing beside it is needed
     done = json.loads((out / prepare.DONE).read_text())
@@ -153,7 +153,7 @@ def test_checking_writes_nothing(web, tmp_path, capsys):
     before = sorted(os.listdir(tmp_path))
     assert run("--source=files", f"--dir={web}", "--check") == 1
     said = capsys.readouterr().out
-    assert "usable: 28 train records" in said and "1 x damaged image" in said
+    assert "usable: 28 train records" in said and "1 x not a readable image: damaged" in said
     assert sorted(os.listdir(tmp_path)) == before
     good = tmp_path / "good"
     good.mkdir()

@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError
 
 from blip2_jax.data.faults import RecordError
 
@@ -207,6 +207,13 @@ def train_image(
     return image
 
 
+def _turned(data: bytes) -> bool:
+    """Whether a JPEG's EXIF data say that it does not stand upright."""
+    if b"Exif" not in data[: 1 << 16]:
+        return False
+    return _open(data).getexif().get(ExifTags.Base.Orientation, 1) != 1
+
+
 def fast_image(
     data: bytes, size: int, rng: np.random.Generator, *, scale=(1.0, 1.0), flip: bool = False
 ) -> np.ndarray:
@@ -220,7 +227,7 @@ def fast_image(
 
     try:
         height, width, kind, _ = simplejpeg.decode_jpeg_header(data)
-        plain = kind != "CMYK"
+        plain = kind != "CMYK" and not _turned(data)
     except ValueError:
         height = width = 0
         plain = False

@@ -175,7 +175,9 @@ def test_too_much_that_is_broken_stops_the_run_and_says_so(tmp_path, workers):
     (tmp_path / "list.json").write_text(json.dumps(rows))
     changes = {"data.dir": str(tmp_path / "list.json"), "data.images": str(tmp_path / "images")}
     config = make_config(**{**changes, "data.most_skipped": 0.2, "data.workers": workers})
-    with pytest.raises(ValueError, match="5 of 20 records cannot.*most_skipped.*\n.*5 x not a read"):
+    with pytest.raises(
+        ValueError, match="5 of 20 records cannot.*most_skipped.*\n.*5 x not a read"
+    ):
         take(config, 10)
     for name in names:
         (tmp_path / "images" / name).write_bytes(b"x")

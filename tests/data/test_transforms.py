@@ -164,6 +164,22 @@ def test_the_fast_way_reads_what_is_no_jpeg(tmp_path):
     assert transforms.fast_image(out.getvalue(), 32, np.random.default_rng(0)).shape == (32, 32, 3)
 
 
+@pytest.mark.parametrize("resize", transforms.RESIZES)
+def test_photographs_held_sideways_are_turned(resize):
+    if resize == "fast":
+        pytest.importorskip("cv2")
+        pytest.importorskip("simplejpeg")
+    image = transforms.decode_image(made.jpeg(2, (80, 60)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees to see it"
+    out = io.BytesIO()
+    image.save(out, "JPEG", exif=exif, quality=95)
+    options = {"scale": (1.0, 1.0), "flip": False, "resize": resize}
+    array = transforms.train_image(out.getvalue(), 60, np.random.default_rng(0), **options)
+    expected = transforms.resize(image.rotate(-90, expand=True), 60)
+    assert np.abs(array.astype(int) - expected).mean() < 3
+
+
 BROKEN = {
     "no bytes": b"",
     "not a readable image": b"<html>404</html>" * 50,
