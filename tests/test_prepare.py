@@ -301,18 +301,15 @@ def test_capfilt_writes_shards_that_training_reads(web, tmp_path):
 
 def test_loaded_models_take_part_through_two_methods():
     class Model:
-        def __init__(self, nested):
-            self.nested = nested
-
-        def caption(self, images, *, num_return_sequences, do_sample):
-            assert do_sample
+        def caption(self, images, *, num_return_sequences, do_sample, num_beams, top_p):
+            assert do_sample and num_beams == 1 and top_p == 0.9
             said = [[f"{i} {n}" for n in range(num_return_sequences)] for i in range(len(images))]
-            return said if self.nested else sum(said, [])
+            return said if num_return_sequences > 1 else [texts[0] for texts in said]
 
         def similarity(self, images, texts):
             return np.zeros((len(images), len(texts)))
 
-    for nested in (True, False):
-        found = capfilt.caption_by(Model(nested), 2)(np.zeros((2, 4, 4, 3), np.uint8))
-        assert found == [["0 0", "0 1"], ["1 0", "1 1"]]
-    assert capfilt.similarity_by(Model(True))(np.zeros((2, 4, 4, 3)), ("a",)).shape == (2, 1)
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    assert capfilt.caption_by(Model(), 2)(images) == [["0 0", "0 1"], ["1 0", "1 1"]]
+    assert capfilt.caption_by(Model(), 1)(images) == [["0 0"], ["1 0"]]
+    assert capfilt.similarity_by(Model())(images, ("a",)).shape == (2, 1)

@@ -85,13 +85,15 @@ def _different(captions: Sequence[str]) -> list[str]:
 
 
 def caption_by(model: Any, samples: int) -> Caption:
-    """Captions sampled from a loaded model (`blip2_jax.load`), `samples` an image."""
+    """Captions sampled from a loaded model (`blip2_jax.load`), `samples` an image.
+
+    Nucleus sampling with p = 0.9, as in BLIP's CapFilt (Li et al. 2022, section 4.1).
+    """
+    how = {"num_return_sequences": samples, "do_sample": True, "num_beams": 1, "top_p": 0.9}
 
     def caption(images: np.ndarray) -> list[list[str]]:
-        flat = model.caption(images, num_return_sequences=samples, do_sample=True)
-        if flat and not isinstance(flat[0], str):
-            return [list(of_image) for of_image in flat]
-        return [flat[n * samples : (n + 1) * samples] for n in range(len(images))]
+        found = model.caption(images, **how)
+        return [[text] for text in found] if samples == 1 else [list(texts) for texts in found]
 
     return caption
 
