@@ -189,8 +189,9 @@ STORIES = ("stories", "easy_stories")
 def make_source(config, split: str) -> Any:
     """The config's records of a split: one source, or a mixture."""
     data = config.data
+    training = split == data.split
     if not data.mixture:
-        return _source(config, data, split)
+        return _source(config, data, split, training)
     parts = {}
     for name, part in data.mixture.items():
         unknown = set(part) - {"source", "dir", "images", "form", "split", "weight"}
@@ -198,8 +199,8 @@ def make_source(config, split: str) -> Any:
             raise ValueError(f"config.data.mixture.{name} has no key {sorted(unknown)[0]!r}.")
         whole = {**{key: data[key] for key in ("source", "images", "form", "index_dir")}, **part}
         # A part may call its training split something else ("train2017").
-        own = part.get("split", split) if split == data.split else split
-        parts[name] = _source(config, _Section(whole), own)
+        own = part.get("split", split) if training else split
+        parts[name] = _source(config, _Section(whole), own, training)
     weights = {name: part.get("weight", 1.0) for name, part in data.mixture.items()}
     return sources.Mixture(parts, data.mixture_by, weights)
 
@@ -209,16 +210,15 @@ class _Section:
         self.__dict__.update(values)
 
 
-def _source(config, data, split: str) -> Any:
+def _source(config, data, split: str, training: bool) -> Any:
     if data.source == "tfds":
         return sources.TfdsSource(data.dir, split)
     if data.source == "files":
-        if split != config.data.split and "{split}" not in data.dir:
-            if not sources.is_prepared(data.dir):
-                raise ValueError(
-                    f"config.data.dir {data.dir!r} is the same for {config.data.split!r} and "
-                    f"{split!r}. Write {{split}} where the two differ, or set eval.every to 0."
-                )
+        if not training and "{split}" not in data.dir and not sources.is_prepared(data.dir):
+            raise ValueError(
+                f"config.data.dir {data.dir!r} is the same for {config.data.split!r} and "
+                f"{split!r}. Write {{split}} where the two differ, or set eval.every to 0."
+            )
         return sources.open_files(
             data.dir,
             images=data.images,
@@ -227,7 +227,7 @@ def _source(config, data, split: str) -> Any:
             index_folder=data.index_dir,
         )
     if data.source in STORIES:
-        if split == data.split:
+        if training:
             count = config.steps * data.batch_size
             return sources.StorySource(data.source, count, 0, data.story_warmup)
         count = max(1, config.eval.batches) * config.eval.batch_size

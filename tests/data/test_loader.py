@@ -256,6 +256,23 @@ def test_a_split_that_is_not_told_apart_is_refused(mixed):
         loader.heldout_batches(mixed, 16)
 
 
+def test_a_part_may_have_a_source_and_a_split_of_its_own(mixed, tmp_path):
+    folder = tmp_path / "coco"
+    names = made.write_images(folder / "train2017", 3)
+    images = [{"id": n, "file_name": name} for n, name in enumerate(names)]
+    annotations = [{"image_id": n, "caption": f"number {n}"} for n in range(3)]
+    document = json.dumps({"images": images, "annotations": annotations})
+    (folder / "captions_train2017.json").write_text(document)
+    changed = ConfigDict(mixed.to_dict())
+    changed.data.mixture.coco = ConfigDict(
+        {"source": "coco", "dir": str(folder), "split": "train2017"}
+    )
+    changed.data.mixture.web.split = "2019"  # what the tars are called does not matter
+    source = loader.make_source(changed, "train")
+    assert source.names == ["coco", "own", "web"] and len(source) == 3 + 10 + 24
+    assert source[0]["captions"] == ["number 0"]
+
+
 def test_an_unknown_key_of_a_mixture_is_refused(mixed):
     changed = ConfigDict(mixed.to_dict())
     changed.data.mixture.web.wieght = 1.0
