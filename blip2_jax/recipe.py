@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -77,6 +78,17 @@ class Recipe:
         make = functools.partial(states.init_state, self.init_params, self.spec.optimizer)
         return jax.jit(make, out_shardings=shardings)(key)
 
+    def load_trained_towers(self, state: State) -> State:
+        """Towers that are trained start from their sources, where they have one."""
+        params = dict(state["params"])
+        for key in ("vit", "llm"):
+            source = self.config.model[key].source
+            if key in params and source:
+                sizes = getattr(self.model_config, key)
+                abstract = self.abstract_state["params"][key]
+                params[key] = huggingface.load(source, sizes, abstract)
+        return {**state, "params": params}
+
     def load_frozen(self) -> tuple[Params, dict[str, str]]:
         """Reads the frozen towers, and checks their fingerprints.
 
@@ -106,17 +118,20 @@ class Recipe:
 
 def _tower_config(section: ConfigDict, from_source: Callable, kind: type, **fixed: Any):
     """A tower's sizes: its source's where there is one, the config's otherwise."""
-    keep = {"remat": section.remat, **fixed}
     if section.source:
-        return from_source(section.source, **keep)
+        return from_source(section.source, remat=section.remat, **fixed)
     sizes = {f.name: section[f.name] for f in dataclasses.fields(kind) if f.name in section}
-    return kind(**sizes)
+    return kind(**{**sizes, **fixed})
 
 
 def model_config(config: ConfigDict) -> Any:
     """The model's sizes, of the type that `make_module` knows."""
     model = config.model
-    vit_config = functools.partial(_tower_config, model.vit, huggingface.vit_config, vit.ViTConfig)
+    own = {"image_size": model.vit.resolution} if model.vit.resolution else {}
+    own["drop_path"] = model.vit.drop_path
+    vit_config = functools.partial(
+        _tower_config, model.vit, huggingface.vit_config, vit.ViTConfig, **own
+    )
     llm_config = functools.partial(
         _tower_config, model.llm, huggingface.llm_config, opt.OPTConfig, dropout=model.llm.dropout
     )
@@ -132,6 +147,7 @@ def model_config(config: ConfigDict) -> Any:
         projection_dim=model.projection_dim,
         initial_temperature=model.initial_temperature,
         ln_vision_eps=model.ln_vision_eps,
+        qformer_reads_prompt=model.qformer_reads_prompt,
         freeze_vit="vit" not in config.trainable,
     )
 
@@ -159,11 +175,12 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
     if config.stage.name not in STAGES:
         raise ValueError(f"config.stage.name is {config.stage.name!r}; known: {', '.join(STAGES)}.")
     mesh = meshes.make_mesh(config.mesh) if mesh is None else mesh
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.data.batch_size % devices:
+    devices, parts = meshes.num_batch_shards(mesh), config.stage.accumulate
+    if config.data.batch_size % (devices * parts):
+        many = f" in {parts} parts (config.stage.accumulate)" if parts > 1 else ""
         raise ValueError(
             f"config.data.batch_size {config.data.batch_size} does not divide over the "
-            f"{devices} devices of the mesh's data and fsdp axes; take a multiple."
+            f"{devices} devices of the mesh's data and fsdp axes{many}; take a multiple."
         )
     sizes = model_config(config)
 
@@ -180,8 +197,17 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
     frozen = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.frozen_dtype)), frozen
     )
+    scales = None
+    if config.optim.vit_layer_decay != 1.0:
+        if "vit" not in trainable:
+            raise ValueError(
+                "config.optim.vit_layer_decay is for a trained ViT, and `vit` is not in "
+                "config.trainable; add it, or set the decay to 1."
+            )
+        scales = jax.tree.map(lambda _: np.float32(1.0), trainable)
+        scales["vit"] = vit.layer_scales(trainable["vit"], config.optim.vit_layer_decay)
     optimizer, schedule = optim.make_optimizer(
-        {**config.optim, "total_steps": config.steps}, trainable
+        {**config.optim, "total_steps": config.steps}, trainable, scales
     )
     place = functools.partial(
         meshes.shardings, axes_table=blip2.AXES, rules=config.sharding, mesh=mesh

@@ -57,7 +57,8 @@ def train(config, workdir: Path) -> int:
     identity["fingerprints"] = fingerprints
     source = loader.make_source(config, config.data.split)
     identity["data"] = sources.identity(source)  # other records would be other batches
-    print(_describe(run, fingerprints))
+    if distributed.is_first_process():
+        print(_describe(run, fingerprints))
 
     with (
         Checkpointer(
@@ -74,7 +75,7 @@ def train(config, workdir: Path) -> int:
             seconds_before = extra["seconds"]
             print(f"Resuming at step {int(state['step'])} of {config.steps}.")
         else:
-            state = run.init_state(jax.random.key(config.seed))
+            state = run.load_trained_towers(run.init_state(jax.random.key(config.seed)))
             if config.init.bert:
                 qformer = bert.initialize(
                     state["params"]["qformer"], run.model_config.qformer, config.init.bert
@@ -134,8 +135,13 @@ def loop(
                 if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
                     numbers |= evaluate_losses(run, state["params"], frozen)
                     since = time.monotonic()
-                numbers["data/skipped"] = batches.skipped.count
-                writer.write(step, numbers, timing={"examples_per_second": rate, "data_wait": wait})
+                # Not among the metrics: a resumed run counts what it has met itself.
+                timing = {
+                    "examples_per_second": rate,
+                    "data_wait": wait,
+                    "data/skipped": batches.skipped.count,
+                }
+                writer.write(step, numbers, timing=timing)
                 progress.update(0, loss=numbers["loss"])
             if preemption.should_stop(step):
                 break

@@ -35,6 +35,9 @@ def get_config() -> ConfigDict:
         {
             "name": "stage1",  # stage1, stage2, pretrain_vit or pretrain_lm
             "label_smoothing": 0.1,  # of ITC and ITG
+            # Parts that a batch is computed in, one after the other, to need less memory: stage 2
+            # only, whose loss is a mean over tokens.
+            "accumulate": 1,
             # True: ITC's gradient through both sides of the global batch. False: LAVIS on several
             # devices, where each direction trains its row side only.
             "itc_gather_grad": True,
@@ -50,6 +53,7 @@ def get_config() -> ConfigDict:
         {
             "source": "",
             "fingerprint": "",
+            "resolution": 0,  # pixels, if not the source's; positions are resampled. 0: as it is
             "image_size": 224,
             "patch_size": 14,
             "hidden_size": 1408,
@@ -63,9 +67,11 @@ def get_config() -> ConfigDict:
             "pre_norm": False,
             # How positions are resampled for another image_size than the source's; CLIP: True.
             "align_corners": False,
+            "drop_path": 0.0,  # share of branches left out, growing to this in the last block
             "remat": "none",
         }
     )
+    config.model.qformer_reads_prompt = False  # the question too: VQA fine-tuning, InstructBLIP
     config.model.qformer = ConfigDict(
         {
             "num_query_tokens": 32,
@@ -134,7 +140,11 @@ def get_config() -> ConfigDict:
             "llm_length": 32,
             "qformer_tokenizer": "bert-base-uncased",
             "llm_tokenizer": "",  # "": the LLM's source
-            "prompt": "",  # stands before every caption of stage 2, and is not learned
+            # Stage 2: stands before every text and is not learned; {} stands for the question.
+            "prompt": "",
+            # Ends what a decoder-only LLM is taught: a newline for OPT; "": its own end token.
+            "end_of_text": "\n",
+            "task": "caption",  # stage 2: caption, or answer (records with questions)
             "clean_text": True,  # LAVIS's `blip_caption`: lower case, no punctuation, 50 words
             "first_captions": 0,  # draw from this many captions of an image; 0: all (LAION: 2)
             "crop_scale": (0.5, 1.0),  # random resized crop, share of the area; (1, 1): none
@@ -160,6 +170,7 @@ def get_config() -> ConfigDict:
             "weight_decay": 0.05,
             "decay_biases": False,
             "decay_temperature": True,  # as LAVIS does
+            "vit_layer_decay": 1.0,  # factor on the rate of a trained ViT, from block to block
             "clip_norm": 0.0,  # global norm; 0: no clipping, as in the paper
         }
     )

@@ -170,6 +170,12 @@ def test_another_recipe_in_the_workdir_is_refused(whole, world):
         run(flags(world, **{"optim.peak_lr": 0.5}), whole)
 
 
+def test_a_run_may_go_on_with_other_threads(whole, world, capsys):
+    """How it is executed may change; what it computes may not."""
+    assert run(flags(world, **{"data.threads": 1, "mesh.fsdp": 8}), whole) == 0
+    assert "finished before" in capsys.readouterr().out
+
+
 def test_a_tower_of_another_fingerprint_is_refused(world, tmp_path):
     with pytest.raises(ValueError, match=r"(?s)`vit`.*fingerprint.*the config asks for feed"):
         run(flags(world, **{"model.vit.fingerprint": "feed"}), tmp_path / "x")

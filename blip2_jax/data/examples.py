@@ -24,7 +24,14 @@ def make_example(config, image_size: int, *, train: bool) -> ExampleOf:
         encode = _qformer_text(tokenizers.load(data.qformer_tokenizer), data.text_length)
     else:
         tokenizer = tokenizers.load(data.llm_tokenizer or config.model.llm.source)
-        encode = _llm_text(tokenizer, data.llm_length, data.prompt)
+        reads_prompt = None
+        if config.model.qformer_reads_prompt:
+            reads_prompt = tokenizers.load(data.qformer_tokenizer)
+        encode = _llm_text(tokenizer, data, reads_prompt)
+        if data.task == "answer":
+            return _answer_example(image, encode, data, train=train)
+        if data.task != "caption":
+            raise ValueError(f"config.data.task is {data.task!r}; known: caption, answer.")
 
     def example(record: dict, index: int, rng: np.random.Generator) -> Example:
         captions = _captions(record, data)
@@ -72,20 +79,62 @@ def _qformer_text(tokenizer: Any, length: int) -> Callable[..., Example]:
     return encode
 
 
-def _llm_text(tokenizer: Any, length: int, prompt: str) -> Callable[..., Example]:
-    """A decoder-only LLM reads the whole caption; an encoder-decoder its prefix (T5)."""
+def _llm_text(tokenizer: Any, data, reads_prompt: Any) -> Callable[..., Example]:
+    """A decoder-only LLM reads the whole text; an encoder-decoder its prefix or the prompt (T5).
+
+    Args:
+      tokenizer: the LLM's.
+      data: the config's section.
+      reads_prompt: the Q-Former's tokenizer, if it reads the prompt too.
+    """
     whole = not tokenizers.is_encoder_decoder(tokenizer)
 
-    def encode(text: str, rng: np.random.Generator) -> Example:
+    def encode(text: str, rng: np.random.Generator, prompt: str = data.prompt) -> Example:
         if whole:
-            arrays = tokenizers.encode_captions(tokenizer, [text], length, prompt)
+            arrays = tokenizers.encode_captions(
+                tokenizer, [text], data.llm_length, prompt, data.end_of_text
+            )
         else:  # with a prompt the encoder reads that, as in caption fine-tuning
             prefix, suffix = (prompt, text) if prompt else texts.split_prefix(text, rng)
-            arrays = tokenizers.encode_prefix(tokenizer, [prefix], [suffix], length)
+            arrays = tokenizers.encode_prefix(tokenizer, [prefix], [suffix], data.llm_length)
         names = ("llm_ids", "llm_mask", "llm_labels")
-        return {name: array[0] for name, array in zip(names, arrays, strict=True)}
+        example = {name: array[0] for name, array in zip(names, arrays, strict=True)}
+        if reads_prompt is not None:
+            ids, mask = tokenizers.encode_qformer(reads_prompt, [prompt], data.text_length)
+            example |= {"text_ids": ids[0], "text_mask": mask[0]}
+        return example
 
     return encode
+
+
+def _answer_example(image: Callable, encode: Callable, data, *, train: bool) -> ExampleOf:
+    """Questions and answers: one question of a record, and one of its answers, as often as given.
+
+    Drawing among ten annotators' answers weighs each by its count, as LAVIS's BLIP-1 VQA does.
+    """
+    if "{}" not in data.prompt:
+        raise ValueError(
+            f"config.data.prompt is {data.prompt!r}; with task=answer it needs {{}} in place of "
+            "the question, as in 'Question: {} Answer:'."
+        )
+
+    def example(record: dict, index: int, rng: np.random.Generator) -> Example:
+        questions = record.get("questions")
+        if not questions:
+            raise RecordError("no question")
+        question = questions[rng.integers(len(questions)) if train else 0]
+        answers = question.get("answers") or [question.get("answer")]
+        answer = answers[rng.integers(len(answers)) if train else 0]
+        if not answer:
+            raise RecordError("no answer")
+        asked = question["question"]
+        asked = texts.clean_question(asked) if data.clean_text else asked
+        prompt = data.prompt.replace("{}", asked)
+        number = np.int32(record.get("image_number", index))
+        pixels = image(record, rng)
+        return {"image": pixels, "image_id": number, **encode(answer, rng, prompt)}
+
+    return example
 
 
 def _story_example(tokenizer: Any, length: int) -> ExampleOf:

@@ -133,23 +133,32 @@ def encode_qformer(
 
 
 def encode_captions(
-    tokenizer: Any, texts: Sequence[str], length: int, prompt: str = ""
+    tokenizer: Any, texts: Sequence[str], length: int, prompt: str = "", end: str = "\n"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Stage 2's text for a decoder-only LLM: BOS, prompt, text, newline; right-padded.
+    """Stage 2's text for a decoder-only LLM: BOS, prompt, text, end; right-padded.
+
+    Args:
+      tokenizer: the LLM's.
+      texts: what is to be learned.
+      length: S; what is longer is cut.
+      prompt: stands before every text.
+      end: ends every text: a newline for OPT (LAVIS), "" for the tokenizer's own end token.
 
     Returns:
       ids, mask and labels, int32[B, length]. Labels are the ids, and -100 at padding and, where
       there is a prompt, at BOS and prompt; without a prompt BOS is a label (LAVIS
-      `blip2_opt.py`). A text that is too long loses its newline, not its place.
+      `blip2_opt.py`). A text that is too long loses its end, not its place.
     """
     head = [tokenizer.bos_token_id]
     if prompt:
         head += tokenizer(prompt, add_special_tokens=False)["input_ids"]
     space = " " if prompt else ""
-    lines = [f"{space}{text}\n" for text in texts]
+    lines = [f"{space}{text}{end}" for text in texts]
     bodies = tokenizer(lines, add_special_tokens=False)["input_ids"]
+    if not end:
+        bodies = [[*body, tokenizer.eos_token_id] for body in bodies]
     hidden = [IGNORED] * len(head) if prompt else head
-    ids = _pad([head + body for body in bodies], length, tokenizer.pad_token_id)
+    ids = _pad([head + body for body in bodies], length, pad_id(tokenizer))
     mask = _pad([[1] * (len(head) + len(body)) for body in bodies], length, 0)
     return ids, mask, _pad([hidden + body for body in bodies], length, IGNORED)
 

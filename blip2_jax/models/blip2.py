@@ -74,14 +74,18 @@ class Blip2(nnx.Module):
         text = config.llm is None or config.qformer_reads_prompt
         self.qformer = QFormer(config.qformer, text=text, dtype=dtype, rngs=rngs)
 
-    def image_features(self, images: jax.Array) -> jax.Array:
-        """uint8[B, H, W, 3] -> float[B, N, D_image]; no gradient enters a frozen encoder."""
-        features = self.vit(images)
-        return jax.lax.stop_gradient(features) if self.config.freeze_vit else features
+    def image_features(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """uint8[B, H, W, 3] -> float[B, N, D_image]; no gradient enters a frozen encoder.
 
-    def encode_images(self, images: jax.Array) -> jax.Array:
+        `key` is randomness for the drop path of an encoder that is trained, or None.
+        """
+        if self.config.freeze_vit:
+            return jax.lax.stop_gradient(self.vit(images))
+        return self.vit(images, key)
+
+    def encode_images(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """uint8[B, H, W, 3] -> float[B, N, D_image], normalized by `ln_vision`."""
-        return self.ln_vision(self.image_features(images))
+        return self.ln_vision(self.image_features(images, key))
 
     def queries(self, batch: int) -> jax.Array:
         """The learned queries, once for each image: float[B, Q, D]."""
@@ -199,7 +203,9 @@ class Blip2Stage2(Blip2):
                 if text is None
                 else "This model's Q-Former reads no text; leave it out."
             )
-        image_kv = self.qformer.image_keys_values(self.encode_images(images))
+        # An extra key, not a split: without drop path the Q-Former's dropout stays what it was.
+        k_vit = None if key is None else jax.random.fold_in(key, 1)
+        image_kv = self.qformer.image_keys_values(self.encode_images(images, k_vit))
         if text is None:
             output, _ = self.query_image(image_kv, key)
         else:

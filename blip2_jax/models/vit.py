@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from blip2_jax.models import layers
-from blip2_jax.models.layers import MLP, Attention, Stack, layer_norm, linear, normal
+from blip2_jax.models.layers import MLP, Attention, Stack, layer_norm, linear, normal, split_key
 
 # Mean and standard deviation of RGB in 0..1: CLIP's, used by BLIP-2 with both encoders.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -43,6 +44,7 @@ class ViTConfig:
     patch_bias: bool = True  # CLIP: False
     pre_norm: bool = False  # CLIP's ln_pre, on the embeddings
     align_corners: bool = False  # how positions are resampled for another image size; CLIP: True
+    drop_path: float = 0.0  # share of branches left out in training, in the last block
     remat: str = "none"
 
     @property
@@ -75,9 +77,21 @@ class ViTBlock(nnx.Module):
         self.norm2 = norm()
         self.mlp = MLP(width, config.mlp_dim, activation=config.activation, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def __call__(
+        self, x: jax.Array, rate: jax.Array | float = 0.0, key: jax.Array | None = None
+    ) -> jax.Array:
+        """One block; with a key, each branch of each image is left out with probability `rate`."""
+        k1, k2 = split_key(key, 2)
+        x = x + drop_path(self.attn(self.norm1(x)), rate, k1)
+        return x + drop_path(self.mlp(self.norm2(x)), rate, k2)
+
+
+def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> jax.Array:
+    """Stochastic depth (Huang et al. 2016): whole rows of float[B, ...] are left out."""
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, (len(x), *[1] * (x.ndim - 1)))
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
 class ViT(nnx.Module):
@@ -106,11 +120,12 @@ class ViT(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Encodes images.
 
         Args:
           images: uint8[B, H, W, 3], of the config's size; normalized here, on the device.
+          key: randomness of drop path, or None.
 
         Returns:
           float[B, N, D]: the residual stream after the last block, class token first.
@@ -125,8 +140,40 @@ class ViT(nnx.Module):
         x = jnp.concatenate([cls.astype(x.dtype), x], axis=1) + self.pos_embed[...].astype(x.dtype)
         if self.config.pre_norm:
             x = self.ln_pre(x)
-        x, _ = self.layers(lambda block, x, _: (block(x), None), x)
+        rate, depth = self.config.drop_path, self.config.num_layers
+        if not rate:
+            key = None
+        rates = jnp.linspace(0.0, rate, depth) if key is not None else jnp.zeros(depth)
+        x, _ = self.layers(lambda block, x, layer: (block(x, *layer), None), x, rates, key=key)
         return x
+
+
+def layer_scales(params: Any, decay: float) -> Any:
+    """Factors on the learning rate of each parameter of a ViT, smaller the deeper it lies.
+
+    decay ** (L + 1 - n) with n = 0 for the embeddings and n = i + 1 for block i, so the last block
+    has decay ** 1 (LAVIS `blip2_models/blip2.py`, which computes them and never applies them).
+
+    Args:
+      params: the ViT's parameters, blocks stacked.
+      decay: 1 or less; 1 leaves all as they are.
+
+    Returns:
+      The same tree with float32 arrays that broadcast against the parameters.
+    """
+    depth = jax.tree.leaves(params["layers"])[0].shape[0]
+    blocks = decay ** np.arange(depth, 0, -1, dtype=np.float32)
+    return {
+        name: jax.tree.map(
+            lambda x, of=name: (
+                blocks.reshape(-1, *[1] * (x.ndim - 1))
+                if of == "layers"
+                else np.float32(decay ** (depth + 1))
+            ),
+            part,
+        )
+        for name, part in params.items()
+    }
 
 
 class PatchClassifier(nnx.Module):

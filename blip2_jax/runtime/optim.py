@@ -19,7 +19,7 @@ TEMPERATURES = ("temp", "temperature", "logit_scale")
 
 
 def make_optimizer(
-    config_optim: Mapping[str, Any], abstract_params: Any
+    config_optim: Mapping[str, Any], abstract_params: Any, scales: Any = None
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW with linear warmup and cosine decay, both per step.
 
@@ -28,6 +28,7 @@ def make_optimizer(
         `betas` (two numbers), `eps`, `weight_decay`, `clip_norm` (global norm; 0 = no clipping),
         `decay_biases`, `decay_temperature` (bools; LAVIS: False, True).
       abstract_params: the trainable parameters, arrays or `jax.ShapeDtypeStruct`s.
+      scales: factors on each parameter's learning rate, a tree like them, or None.
 
     Returns:
       The optimizer, and the schedule `step -> learning rate` for the log.
@@ -44,11 +45,18 @@ def make_optimizer(
         optax.add_decayed_weights(config_optim["weight_decay"], mask),
         optax.scale_by_learning_rate(schedule),
     ]
+    if scales is not None:
+        parts.append(_scale_each(scales))
     if config_optim["clip_norm"] < 0:
         raise ValueError(f"config.optim.clip_norm is {config_optim['clip_norm']}; 0 turns it off.")
     if config_optim["clip_norm"]:
         parts.insert(0, optax.clip_by_global_norm(config_optim["clip_norm"]))
     return optax.chain(*parts), schedule
+
+
+def _scale_each(scales: Any) -> optax.GradientTransformation:
+    """Multiplies each parameter's update, weight decay included, as its own rate would."""
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, s: u * s, updates, scales))
 
 
 def make_schedule(config_optim: Mapping[str, Any]) -> optax.Schedule:

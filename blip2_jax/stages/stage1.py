@@ -37,7 +37,8 @@ def loss_fn(
     )
     same = batch["image_id"][:, None] == batch["image_id"][None, :]
 
-    features = model.image_features(batch["image"])
+    k_vit = None if key is None else jax.random.fold_in(key, 1)
+    features = model.image_features(batch["image"], k_vit)
     image_kv = _keys_values(model, features)
     queries, past = model.query_image(image_kv, k_image)
     itc, image_to_text, text_to_image = losses.itc_loss(

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from blip2_jax.models.blip2 import Blip2Stage2
+from blip2_jax.models.t5 import T5Config
 from blip2_jax.stages import losses
-from blip2_jax.stages.step import Batch, Metrics, Params, Spec, State, update
+from blip2_jax.stages.step import WEIGHT, Batch, Metrics, Params, Spec, State, update
 
 
 def loss_fn(
@@ -20,18 +21,27 @@ def loss_fn(
 
     Args:
       params: trainable part; frozen: the rest.
-      batch: `image` uint8[B, H, W, 3]; `llm_ids` and `llm_mask` int32[B, S]; `llm_labels`
-        int32[B, S], the ids themselves with -100 where nothing is to be learned (padding, and
-        a fixed prompt). With no prompt the begin token is a label too, as in LAVIS.
+      batch: `image` uint8[B, H, W, 3]; and of a decoder-only LLM, `llm_ids` and `llm_mask`
+        int32[B, S] and `llm_labels` int32[B, S], the ids themselves with -100 where nothing is to
+        be learned (padding, and a prompt). With no prompt the begin token is a label too, as in
+        LAVIS. Of an encoder-decoder, ids and mask are what its encoder reads after the image (the
+        first part of the caption, drawn anew each time, or a prompt), and labels its decoder's
+        text. Where the Q-Former reads the prompt too, `text_ids` and `text_mask` int32[B, T].
       key: randomness of dropout, or None.
       spec: what the recipe decides.
     """
     model: Blip2Stage2 = spec.merge(params, frozen)
     k_queries, k_llm = (None, None) if key is None else jax.random.split(key)
-    prompt = model.visual_prompt(batch["image"], key=k_queries)
-    logits = model.language_logits(prompt, batch["llm_ids"], batch["llm_mask"], k_llm)
+    ids, mask = batch["llm_ids"], batch["llm_mask"]
+    text = (batch["text_ids"], batch["text_mask"]) if "text_ids" in batch else None
+    prompt = model.visual_prompt(batch["image"], text, key=k_queries)
     learned = batch["llm_labels"] >= 0
     targets = jnp.where(learned, batch["llm_labels"], 0)
+    if isinstance(model.config.llm, T5Config):
+        real = learned.astype(mask.dtype)
+        logits = model.language_logits(prompt, targets, real, k_llm, prefix=(ids, mask))
+    else:
+        logits = model.language_logits(prompt, ids, mask, k_llm)
     loss = losses.weighted_mean(losses.cross_entropy(logits, targets), learned)
     hits = losses.weighted_mean(logits.argmax(axis=-1) == targets, learned)
     metrics = {
@@ -39,6 +49,7 @@ def loss_fn(
         "lm/loss": loss,
         "lm/perplexity": jnp.exp(loss),
         "lm/token_accuracy": hits,
+        WEIGHT: learned.sum(dtype=jnp.float32),
     }
     return loss, metrics
 

@@ -1,10 +1,12 @@
 """What the train steps of all stages have in common: the spec they close over, and one update."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -50,6 +52,10 @@ class Spec:
 
 LossFn = Callable[..., tuple[jax.Array, Metrics]]
 
+# A metric of losses that are means: how much the mean is over (its tokens). Where it is there, a
+# batch may be computed in parts.
+WEIGHT = "tokens"
+
 
 def update(
     loss_fn: LossFn, state: State, frozen: Params, batch: Batch, key: jax.Array, *, spec: Spec
@@ -70,7 +76,44 @@ def update(
       The new state, and the metrics of the loss with norms and learning rate added.
     """
     key = jax.random.fold_in(key, state["step"])
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(state["params"], frozen, batch, key, spec=spec)
+    gradient = jax.grad(functools.partial(loss_fn, spec=spec), has_aux=True)
+    parts = spec.stage.accumulate
+    if parts == 1:
+        grads, metrics = gradient(state["params"], frozen, batch, key)
+    else:
+        grads, metrics = _accumulated(gradient, state["params"], frozen, batch, key, parts)
     rate = spec.schedule(state["step"])
     state, norms = apply_gradients(state, grads, spec.optimizer)
     return state, {**metrics, **norms, "learning_rate": rate}
+
+
+def _accumulated(gradient, params: Params, frozen: Params, batch: Batch, key, parts: int):
+    """Gradients and metrics of a batch that is computed in parts.
+
+    Parts are weighed by their tokens, so that the result is that of the whole batch. Row i goes
+    to part i mod `parts`: every device splits its own rows, and none travels.
+    """
+    split = lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+
+    def body(total, part):
+        rows, key = part
+        found = gradient(params, frozen, rows, key)
+        if WEIGHT not in found[1]:
+            raise ValueError(
+                "config.stage.accumulate is above 1, but the loss of this stage is over the whole "
+                "batch at once (its contrast needs all pairs); set it to 1."
+            )
+        weighed = jax.tree.map(lambda x: x.astype(jnp.float32) * found[1][WEIGHT], found)
+        return jax.tree.map(jnp.add, total, weighed), found[1][WEIGHT]
+
+    rows = jax.tree.map(split, batch)
+    keys = jax.random.split(key, parts)
+    first = jax.tree.map(lambda x: x[0], (rows, keys))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.float32),
+        jax.eval_shape(gradient, params, frozen, *first),
+    )
+    (grads, metrics), weights = jax.lax.scan(body, zeros, (rows, keys))
+    whole = jnp.maximum(weights.sum(), 1e-9)
+    grads, metrics = jax.tree.map(lambda x: x / whole, (grads, metrics))
+    return grads, {**metrics, WEIGHT: whole}

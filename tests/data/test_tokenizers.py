@@ -71,6 +71,11 @@ def test_a_prompt_is_not_learned(opt):
     assert learned == " red 3\n"
 
 
+def test_the_end_may_be_the_tokenizers_own(opt):
+    ids, _, labels = tokenizers.encode_captions(opt, ["red 3"], 8, end="")
+    assert opt.decode(ids[0][labels[0] != tokenizers.IGNORED]) == "</s>red 3</s>"
+
+
 def test_prompts_are_padded_on_the_left(opt):
     ids, mask = tokenizers.encode_prompts(opt, ["", "a red"])
     assert mask.tolist() == [[0, 0, 1], [1, 1, 1]]

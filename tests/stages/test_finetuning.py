@@ -1,0 +1,142 @@
+"""Fine-tuning: a trained encoder, its rates by depth, batches in parts, encoder-decoders."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from ml_collections import FrozenConfigDict
+
+import tests.tiny as tiny
+from blip2_jax import recipe
+from blip2_jax.models import vit
+from blip2_jax.models.blip2 import make_model
+from blip2_jax.models.vit import ViT, ViTConfig
+from blip2_jax.runtime import mesh as meshes
+from blip2_jax.stages import stage2
+from blip2_jax.stages.step import Spec
+from blip2_jax.weights import checkpoint, huggingface
+from tests.weights import models
+
+TRAINED = ("vit", "ln_vision", "query_tokens", "qformer", "language_projection")
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
+
+
+def first_step(config, mesh):
+    """Parameters before and after one step, and its metrics."""
+    run = recipe.build(config, mesh)
+    state, frozen = run.init_state(jax.random.key(0)), tiny.frozen(run)
+    before = jax.device_get(state["params"])
+    state, metrics = run.train_step(state, frozen, tiny.batch(config), jax.random.key(1))
+    return before, jax.device_get(state["params"]), jax.device_get(metrics)
+
+
+def test_a_batch_in_parts_is_the_whole_batch(one_device):
+    """Parts hold unequal numbers of tokens, and are weighed by them."""
+    _, whole, metrics = first_step(tiny.config("stage2"), one_device)
+    _, parts, of_parts = first_step(tiny.config("stage2", **{"stage.accumulate": 4}), one_device)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole, parts)
+    for name in ("loss", "tokens", "grad_norm", "lm/token_accuracy"):
+        np.testing.assert_allclose(of_parts[name], metrics[name], rtol=1e-4, err_msg=name)
+
+
+def test_a_contrast_in_parts_is_refused(one_device):
+    with pytest.raises(ValueError, match=r"accumulate is above 1, .* set it to 1"):
+        first_step(tiny.config("stage1", **{"stage.accumulate": 2}), one_device)
+    with pytest.raises(ValueError, match="batch_size 8 .*in 3 parts"):
+        recipe.build(tiny.config("stage2", **{"stage.accumulate": 3}), one_device)
+
+
+def test_rates_fall_from_block_to_block(one_device):
+    """The update of every parameter of the encoder is the plain one times its factor."""
+    plain = tiny.config("stage2", trainable=TRAINED)
+    decayed = tiny.config("stage2", trainable=TRAINED, **{"optim.vit_layer_decay": 0.5})
+    before, after, _ = first_step(plain, one_device)
+    _, slower, _ = first_step(decayed, one_device)
+    update = jax.tree.map(lambda a, b: b - a, before, after)
+    less = jax.tree.map(lambda a, b: b - a, before, slower)
+    factors = {"embeddings": 0.5**3, 0: 0.5**2, 1: 0.5**1}  # of two blocks
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7, rtol=2e-3)  # noqa: E731
+    for name in ("cls_token", "pos_embed", "patch_embed"):
+        jax.tree.map(
+            lambda a, b: close(a, factors["embeddings"] * b), less["vit"][name], update["vit"][name]
+        )
+    for block in (0, 1):
+        jax.tree.map(
+            lambda a, b, i=block: close(a[i], factors[i] * b[i]),
+            less["vit"]["layers"],
+            update["vit"]["layers"],
+        )
+    for name in set(TRAINED) - {"vit"}:
+        jax.tree.map(close, less[name], update[name])
+    assert max(np.abs(x).max() for x in jax.tree.leaves(update["vit"])) > 1e-4  # it is trained
+    with pytest.raises(ValueError, match="vit_layer_decay is for a trained ViT"):
+        recipe.build(tiny.config("stage2", **{"optim.vit_layer_decay": 0.9}), one_device)
+
+
+def test_drop_path_leaves_whole_rows_out_and_keeps_the_mean():
+    x = jnp.ones((4000, 3))
+    out = np.asarray(vit.drop_path(x, 0.25, jax.random.key(0)))
+    rows = out[:, 0]
+    assert (out == rows[:, None]).all() and set(np.unique(rows)) == {0.0, np.float32(4 / 3)}
+    error = (4 / 3) * np.sqrt(0.25 * 0.75 / 4000)
+    assert abs(rows.mean() - 1) < 5 * error
+    np.testing.assert_array_equal(vit.drop_path(x, 0.25, None), x)
+
+
+def test_drop_path_is_for_training_only():
+    sizes = ViTConfig(16, 8, 24, 2, 2, 32, drop_path=0.5)
+    model = ViT(sizes, rngs=nnx.Rngs(0))
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3)).astype(np.uint8)
+    still = model(images)
+    np.testing.assert_array_equal(still, model(images))
+    moved = model(images, jax.random.key(0))
+    assert not np.allclose(still, moved)
+    np.testing.assert_array_equal(moved, model(images, jax.random.key(0)))
+
+
+def test_a_trained_encoder_starts_from_its_source_at_another_resolution(one_device, tmp_path):
+    sizes = ViTConfig(16, 8, 24, 2, 2, 32, "quick_gelu", 1e-5, "qkvo", False, True, True)
+    params = nnx.to_pure_dict(nnx.state(ViT(sizes, rngs=nnx.Rngs(3))))
+    huggingface.save(tmp_path, sizes, params)
+    changes = {"model.vit.source": str(tmp_path), "model.vit.resolution": 32}
+    run = recipe.build(tiny.config("stage2", trainable=TRAINED, **changes), one_device)
+    assert run.image_size == 32 and run.model_config.vit.num_tokens == 17
+    state = run.load_trained_towers(run.init_state(jax.random.key(0)))
+    got = jax.device_get(state["params"]["vit"])
+    jax.tree.map(np.testing.assert_array_equal, got["layers"], params["layers"])
+    assert got["pos_embed"].shape == (1, 17, 24)
+    np.testing.assert_array_equal(got["pos_embed"][:, 0], params["pos_embed"][:, 0])
+
+
+def test_the_loss_of_an_encoder_decoder_equals_transformers(tmp_path):
+    """Prefix to the encoder, suffix to the decoder, padding in both."""
+    theirs = models.generation("t5")
+    theirs.save_pretrained(tmp_path)
+    found = checkpoint.open_checkpoint(str(tmp_path))
+    params = found.load(found.abstract())
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(found.config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 28, 28, 3)).astype(np.uint8)
+    mask = (np.arange(6) < np.array([[6], [2], [4]])).astype(np.int32)
+    prefix = np.where(mask, rng.integers(3, 60, (3, 6)), 0).astype(np.int32)
+    ends = np.arange(5) < np.array([[3], [5], [1]])
+    labels = np.where(ends, rng.integers(3, 60, (3, 5)), -100).astype(np.int32)
+    batch = {"image": images, "llm_ids": prefix, "llm_mask": mask, "llm_labels": labels}
+    spec = Spec(graph, None, None, FrozenConfigDict({"accumulate": 1}), None)
+    loss, metrics = stage2.loss_fn(params, {}, batch, None, spec=spec)
+    head = torch.full((3, 5), 69)
+    pixels = torch.tensor(np.array(vit.normalize_images(images))).permute(0, 3, 1, 2)
+    want = theirs(
+        pixel_values=pixels,
+        input_ids=torch.cat([head, torch.tensor(prefix)], dim=1).long(),
+        attention_mask=torch.cat([torch.ones_like(head), torch.tensor(mask)], dim=1),
+        labels=torch.tensor(labels).long(),
+    ).loss
+    np.testing.assert_allclose(loss, want.item(), rtol=1e-5)
+    assert metrics["tokens"] == ends.sum()
