@@ -128,6 +128,7 @@ def model_config(config: ConfigDict) -> Any:
     """The model's sizes, of the type that `make_module` knows."""
     model = config.model
     own = {"image_size": model.vit.resolution} if model.vit.resolution else {}
+    own |= {"num_layers": model.vit.layers} if model.vit.layers else {}
     own["drop_path"] = model.vit.drop_path
     vit_config = functools.partial(
         _tower_config, model.vit, huggingface.vit_config, vit.ViTConfig, **own

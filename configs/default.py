@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
         {
             "source": "",
             "fingerprint": "",
+            "layers": 0,  # blocks kept of the source's, from the first; 0: all (CLIP: 23 of 24)
             "resolution": 0,  # pixels, if not the source's; positions are resampled. 0: as it is
             "image_size": 224,
             "patch_size": 14,

@@ -19,7 +19,7 @@ from blip2_jax.models.blip2 import Blip2Config, LLMConfig
 from blip2_jax.models.llama import LlamaConfig
 from blip2_jax.models.opt import OPTConfig
 from blip2_jax.models.vit import ViTConfig
-from blip2_jax.weights import configs, files, tables, transfer
+from blip2_jax.weights import configs, files, published, tables, transfer
 from blip2_jax.weights.files import Tensors, WeightsError
 from blip2_jax.weights.positions import Resized
 from blip2_jax.weights.tables import Table
@@ -63,7 +63,9 @@ def _from_hub(name: str) -> Path:
 
 
 def read_config(source: str) -> dict[str, Any]:
-    """The parsed `config.json` of a source."""
+    """The parsed `config.json` of a source; that of a published tower needs no folder."""
+    if source in published.CONFIGS and not Path(source).exists():
+        return dict(published.CONFIGS[source])
     path = find(source) / "config.json"
     try:
         return json.loads(path.read_text())

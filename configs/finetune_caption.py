@@ -1,0 +1,26 @@
+"""Captioning on COCO (paper, table 7): the image encoder is trained too, at 364 pixels.
+
+blip2 train --config=configs/finetune_caption.py:vitg-opt2.7b --workdir=DIR \\
+    --config.init.checkpoint=runs/stage2
+"""
+
+from ml_collections import ConfigDict
+
+from configs import published
+
+DECAY = {"opt6.7b": 0.95}  # of the encoder's rates, by block; 1 for the others
+
+
+def get_config(variant: str = "vitg-opt2.7b") -> ConfigDict:
+    vit, llm = published.words(variant, tuple(published.VITS), tuple(published.LLMS))
+    config = published.get_config(vit, llm)
+    config.name = f"caption-{variant}"
+    config.stage.name = "stage2"
+    config.trainable = (*published.VISUAL, "language_projection")
+    config.init.checkpoint = "runs/stage2"
+    published.finetune(config, batch_size=256, samples=published.COCO_CAPTIONS)
+    config.model.vit.resolution = 364
+    config.optim.vit_layer_decay = DECAY.get(llm, 1.0)
+    config.data.update({"source": "coco", "dir": "data/coco", "form": "caption"})
+    config.data.prompt = "a photo of"
+    return config

@@ -1,0 +1,50 @@
+"""Every published recipe builds, abstractly, with as many trained parameters as published."""
+
+import jax
+import pytest
+
+from blip2_jax import cli, recipe
+from blip2_jax.runtime import mesh as meshes
+
+# (recipe, trained parameters: LAVIS's logs and the paper's tables; None where none is published)
+RECIPES = [
+    ("stage1.py", 186_705_470),
+    ("stage1.py:vitl-paper", 183_165_758),
+    ("stage1.py:vitg-lavis", 186_705_470),
+    ("stage2.py", 107_133_696),
+    ("stage2.py:vitg-opt6.7b-paper", 108_314_880),
+    ("stage2.py:vitg-flant5xl-paper", 106_739_968),
+    ("stage2.py:vitg-flant5xxl-paper", 108_314_880),
+    ("stage2.py:vitl-opt2.7b-paper", 103_593_984),
+    ("stage2.py:vitl-flant5xl-lavis", 103_200_256),
+    ("finetune_caption.py", 1_093_619_584),
+    ("finetune_caption.py:vitg-opt6.7b", None),
+    ("finetune_vqa.py", None),
+    ("finetune_retrieval.py", 1_173_191_358),
+    ("finetune_retrieval.py:vitl", 474_177_342),
+    ("instruct.py", None),
+    ("instruct.py:vitg-flant5xxl", None),
+]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize(("name", "published"), RECIPES, ids=[name for name, _ in RECIPES])
+def test_a_recipe_builds_with_the_published_number_of_parameters(name, published, mesh):
+    config = cli.load_config(f"configs/{name}")
+    run = recipe.build(config, mesh)
+    count = sum(x.size for x in jax.tree.leaves(run.abstract_state["params"]))
+    assert published is None or count == published
+    assert run.abstract_frozen.keys() == {"vit", "llm"} - set(config.trainable) - (
+        {"llm"} if config.stage.name == "stage1" else set()
+    )
+    size = config.model.vit.resolution or 224
+    assert run.image_size == size
+
+
+def test_an_unknown_variant_says_what_there_is():
+    with pytest.raises(ValueError, match=r"stage2.*|takes FILE.py:\{vitg,vitl\}-\{opt2.7b,"):
+        cli.load_config("configs/stage2.py:vitg-gpt4-paper")
