@@ -23,7 +23,7 @@ def get_config(variant: str = "vitg-flant5xl") -> ConfigDict:
     config.stage.name = "stage2"
     config.trainable = (*published.VISUAL, "language_projection")
     config.model.qformer_reads_prompt = True
-    config.init.update({"checkpoint": "runs/stage2", "bert": "bert-base-uncased"})
+    config.init.update({"checkpoint": "runs/stage2", "bert": "google-bert/bert-base-uncased"})
     published.finetune(config, batch_size=128, samples=QUESTIONS)
     config.model.vit.resolution = 490
     config.optim.vit_layer_decay = DECAY.get(llm, 0.95)

@@ -21,7 +21,7 @@ def get_config(variant: str = "vitg-vicuna7b") -> ConfigDict:
     config.stage.name = "stage2"
     config.trainable = (*published.VISUAL, "language_projection")
     config.model.qformer_reads_prompt = True
-    config.init.update({"checkpoint": "runs/stage2", "bert": "bert-base-uncased"})
+    config.init.update({"checkpoint": "runs/stage2", "bert": "google-bert/bert-base-uncased"})
     config.steps = 60_000
     config.optim.update(
         {

@@ -14,7 +14,7 @@ def get_config(variant: str = "vitg-paper") -> ConfigDict:
     vit, recipe = published.words(variant, tuple(published.VITS), ("paper", "lavis"))
     config = published.get_config(vit)
     config.name = f"stage1-{variant}"
-    config.init.bert = "bert-base-uncased"  # paper, section 3.1
+    config.init.bert = "google-bert/bert-base-uncased"  # paper, section 3.1
     config.steps = 250_000  # paper, section 3.4
     config.data.batch_size = {"vitg": 1680, "vitl": 2320}[vit]
     published.web_mixture(config)

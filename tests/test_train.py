@@ -158,6 +158,27 @@ def test_stage_2_starts_from_stage_1_and_checkpoints_hold_no_tower(whole, world,
         assert not params.keys() & {"vit", "llm"}
 
 
+def test_questions_are_answered_with_a_qformer_that_reads_them(world, tmp_path):
+    """Question answering as a recipe: the question goes into the Q-Former and before the answer."""
+    changes = {
+        "data.task": "answer",
+        "data.prompt": "Question: {} Answer:",
+        "model.qformer_reads_prompt": True,
+        "stage.accumulate": 2,
+        "mesh.fsdp": 4,
+        "mesh.data": 1,
+        "mesh.tensor": 2,
+        "steps": 4,
+        "log.every": 1,
+    }
+    assert run(flags(world, "stage2", **changes), tmp_path / "vqa") == 0
+    params, lines = result(tmp_path / "vqa")
+    assert "word_embeddings" in params["qformer"]  # the text branch is trained
+    assert lines[-1]["tokens"] < 8 * 6  # of answers alone: a digit, a color, a place
+    with pytest.raises(ValueError, match="needs {} in place of the question"):
+        run(flags(world, "stage2", **changes | {"data.prompt": "Answer:"}), tmp_path / "other")
+
+
 def test_the_towers_are_bit_identical_after_training(whole, world):
     """Read anew, they have the fingerprints that the run recorded when it began."""
     done = json.loads((whole / "done.json").read_text())

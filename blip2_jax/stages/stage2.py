@@ -33,7 +33,8 @@ def loss_fn(
     model: Blip2Stage2 = spec.merge(params, frozen)
     k_queries, k_llm = (None, None) if key is None else jax.random.split(key)
     ids, mask = batch["llm_ids"], batch["llm_mask"]
-    text = (batch["text_ids"], batch["text_mask"]) if "text_ids" in batch else None
+    reads_prompt = model.config.qformer_reads_prompt
+    text = (batch["text_ids"], batch["text_mask"]) if reads_prompt else None
     prompt = model.visual_prompt(batch["image"], text, key=k_queries)
     learned = batch["llm_labels"] >= 0
     targets = jnp.where(learned, batch["llm_labels"], 0)
