@@ -186,7 +186,12 @@ def encode_prefix(
 
 
 def encode_prompts(
-    tokenizer: Any, texts: Sequence[str], *, side: str = "left", length: int | None = None
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    side: str = "left",
+    length: int | None = None,
+    truncate: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Prompts with the tokenizer's own special tokens: ids and mask, int32[B, T].
 
@@ -195,11 +200,20 @@ def encode_prompts(
       texts: the prompts.
       side: of the padding: "left" for decoder-only models, "right" for encoder-decoders.
       length: T; the longest prompt's when None.
+      truncate: the most tokens of a prompt, special ones included; longer ones are cut.
     """
-    rows = tokenizer(list(texts))["input_ids"]
+    rows = prompt_tokens(tokenizer, texts, truncate)
     length = length or max(map(len, rows))
     mask = _pad([[1] * len(row) for row in rows], length, 0, side=side)
     return _pad(rows, length, pad_id(tokenizer), side=side), mask
+
+
+def prompt_tokens(
+    tokenizer: Any, texts: Sequence[str], truncate: int | None = None
+) -> list[list[int]]:
+    """Ids of each prompt, without padding; see `encode_prompts`."""
+    cut = {} if truncate is None else {"truncation": True, "max_length": truncate}
+    return tokenizer(list(texts), **cut)["input_ids"]
 
 
 def pad_id(tokenizer: Any) -> int:

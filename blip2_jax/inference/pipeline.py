@@ -50,7 +50,7 @@ class Blip2:
       config: the model's sizes.
       params: all its parameters, nested dicts of arrays. The language model's are taken apart
         layer by layer, which is how decoding reads them; do not use them afterwards.
-      dtype: what is computed in; None: the parameters' own.
+      dtype: what is computed in; None: what the queries are in.
       mesh: the devices that hold `params`; None: those they are on, one batch on all of them.
       qformer_tokenizer, llm_tokenizer: see `data.tokenizers`; None where the model has no use.
       batch_size: images, texts or pairs that are computed at once, at most.
@@ -75,6 +75,7 @@ class Blip2:
         self.config, self.params, self.mesh, self.source = config, params, mesh, source
         self.qformer_tokenizer, self.llm_tokenizer = qformer_tokenizer, llm_tokenizer
         self.batch_size = batch_size
+        dtype = params["query_tokens"].dtype if dtype is None else dtype
         make = lambda: make_model(config, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
         graph, abstract = nnx.split(nnx.eval_shape(make))
         missing = nnx.to_pure_dict(abstract).keys() - params.keys()
@@ -365,31 +366,26 @@ class Blip2:
         """Reader of rows of a generation: row numbers, prompts, the Q-Former's texts, pixels."""
         tokenizer = self.llm_tokenizer
         side = "right" if isinstance(self.config.llm, T5Config) else "left"
-        rows = tokenizer(list(prompts))["input_ids"]
+        lengths = [len(row) for row in tokenizers.prompt_tokens(tokenizer, prompts, truncate)]
         queries = self.config.qformer.num_query_tokens
         room = getattr(self.config.llm, "max_position_embeddings", None)
-        for number, row in enumerate(rows):
-            row = row[:truncate]
-            needed = queries + len(row) + how.max_new_tokens
+        for number, length in enumerate(lengths):
+            needed = queries + length + how.max_new_tokens
             if room is not None and needed > room:
                 raise ValueError(
-                    f"Prompt {number} has {len(row)} tokens; with {queries} visual ones and "
+                    f"Prompt {number} has {length} tokens; with {queries} visual ones and "
                     f"{how.max_new_tokens} to write that makes {needed}, and the language model "
                     f"has {room} positions. Shorten it, or pass truncate=N."
                 )
-        if truncate is not None:
-            kept = [row[:truncate] for row in rows]
-            prompts = tokenizer.batch_decode(kept, skip_special_tokens=True)
         words = None
         if self.config.qformer_reads_prompt and pictures is not None:
-            words = self._words(prompts, None)
+            words = self._words(prompts, truncate)
         pixels = None if pictures is None else self._pixels(pictures, skipped=skipped)
 
         def read(start: int, stop: int) -> list[np.ndarray]:
-            longest = max(len(row[:truncate]) for row in rows[start:stop])
-            length = _power_of_two(longest, SHORTEST)
+            length = _power_of_two(max(lengths[start:stop]), SHORTEST)
             ids, mask = tokenizers.encode_prompts(
-                tokenizer, prompts[start:stop], side=side, length=length
+                tokenizer, prompts[start:stop], side=side, length=length, truncate=truncate
             )
             arrays = [np.arange(start, stop, dtype=np.int32), ids, mask]
             arrays += words(start, stop) if words is not None else []

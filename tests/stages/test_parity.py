@@ -1,0 +1,153 @@
+"""Stage 1's three losses and their gradients equal a PyTorch computation on transformers' modules.
+
+Written from the paper's section 3.2 and LAVIS's behavior, not from our code: ITG is one pass over
+queries and text under the whole mask (ours continues from cached queries), the negatives of a batch
+of two are the other pair.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from ml_collections import FrozenConfigDict
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from blip2_jax.models.blip2 import make_model
+from blip2_jax.models.vit import normalize_images
+from blip2_jax.runtime import mesh as meshes
+from blip2_jax.stages import stage1
+from blip2_jax.stages.step import Spec
+from blip2_jax.weights import checkpoint, files, huggingface, transfer
+from tests.weights import models
+
+QUERIES, BOS, PAD = 5, 60, 0
+LENGTHS = np.array([[8], [6]])
+TRAINED = ("ln_vision", "query_tokens", "qformer", "vision_proj", "text_proj", "itm_head")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """transformers' model, our parameters, the heads it lacks, and a batch of two pairs."""
+    folder = tmp_path_factory.mktemp("retrieval")
+    theirs = models.retrieval()
+    theirs.save_pretrained(folder)
+    found = checkpoint.open_checkpoint(str(folder))
+    params = found.load(found.abstract())
+    whole = checkpoint.abstract_params(found.config)
+    rng = np.random.default_rng(0)
+    draw = lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32)  # noqa: E731
+    params["itg_head"] = jax.tree.map(draw, whole["itg_head"])
+    params["temp"] = np.float32(0.2)
+    mask = (np.arange(8) < LENGTHS).astype(np.int32)
+    batch = {
+        "image": rng.integers(0, 256, (2, 28, 28, 3)).astype(np.uint8),
+        "text_ids": np.where(mask, rng.integers(3, BOS, (2, 8)), PAD).astype(np.int32),
+        "text_mask": mask,
+        "image_id": np.arange(2, dtype=np.int32),
+    }
+    return theirs, found.config, params, batch
+
+
+def torch_losses(theirs, head, temperature, batch):
+    """ITC, ITM and ITG in PyTorch."""
+    ids, mask = torch.tensor(batch["text_ids"]).long(), torch.tensor(batch["text_mask"]).long()
+    pixels = torch.tensor(np.array(normalize_images(batch["image"]))).permute(0, 3, 1, 2)
+    with torch.no_grad():  # the encoder is frozen; the norm after it is not
+        stream = theirs.vision_model(pixels, output_hidden_states=True).hidden_states[-1]
+    image = theirs.vision_model.post_layernorm(stream)
+    queries = theirs.query_tokens.expand(2, -1, -1)
+
+    def qformer(embeds, count, mask=None, image=None):
+        return theirs.qformer(
+            query_embeds=embeds,
+            query_length=count,
+            attention_mask=mask,
+            encoder_hidden_states=image,
+        ).last_hidden_state
+
+    # Contrast: the best of an image's queries against the text's first token, labels smoothed.
+    seen = qformer(queries, QUERIES, image=image)
+    looks = F.normalize(theirs.vision_projection(seen), dim=-1)
+    alone = qformer(theirs.embeddings(input_ids=ids), 0, mask)[:, 0]
+    said = F.normalize(theirs.text_projection(alone), dim=-1)
+    similarity = torch.einsum("iqd,td->itq", looks, said).max(dim=-1).values / temperature
+    itc = sum(
+        F.cross_entropy(scores, torch.arange(2), label_smoothing=0.1) / 2
+        for scores in (similarity, similarity.T)
+    )
+
+    # Matching: each text with its image, with the other image; each image with the other text.
+    other = torch.tensor([1, 0])
+    texts, masks = torch.cat([ids, ids, ids[other]]), torch.cat([mask, mask, mask[other]])
+    images = torch.cat([image, image[other], image])
+    embeds = theirs.embeddings(input_ids=texts, query_embeds=queries.repeat(3, 1, 1))
+    whole = torch.cat([torch.ones(6, QUERIES, dtype=torch.long), masks], dim=1)
+    pairs = qformer(embeds, QUERIES, whole, images)[:, :QUERIES]
+    logits = theirs.itm_head(pairs).mean(dim=1)
+    itm = F.cross_entropy(logits, torch.tensor([1, 1, 0, 0, 0, 0]))
+
+    # Generation: [DEC] first; queries see queries, text sees queries and the text before it.
+    begun = ids.clone()
+    begun[:, 0] = BOS
+    length = ids.shape[1]
+    allowed = torch.ones(QUERIES + length, QUERIES + length).tril().bool()
+    allowed[:QUERIES, :QUERIES] = True
+    keys = torch.cat([torch.ones(2, QUERIES, dtype=torch.long), mask], dim=1).bool()
+    allowed = (allowed[None] & keys[:, None])[:, None]
+    embeds = theirs.embeddings(input_ids=begun, query_embeds=queries)
+    text = qformer(embeds, QUERIES, allowed, image)[:, QUERIES:]
+    x = F.gelu(F.linear(text, head["dense"]["kernel"].T, head["dense"]["bias"]))
+    x = F.layer_norm(x, x.shape[-1:], head["norm"]["scale"], head["norm"]["bias"], 1e-12)
+    words = theirs.embeddings.word_embeddings.weight
+    scores = F.linear(x, words, head["bias"])[:, :-1]
+    targets = begun.masked_fill(mask == 0, -100)[:, 1:]
+    itg = F.cross_entropy(
+        scores.reshape(-1, scores.shape[-1]), targets.reshape(-1), label_smoothing=0.1
+    )
+    return {"itc/loss": itc, "itm/loss": itm, "itg/loss": itg}
+
+
+def test_losses_and_gradients_equal_pytorch(both, tmp_path):
+    theirs, config, params, batch = both
+    leaf = lambda x: torch.tensor(np.asarray(x), requires_grad=True)  # noqa: E731
+    head = jax.tree.map(leaf, params["itg_head"])
+    temperature = leaf(params["temp"])
+    theirs.zero_grad()
+    want = torch_losses(theirs, head, temperature, batch)
+    sum(want.values()).backward()
+
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0))))
+    options = FrozenConfigDict({"label_smoothing": 0.1, "itc_gather_grad": True, "accumulate": 1})
+    mesh = meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
+    spec = Spec(graph, None, None, options, mesh)
+    frozen = {"vit": params["vit"]}
+    trained = {name: part for name, part in params.items() if name != "vit"}
+    arrays = jax.tree.map(jnp.asarray, batch)
+    got, metrics = jax.grad(stage1.loss_fn, has_aux=True)(trained, frozen, arrays, None, spec=spec)
+    for name, loss in want.items():
+        np.testing.assert_allclose(metrics[name], loss.item(), atol=1e-5, err_msg=name)
+
+    # The gradients travel through the name table as the weights do.
+    grads = {n: p.grad.contiguous() for n, p in theirs.named_parameters() if p.grad is not None}
+    save_file(grads, tmp_path / "model.safetensors")
+    table = huggingface.blip2_table(config)
+    rows = tuple(row for row in table.rows if row.ours[0] and row.ours[0].split("/")[0] in TRAINED)
+    table = type(table)(rows, {}, (r"vision_model\..*",))
+    abstract = {
+        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), got[name])
+        for name in TRAINED
+    }
+    found = transfer.load(table, abstract, files.open_folder(tmp_path))
+    as_numpy = lambda x: x.grad.numpy()  # noqa: E731
+    found |= {"itg_head": jax.tree.map(as_numpy, head), "temp": temperature.grad.numpy()}
+    ours = transfer.leaves_of(jax.device_get(got))
+    theirs_by_path = transfer.leaves_of(jax.device_get(found))
+    assert ours.keys() == theirs_by_path.keys()
+    for path, expected in theirs_by_path.items():
+        scale = max(float(np.abs(expected).max()), 1.0)
+        np.testing.assert_allclose(ours[path], expected, atol=1e-5 * scale, err_msg=path)
+        assert np.abs(expected).max() > 1e-7 or "k_proj/bias" in path, path  # it is trained
+    assert jnp.isfinite(metrics["loss"])
