@@ -10,8 +10,9 @@ shard by shard; kept for the next time), then reads it as bfloat16 here and with
 the size of the result.
 
 generate: writes a random-valued BLIP-2 of half a billion parameters (ViT-B, BERT-base Q-Former, an
-OPT of 24 layers), and captions the same images with it here and with transformers: 20 tokens each,
-greedy and with 5 beams, 1 and 8 images at once, float32; median of five after a warm-up.
+OPT of 24 layers), and captions the same images with it here, with transformers and, where it is
+installed, with keras-hub on JAX: 20 tokens each, greedy and with 5 beams, 1 and 8 images at once,
+float32; median of five after a warm-up.
 
 bfloat16: logits of that model for 8 images with 32 tokens of text each, in bfloat16, here and with
 transformers, against transformers' float32: the largest error as a share of the largest logit, the
@@ -20,6 +21,7 @@ mean error likewise, and the share of positions whose likeliest token stays the 
 
 import argparse
 import functools
+import importlib.util
 import json
 import subprocess
 import sys
@@ -215,7 +217,42 @@ def caption_theirs(folder: str):
     return caption
 
 
-CAPTIONERS = {"blip2_jax": caption_ours, "transformers": caption_theirs}
+def caption_keras(folder: str):
+    """keras-hub's BLIP-2 on its JAX backend; token ids in place of texts."""
+    import os
+
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras_hub
+    import numpy as np
+
+    from blip2_jax.models.vit import normalize_images
+
+    backbone = keras_hub.models.BLIP2Backbone.from_preset(folder)
+    model = keras_hub.models.BLIP2CausalLM(preprocessor=None, backbone=backbone)
+
+    def caption(count: int, beams: int) -> list[list[int]]:
+        sampler = keras_hub.samplers.BeamSampler(num_beams=beams) if beams > 1 else "greedy"
+        if caption.compiled != beams:
+            model.compile(sampler=sampler)
+            caption.compiled = beams
+        ids = np.ones((count, 1 + NEW_TOKENS), np.int32)
+        ids[:, 0] = 2
+        inputs = {
+            "images": np.array(normalize_images(np.stack(_pictures(count)))),
+            "token_ids": ids,
+            "padding_mask": (np.arange(1 + NEW_TOKENS) < 1) & np.ones_like(ids, bool),
+        }
+        return np.asarray(model.generate(inputs, stop_token_ids=None)["token_ids"])[:, 1:].tolist()
+
+    caption.compiled = 0
+    return caption
+
+
+CAPTIONERS = {
+    "blip2_jax": caption_ours,
+    "transformers": caption_theirs,
+    "keras_hub": caption_keras,  # if it is installed
+}
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -226,17 +263,21 @@ def generate(args: argparse.Namespace) -> None:
         write_middle(folder)
     found = {}
     for name in CAPTIONERS:
+        if name == "keras_hub" and importlib.util.find_spec("keras_hub") is None:
+            continue
         command = [sys.executable, __file__, "generate", f"--folder={folder}", f"--only={name}"]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found[name] = json.loads(output.splitlines()[-1])
-    print(f"{'':<20}{'blip2_jax':>12}{'transformers':>14}{'ratio':>8}   captions/s")
-    for case in found["blip2_jax"]:
-        ours, theirs = found["blip2_jax"][case], found["transformers"][case]
-        same = "same texts" if ours["texts"] == theirs["texts"] else "OTHER TEXTS"
-        print(
-            f"{case:<20}{ours['rate']:>12.3f}{theirs['rate']:>14.3f}"
-            f"{ours['rate'] / theirs['rate']:>8.2f}   {same}"
-        )
+    ours = found.pop("blip2_jax")
+    print(f"{'captions/s':<18}{'blip2_jax':>10}" + "".join(f"{name:>26}" for name in found))
+    for case, mine in ours.items():
+        line = f"{case:<18}{mine['rate']:>10.3f}"
+        for name, theirs in found.items():
+            ratio = f"({mine['rate'] / theirs[case]['rate']:.2f} x)"
+            same = "" if name == "keras_hub" or mine["texts"] == theirs[case]["texts"] else "!"
+            line += f"{theirs[case]['rate']:>16.3f}{ratio:>10}{same}"
+        print(line)
+    print("(x: how many times as fast blip2_jax is; !: other texts than transformers)")
 
 
 def generate_one(args: argparse.Namespace) -> None:
