@@ -38,7 +38,7 @@ DEFAULTS = {
     ("llama", "caption"): Task("", _CAPTION),
     ("llama", "answer"): Task("Question: {} Answer:", _ANSWER),
     ("llama", "generate"): Task("{}", _CAPTION),
-    ("instruct", "caption"): Task("A short image description.", _INSTRUCT),
+    ("instruct", "caption"): Task("A short image description:", _INSTRUCT),
     ("instruct", "answer"): Task("Question: {} Short answer:", _INSTRUCT_ANSWER),
     ("instruct", "generate"): Task("{}", _INSTRUCT),
 }
