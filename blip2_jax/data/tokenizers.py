@@ -124,12 +124,10 @@ def newline_id(tokenizer: Any) -> int:
 
 
 def encode_qformer(
-    tokenizer: Any, texts: Sequence[str], length: int, padded: int | None = None
+    tokenizer: Any, texts: Sequence[str], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[CLS] text [SEP], cut to `length` tokens: ids and mask, int32[B, padded or length]."""
-    rows = tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
-    mask = _pad([[1] * len(row) for row in rows], padded or length, 0)
-    return _pad(rows, padded or length, tokenizer.pad_token_id), mask
+    """[CLS] text [SEP], cut and right-padded: ids and mask, int32[B, length]."""
+    return pad_rows(tokenizer, tokenize(tokenizer, texts, length), length, side="right")
 
 
 def encode_captions(
@@ -185,35 +183,31 @@ def encode_prefix(
     return _pad(ids, length, tokenizer.pad_token_id), mask, _pad(labels, length, IGNORED)
 
 
-def encode_prompts(
-    tokenizer: Any,
-    texts: Sequence[str],
-    *,
-    side: str = "left",
-    length: int | None = None,
-    truncate: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts with the tokenizer's own special tokens: ids and mask, int32[B, T].
+def tokenize(tokenizer: Any, texts: Sequence[str], truncate: int | None = None) -> list[list[int]]:
+    """Ids of texts with the tokenizer's own special tokens.
 
     Args:
-      tokenizer: the LLM's; OPT's and Llama's begin a text with BOS, T5's ends it with EOS.
-      texts: the prompts.
-      side: of the padding: "left" for decoder-only models, "right" for encoder-decoders.
-      length: T; the longest prompt's when None.
-      truncate: the most tokens of a prompt, special ones included; longer ones are cut.
+      tokenizer: OPT's and Llama's begin a text with BOS, T5's ends it with EOS, BERT's does both.
+      texts: any number.
+      truncate: the most tokens of a text, special ones included; longer ones are cut.
     """
-    rows = prompt_tokens(tokenizer, texts, truncate)
-    length = length or max(map(len, rows))
-    mask = _pad([[1] * len(row) for row in rows], length, 0, side=side)
-    return _pad(rows, length, pad_id(tokenizer), side=side), mask
-
-
-def prompt_tokens(
-    tokenizer: Any, texts: Sequence[str], truncate: int | None = None
-) -> list[list[int]]:
-    """Ids of each prompt, without padding; see `encode_prompts`."""
     cut = {} if truncate is None else {"truncation": True, "max_length": truncate}
     return tokenizer(list(texts), **cut)["input_ids"]
+
+
+def pad_rows(
+    tokenizer: Any, rows: Sequence[Sequence[int]], length: int, *, side: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids as arrays: ids and mask, int32[B, length].
+
+    Args:
+      tokenizer: gives the id of the padding.
+      rows: see `tokenize`.
+      length: of the arrays; at least that of the longest row.
+      side: of the padding: "left" for prompts of decoder-only models, "right" for all others.
+    """
+    mask = _pad([[1] * len(row) for row in rows], length, 0, side=side)
+    return _pad(rows, length, pad_id(tokenizer), side=side), mask
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -366,14 +366,14 @@ class Blip2:
         """Reader of rows of a generation: row numbers, prompts, the Q-Former's texts, pixels."""
         tokenizer = self.llm_tokenizer
         side = "right" if isinstance(self.config.llm, T5Config) else "left"
-        lengths = [len(row) for row in tokenizers.prompt_tokens(tokenizer, prompts, truncate)]
+        rows = tokenizers.tokenize(tokenizer, prompts, truncate)
         queries = self.config.qformer.num_query_tokens
         room = getattr(self.config.llm, "max_position_embeddings", None)
-        for number, length in enumerate(lengths):
-            needed = queries + length + how.max_new_tokens
+        for number, row in enumerate(rows):
+            needed = queries + len(row) + how.max_new_tokens
             if room is not None and needed > room:
                 raise ValueError(
-                    f"Prompt {number} has {length} tokens; with {queries} visual ones and "
+                    f"Prompt {number} has {len(row)} tokens; with {queries} visual ones and "
                     f"{how.max_new_tokens} to write that makes {needed}, and the language model "
                     f"has {room} positions. Shorten it, or pass truncate=N."
                 )
@@ -383,10 +383,8 @@ class Blip2:
         pixels = None if pictures is None else self._pixels(pictures, skipped=skipped)
 
         def read(start: int, stop: int) -> list[np.ndarray]:
-            length = _power_of_two(max(lengths[start:stop]), SHORTEST)
-            ids, mask = tokenizers.encode_prompts(
-                tokenizer, prompts[start:stop], side=side, length=length, truncate=truncate
-            )
+            length = _power_of_two(max(map(len, rows[start:stop])), SHORTEST)
+            ids, mask = tokenizers.pad_rows(tokenizer, rows[start:stop], length, side=side)
             arrays = [np.arange(start, stop, dtype=np.int32), ids, mask]
             arrays += words(start, stop) if words is not None else []
             arrays += pixels(start, stop) if pixels is not None else []
@@ -416,22 +414,20 @@ class Blip2:
                 "qformer_tokenizer=FOLDER), BERT's with [DEC] added."
             )
         room = self.config.qformer.max_position_embeddings
-        lengths = [len(row) for row in self.qformer_tokenizer(list(texts))["input_ids"]]
-        for number, length in enumerate(lengths):
-            if min(length, truncate or length) > room:
+        rows = tokenizers.tokenize(self.qformer_tokenizer, texts, truncate)
+        for number, row in enumerate(rows):
+            if len(row) > room:
                 raise ValueError(
-                    f"Text {number} has {length} tokens, the Q-Former reads {room} at most. "
+                    f"Text {number} has {len(row)} tokens, the Q-Former reads {room} at most. "
                     f"Shorten it, or pass truncate={room}."
                 )
 
         def read(start: int, stop: int) -> list[np.ndarray]:
-            longest = min(max(lengths[start:stop]), truncate or room)
-            rows = [min(length, longest) for length in lengths[start:stop]]
-            padded = min(_power_of_two(max(rows), SHORTEST), room)
-            ids, mask = tokenizers.encode_qformer(
-                self.qformer_tokenizer, texts[start:stop], longest, padded
+            length = min(_power_of_two(max(map(len, rows[start:stop])), SHORTEST), room)
+            arrays = tokenizers.pad_rows(
+                self.qformer_tokenizer, rows[start:stop], length, side="right"
             )
-            return [ids, mask]
+            return list(arrays)
 
         return read
 

@@ -77,7 +77,8 @@ def test_the_end_may_be_the_tokenizers_own(opt):
 
 
 def test_prompts_are_padded_on_the_left(opt):
-    ids, mask = tokenizers.encode_prompts(opt, ["", "a red"])
+    rows = tokenizers.tokenize(opt, ["", "a red"])
+    ids, mask = tokenizers.pad_rows(opt, rows, 3, side="left")
     assert mask.tolist() == [[0, 0, 1], [1, 1, 1]]
     assert ids[0, 2] == ids[1, 0] == opt.bos_token_id and ids[0, 0] == opt.pad_token_id
 
