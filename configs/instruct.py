@@ -23,15 +23,7 @@ def get_config(variant: str = "vitg-vicuna7b") -> ConfigDict:
     config.model.qformer_reads_prompt = True
     config.init.update({"checkpoint": "runs/stage2", "bert": "google-bert/bert-base-uncased"})
     config.steps = 60_000
-    config.optim.update(
-        {
-            "peak_lr": 1e-5,
-            "warmup_start_lr": 1e-8,
-            "end_lr": 0.0,
-            "warmup_steps": 1000,
-            "betas": (0.9, 0.999),
-        }
-    )
+    published.small_rates(config)
     config.data.mixture = ConfigDict(
         {
             "vqav2": {"source": "vqav2", "dir": "data/vqav2"},

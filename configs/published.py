@@ -69,6 +69,11 @@ def finetune(config: ConfigDict, *, batch_size: int, samples: int) -> None:
     config.model.vit.remat = "full"
     config.data.batch_size = batch_size
     config.steps = 5 * samples // batch_size
+    small_rates(config)
+
+
+def small_rates(config: ConfigDict) -> None:
+    """Rates of all that starts from a trained Q-Former: fine-tuning and instruction tuning."""
     config.optim.update(
         {
             "peak_lr": 1e-5,
