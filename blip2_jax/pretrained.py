@@ -38,7 +38,7 @@ def load(
         a finished run.
       dtype: what parameters are kept in and computed with, e.g. "bfloat16"; None: as stored.
       mesh: a mesh, or sizes of one as in a config ({"data": 1, "fsdp": -1, "tensor": 1}), over
-        which parameters and batches are spread; None: the first device.
+        which parameters and batches are spread; None: the first device or, of a run, its own mesh.
       vit, llm: the towers' own folders or files, where the source does not hold them (LAVIS).
       qformer_tokenizer, llm_tokenizer: folders or hub names, where the source has none.
       batch_size: images, texts or pairs that are computed at once, at most.
@@ -48,11 +48,11 @@ def load(
     """
     distributed.setup_compilation_cache()
     source = str(source)
-    if (Path(source) / "done.json").is_file():
-        return recipe.load_run(Path(source), batch_size=batch_size, dtype=dtype)
-    found = checkpoint.open_checkpoint(source, vit=vit, llm=llm)
     if isinstance(mesh, Mapping):
         mesh = meshes.make_mesh(mesh)
+    if (Path(source) / "done.json").is_file():
+        return recipe.load_run(Path(source), batch_size=batch_size, dtype=dtype, mesh=mesh)
+    found = checkpoint.open_checkpoint(source, vit=vit, llm=llm)
     texts = _tokenizers(found, llm, qformer_tokenizer, llm_tokenizer)
     params = found.load(_placed(found.abstract(), dtype, mesh), progress=f"reading {source}")
     return Blip2(

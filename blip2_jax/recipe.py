@@ -255,29 +255,32 @@ def _finished(workdir: Path) -> dict[str, Any]:
     return json.loads(done.read_text())
 
 
-def load_params(workdir: Path) -> tuple[Recipe, Params]:
-    """The recipe of a finished run, and the parameters that it trained."""
+def load_params(workdir: Path, mesh: Mesh | None = None) -> tuple[Recipe, Params]:
+    """The recipe of a finished run, and the parameters that it trained; `mesh`: see `build`."""
     saved = _finished(workdir)
-    run = build(cli.config_from_json(json.dumps(saved["config"])))
+    run = build(cli.config_from_json(json.dumps(saved["config"])), mesh)
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         state, _ = checkpointer.restore(run.abstract_state)
     return run, state["params"]
 
 
-def load_run(workdir: Path, *, batch_size: int = 32, dtype: Any = None) -> Blip2:
-    """The BLIP-2 model of a finished run, on this machine's devices.
+def load_run(
+    workdir: Path, *, batch_size: int = 32, dtype: Any = None, mesh: Mesh | None = None
+) -> Blip2:
+    """The BLIP-2 model of a finished run.
 
     Args:
       workdir: the run's.
       batch_size: see `Blip2`.
       dtype: what to compute in; the run's own when None.
+      mesh: the devices; None makes the run's mesh of all there are here.
 
     Raises:
       ValueError: there is no finished run, it is no BLIP-2, or a tower is no longer the one it was
         trained on.
     """
     fingerprints = _finished(workdir)["fingerprints"]
-    run, params = load_params(workdir)
+    run, params = load_params(workdir, mesh)
     if not isinstance(run.model_config, blip2.Blip2Config):
         raise ValueError(
             f"{workdir} trained a tower ({run.config.name}), which is no BLIP-2 by itself."

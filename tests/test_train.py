@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import blip2_jax
 import tests.tiny as tiny
 from blip2_jax import cli, prepare, recipe, train
 from blip2_jax.models.opt import OPT, OPTConfig
@@ -177,6 +178,15 @@ def test_questions_are_answered_with_a_qformer_that_reads_them(world, tmp_path):
     assert lines[-1]["tokens"] < 8 * 6  # of answers alone: a digit, a color, a place
     with pytest.raises(ValueError, match="needs {} in place of the question"):
         run(flags(world, "stage2", **changes | {"data.prompt": "Answer:"}), tmp_path / "other")
+
+
+def test_a_run_is_loaded_onto_any_mesh(whole):
+    """Its own of all devices, or the one that is asked for; the same features either way."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3)).astype(np.uint8)
+    spread = blip2_jax.load(whole)
+    halves = blip2_jax.load(whole, mesh={"data": 1, "fsdp": 4, "tensor": 2})
+    assert spread.mesh.shape["fsdp"] == 8 and halves.mesh.shape["tensor"] == 2
+    np.testing.assert_allclose(spread.embed_images(images), halves.embed_images(images), atol=1e-5)
 
 
 def test_the_towers_are_bit_identical_after_training(whole, world):

@@ -73,3 +73,29 @@ def retrieval_folder(folder: Path) -> torch.nn.Module:
     theirs.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return theirs
+
+
+def instruct_folder(folder: Path) -> torch.nn.Module:
+    """An `InstructBlipForConditionalGeneration` on a Llama, with both tokenizers."""
+    words, bert = tokenizers.load("package:digits-opt"), tokenizers.load("package:digits-bert")
+    config = transformers.InstructBlipConfig(
+        vision_config=models.VISION,
+        qformer_config=models.QFORMER | {"vocab_size": len(bert), "max_position_embeddings": 40},
+        text_config=models.LLAMA
+        | {
+            "vocab_size": 256,
+            "eos_token_id": words.eos_token_id,
+            "bos_token_id": words.bos_token_id,
+            "pad_token_id": words.pad_token_id,
+        },
+        num_query_tokens=5,
+        image_token_index=255,
+    )
+    theirs = models.randomize(transformers.InstructBlipForConditionalGeneration(config))
+    with torch.no_grad():
+        theirs.language_projection.weight *= 3
+        theirs.language_model.get_input_embeddings().weight *= 3
+    theirs.save_pretrained(folder)
+    words.save_pretrained(folder)
+    bert.save_pretrained(folder / "qformer_tokenizer")
+    return theirs

@@ -66,6 +66,34 @@ def test_texts_equal_those_of_transformers(both, beams):
     assert len(set(got)) > 1  # the weights are loud enough for pictures and prompts to matter
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_instructblip_reads_the_prompt_twice(beams, tmp_path):
+    """With the Q-Former and with the language model; equal to transformers, prompts unequal."""
+    theirs = published.instruct_folder(tmp_path)
+    ours = blip2_jax.load(tmp_path)
+    assert ours.family == "instruct"
+    words = ours.llm_tokenizer(PROMPTS, padding=True, padding_side="left", return_tensors="pt")
+    asked = ours.qformer_tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    head = torch.full((4, 5), theirs.config.image_token_index)
+    with torch.no_grad():
+        ids = theirs.generate(
+            pixel_values=BlipImages()(images=pictures(), return_tensors="pt")["pixel_values"],
+            qformer_input_ids=asked["input_ids"],
+            qformer_attention_mask=asked["attention_mask"],
+            input_ids=torch.cat([head, words["input_ids"]], dim=1),
+            attention_mask=torch.cat([torch.ones_like(head), words["attention_mask"]], dim=1),
+            num_beams=beams,
+            do_sample=False,
+            max_new_tokens=EXACT["max_new_tokens"],
+        )[:, 5 + words["input_ids"].shape[1] :]
+    want = ours.llm_tokenizer.batch_decode(ids, skip_special_tokens=True)
+    how = {**EXACT, "num_beams": beams, "repetition_penalty": 1.0}
+    got = ours.generate(pictures(), PROMPTS, **how)
+    assert got == [text.strip() for text in want] and len(set(got)) > 1
+    alone = [ours.generate([p], [t], **how)[0] for p, t in zip(pictures(), PROMPTS, strict=True)]
+    assert alone == got
+
+
 def test_a_row_alone_equals_the_row_in_any_batch(both):
     _, folder, ours = both
     how = {"num_beams": 3, **EXACT}
