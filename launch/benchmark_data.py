@@ -1,21 +1,23 @@
 """Measures what the README says about data, each figure beside a peer or a target, in one run.
 
   python launch/benchmark_data.py index --folder=/tmp/tars     a million records in tars (4 GB)
-  python launch/benchmark_data.py speed --folder=/tmp/photos   JPEG to tensor, beside PyTorch
+  python launch/benchmark_data.py speed --folder=/tmp/photos   JPEG to tensor, beside its peers
 
 index: writes tars as img2dataset does (100 of 10,000 records; kept for the next time) and opens
 them in a process of its own: seconds and memory of the first start, which scans them, and of the
 next; then reads records anywhere and checks that each is the one asked for.
 
-speed: images/s of one core, from JPEG files to a batch, of this package's loader (exact and fast)
-and of torch's DataLoader with the same transforms in Pillow and NumPy; the same JPEGs, random
-resized crop to 224 and flip, batches of 64. Every loader runs pinned to one core in a process of
-its own, in turn, --rounds times; a second is one of CPU time of all its threads, so that others on
-the machine matter little. Printed are the medians and the ratios of each round's. Also the
-difference in pixels of the fast way from the exact one.
+speed: images/s of one core, from JPEG files to a batch, of this package's loader (exact and fast),
+of torch's DataLoader with the same transforms in Pillow and NumPy, and of tf.data with TensorFlow's
+own (where it is installed); the same JPEGs, random resized crop to 224 and flip, batches of 64.
+Every loader runs pinned to one core in a process of its own, in turn, --rounds times; a second is
+one of CPU time of all its threads, so that others on the machine matter little. Printed are the
+medians and the ratios of each round's. Also the difference in pixels of the fast way from the exact
+one.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -206,6 +208,35 @@ def torch_batches(folder: str, *, host_float: bool):
         yield from loader
 
 
+def tensorflow_batches(folder: str):
+    """tf.data with TensorFlow's operations: decodes the crop alone, antialiased bicubic."""
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    whole = tf.constant([[[0.0, 0.0, 1.0, 1.0]]])
+
+    def image(path):
+        data = tf.io.read_file(path)
+        begin, size, _ = tf.image.sample_distorted_bounding_box(
+            tf.io.extract_jpeg_shape(data),
+            whole,
+            area_range=(0.5, 1.0),
+            aspect_ratio_range=(3 / 4, 4 / 3),
+        )
+        window = tf.stack([begin[0], begin[1], size[0], size[1]])
+        pixels = tf.io.decode_and_crop_jpeg(data, window, channels=3)
+        pixels = tf.image.resize(pixels, (SIDE, SIDE), method="bicubic", antialias=True)
+        pixels = tf.image.random_flip_left_right(pixels)
+        return (tf.clip_by_value(pixels, 0, 255) / 255 - MEAN) / STD
+
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 1
+    files = tf.data.Dataset.list_files(f"{folder}/*.jpg", shuffle=False)
+    dataset = files.cache().shuffle(PHOTOS).repeat().map(image, num_parallel_calls=1).batch(BATCH)
+    yield from dataset.with_options(options)
+
+
 def our_batches(folder: str, *, resize: str, threads: int):
     """The package's loader, with images alone."""
     import grain
@@ -228,6 +259,7 @@ def our_batches(folder: str, *, resize: str, threads: int):
 LOADERS = {
     "torch, float32 on the host": lambda f: torch_batches(f, host_float=True),
     "torch, uint8": lambda f: torch_batches(f, host_float=False),
+    "tf.data, float32": tensorflow_batches,
     "blip2_jax, exact": lambda f: our_batches(f, resize="exact", threads=1),
     "blip2_jax, fast": lambda f: our_batches(f, resize="fast", threads=1),
 }
@@ -253,11 +285,15 @@ def speed(args: argparse.Namespace) -> None:
     """All loaders in turn, round by round."""
     folder = Path(args.folder)
     write_photos(folder)
+    known = dict(LOADERS)
+    if not importlib.util.find_spec("tensorflow"):
+        known.pop("tf.data, float32")
+        print("tf.data is left out: pip install tensorflow-cpu to have it measured too.")
     for size in SIZES:
         place = folder / size
         kilobytes = statistics.mean(p.stat().st_size for p in place.glob("*.jpg")) / 1000
         print(f"{size}, {kilobytes:.0f} KB a file")
-        rates: dict[str, list[float]] = {name: [] for name in LOADERS}
+        rates: dict[str, list[float]] = {name: [] for name in known}
         for _ in range(args.rounds):
             for name, found in rates.items():
                 words = (f"--folder={place}", f"--only={name}", f"--seconds={args.seconds}")
@@ -302,7 +338,7 @@ def main() -> None:
     indexing.set_defaults(
         run=lambda a: print(json.dumps(open_tars(a.folder))) if a.one else index(a)
     )
-    speeding = commands.add_parser("speed", help="JPEG to tensor, beside PyTorch")
+    speeding = commands.add_parser("speed", help="JPEG to tensor, beside PyTorch and tf.data")
     speeding.add_argument("--folder", required=True, help="where the photographs go (25 MB)")
     speeding.add_argument("--rounds", type=int, default=5)
     speeding.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
