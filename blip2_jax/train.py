@@ -6,23 +6,28 @@
 
 The same command continues a run that was killed, from its last checkpoint: same data order, same
 randomness, same numbers. Every key that --config.KEY=VALUE can set is in configs/default.py.
+It leaves with 0 when the run is finished, with 42 when it was told to stop (SIGTERM) and has saved
+itself, and with 1 and a message when it cannot go on; the last checkpoint is whole in each case.
 The workdir receives checkpoints/, metrics.jsonl, tensorboard/, config.json, and, at the end,
 done.json.
 """
 
 import argparse
+import contextlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from blip2_jax import cli, recipe
 from blip2_jax.data import loader, sources
-from blip2_jax.runtime import distributed, mesh
+from blip2_jax.runtime import distributed, jobs, mesh
 from blip2_jax.runtime.checkpoint import Checkpointer
 from blip2_jax.runtime.distributed import PREEMPTED
 from blip2_jax.runtime.metrics import MetricsWriter, Progress
@@ -42,8 +47,29 @@ def main(argv: list[str] | None = None) -> int:
 def train(config, workdir: Path) -> int:
     """Runs a recipe to its end; returns the exit code."""
     started = time.monotonic()
-    distributed.initialize(config.distributed)
+    distributed.initialize(config.distributed, config.faults.peer_timeout)
     distributed.setup_compilation_cache()
+    with (
+        distributed.Preemption() as preemption,  # from here on, SIGTERM ends no run unsaved
+        distributed.Watchdog(config.faults.step_timeout) as watchdog,
+        _alone_in(workdir),
+    ):
+        return _train(config, workdir, started, preemption, watchdog)
+
+
+def _alone_in(workdir: Path):
+    """Two runs that write one folder would spoil each other's files."""
+    if not distributed.is_first_process():
+        return contextlib.nullcontext()
+    workdir.mkdir(parents=True, exist_ok=True)
+    return jobs.only_one(
+        workdir / "train.lock",
+        f"Another run is at work in {workdir}. Wait for its end or stop it, or take another "
+        "--workdir.",
+    )
+
+
+def _train(config, workdir: Path, started: float, preemption, watchdog) -> int:
     done = workdir / "done.json"
     identity = {"recipe": config.name, "config": json.loads(cli.config_to_json(config))}
     if done.is_file():
@@ -60,18 +86,16 @@ def train(config, workdir: Path) -> int:
     if distributed.is_first_process():
         print(_describe(run, fingerprints))
 
-    with (
-        Checkpointer(
-            workdir / "checkpoints",
-            keep_last=config.checkpoint.keep_last,
-            keep_every=config.checkpoint.keep_every,
-        ) as checkpointer,
-        distributed.Preemption() as preemption,
-    ):
+    with Checkpointer(
+        workdir / "checkpoints",
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+    ) as checkpointer:
         # A checkpoint of this run; else another run's parameters; else fresh ones.
         seconds_before = 0.0
-        if checkpointer.latest_step is not None:
-            state, extra = checkpointer.restore(run.abstract_state, expect=identity)
+        restored = checkpointer.restore_newest(run.abstract_state, expect=identity)
+        if restored is not None:
+            state, extra = restored
             seconds_before = extra["seconds"]
             print(f"Resuming at step {int(state['step'])} of {config.steps}.")
         else:
@@ -88,10 +112,16 @@ def train(config, workdir: Path) -> int:
             seconds = seconds_before + time.monotonic() - started
             checkpointer.save(int(state["step"]), state, {**identity, "seconds": seconds})
 
-        state, stopped = loop(run, state, frozen, workdir, save, preemption, source)
+        bad_steps = BadSteps(config, source, int(state["step"]), int(state["bad_steps"]))
+        state, stopped = loop(
+            run, state, frozen, workdir, save, preemption, watchdog, source, bad_steps
+        )
         save(state)
-    if stopped:
+    if bad_steps.too_many:
+        raise FloatingPointError(bad_steps.message(int(state["step"])))
+    if stopped and distributed.is_first_process():
         print(f"Asked to stop: saved step {int(state['step'])}. The same command resumes.")
+    if stopped:
         return PREEMPTED
     if distributed.is_first_process():
         seconds = seconds_before + time.monotonic() - started
@@ -101,7 +131,15 @@ def train(config, workdir: Path) -> int:
 
 
 def loop(
-    run: recipe.Recipe, state: State, frozen: Params, workdir: Path, save, preemption, source
+    run: recipe.Recipe,
+    state: State,
+    frozen: Params,
+    workdir: Path,
+    save,
+    preemption,
+    watchdog,
+    source,
+    bad_steps: "BadSteps",
 ) -> tuple[State, bool]:
     """Steps from `state` to the config's last step.
 
@@ -121,13 +159,18 @@ def loop(
     ):
         since, since_step, waited = time.monotonic(), step, 0.0
         ahead = batches.ahead(lambda batch: mesh.global_batch(batch, run.mesh))
-        while step < config.steps:
+        # All hosts look at the same numbers: they leave after the same step.
+        while step < config.steps and not bad_steps.too_many:
             state, metrics = run.train_step(state, frozen, next(ahead), key)
             step += 1
+            watchdog.step_done()
+            bad_steps.add(metrics["bad_steps"])
             progress.update(1)
             if step % config.log.every == 0 or step == config.steps:
                 numbers = {name: float(value) for name, value in metrics.items()}
-                check_finite(numbers, step)
+                # Of a bad step; JSON has no word for them.
+                numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
+                bad_steps.look()
                 now = time.monotonic()
                 rate = (step - since_step) * config.data.batch_size / (now - since)
                 wait = (batches.wait_seconds - waited) / (now - since)  # share of the time
@@ -142,22 +185,63 @@ def loop(
                     "data/skipped": batches.skipped.count,
                 }
                 writer.write(step, numbers, timing=timing)
-                progress.update(0, loss=numbers["loss"])
+                progress.update(0, loss=numbers.get("loss", math.nan))
             if preemption.should_stop(step):
                 break
             if step % config.checkpoint.every == 0 and step < config.steps:
                 save(state)
+        bad_steps.look()
         batches.skipped.report()
     return state, step < config.steps
 
 
-def check_finite(numbers: dict[str, float], step: int) -> None:
-    """Stops a run that has diverged."""
-    bad = sorted(name for name, value in numbers.items() if not math.isfinite(value))
-    if bad:
-        raise FloatingPointError(
-            f"Step {step}: {', '.join(bad)} not finite. The last checkpoint is from before; lower "
-            "config.optim.peak_lr or set config.optim.clip_norm=1.0 and run again."
+class BadSteps:
+    """Steps whose loss or gradient was not finite; the step itself leaves the parameters alone.
+
+    Counts stay on the device until someone looks, so that no step waits for the one before.
+
+    Args:
+      config: `faults.most_bad_steps` bounds them.
+      source: the records, to name those of a bad step.
+      step: steps done before.
+      count: bad ones among them.
+    """
+
+    def __init__(self, config, source, step: int, count: int):
+        self._config, self._source = config, source
+        self._step, self._count = step, count
+        self._waiting: list[jax.Array] = []
+
+    @property
+    def too_many(self) -> bool:
+        """Whether the run must stop, as far as someone has looked."""
+        return self._count > self._config.faults.most_bad_steps
+
+    def add(self, count: jax.Array) -> None:
+        """Takes the count after one more step, int32[], without waiting for it."""
+        self._waiting.append(count)
+
+    def look(self) -> None:
+        """Reports the bad ones of the steps that were added since the last look."""
+        counts, self._waiting = jax.device_get(self._waiting), []
+        for count in counts:
+            if count > self._count and distributed.is_first_process():
+                records = loader.record_numbers(self._source, self._config, self._step)
+                tqdm.write(
+                    f"Step {self._step + 1}: loss or gradient not finite; left out. Its records in "
+                    f"{self._config.data.split}: {records}",
+                    file=sys.stderr,
+                )
+            self._step, self._count = self._step + 1, int(count)
+
+    def message(self, step: int) -> str:
+        """What a run that must stop says."""
+        return (
+            f"{self._count} steps with a loss or gradient that is not finite, more than "
+            f"config.faults.most_bad_steps={self._config.faults.most_bad_steps}; they changed no "
+            f"parameter, and the run is saved at step {step}. Look at the records above. To go on, "
+            "allow more of them; or start anew with a lower config.optim.peak_lr or with "
+            "config.optim.clip_norm=1.0."
         )
 
 

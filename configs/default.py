@@ -18,6 +18,17 @@ def get_config() -> ConfigDict:
     config.dtype = "bfloat16"  # of activations; parameters that are trained are float32
     config.frozen_dtype = "bfloat16"  # of the frozen towers' parameters
     config.distributed = False  # several hosts (or BLIP2_DISTRIBUTED=1): call jax.distributed
+    # When a run gives up on itself, and leaves with a message instead of waiting for ever.
+    config.faults = ConfigDict(
+        {
+            # Steps with a loss or gradient that is not finite: each is left out and reported with
+            # its records; one more than this in the whole run stops it, saved.
+            "most_bad_steps": 0,
+            "peer_timeout": 100,  # seconds without a sign of life from another process
+            # Seconds without a step of this process, its compilation and evaluation included.
+            "step_timeout": 3600,
+        }
+    )
 
     # Top-level names of parameters to train; all others are frozen. A name that the model does
     # not have is an error. `ln_vision` is trained in every stage, as in LAVIS.

@@ -152,6 +152,12 @@ def scored_batches(
     )
 
 
+def record_numbers(source: Any, config, step: int) -> list[int]:
+    """The records of the global batch of a step (from 0), before any was replaced."""
+    order, size = _order(source, config), config.data.batch_size
+    return [int(order[i]) for i in range(step * size, (step + 1) * size)]
+
+
 def _order(source: Any, config) -> grain.MapDataset:
     """Record numbers without end: every part in an order of its own that changes every epoch."""
     if config.data.source in STORIES:  # in easy-to-hard order, each read once

@@ -5,8 +5,10 @@ any moment leaves the previous checkpoint as the latest one. Orbax is used throu
 (v0) interface, and only in this file.
 """
 
+import contextlib
 import json
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from blip2_jax.runtime import distributed
 from blip2_jax.runtime.compare import differences
 from blip2_jax.runtime.mesh import flatten_with_names, nested
 
 
 class CheckpointError(ValueError):
     """The checkpoint does not belong to what is being restored."""
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; those before it are whole."""
 
 
 class Checkpointer:
@@ -79,13 +86,17 @@ class Checkpointer:
 
         Returns:
           False if this step was saved before, in which case nothing is written.
+
+        Raises:
+          SaveError: this one or the one before could not be written, e.g. because the disk is full.
         """
         if step in self._manager.all_steps():
             return False
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(dict(extra))
         )
-        return self._manager.save(step, args=items)
+        with self._saving(step):
+            return self._manager.save(step, args=items)
 
     def extra(self, step: int | None = None) -> dict[str, Any]:
         """The JSON document of a step (of the latest when None)."""
@@ -131,6 +142,50 @@ class Checkpointer:
         self._check_leaves(step, abstract_state)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         return self._manager.restore(step, args=items)["state"], extra
+
+    def restore_newest(
+        self, abstract_state: Any, *, expect: Mapping[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """As `restore`, of the newest checkpoint that can be read; None where there is none.
+
+        One that is there but cannot be read (a file cut short as the power failed) is reported and
+        put aside under another name, `broken-STEP`; nothing is deleted.
+
+        Raises:
+          CheckpointError: as `restore`; or there are checkpoints and none can be read.
+        """
+        broken = []
+        for step in reversed(self.all_steps()):
+            try:
+                found, trouble = self.restore(abstract_state, step, expect=expect), None
+            except CheckpointError:
+                raise
+            except Exception as error:
+                found, trouble = None, error
+            if distributed.all_agree(trouble is None):
+                for other in broken:
+                    self._put_aside(other)
+                return found
+            broken.append(step)
+            if distributed.is_first_process() or trouble is not None:
+                print(
+                    f"The checkpoint of step {step} in {self.directory} cannot be read, and is "
+                    f"left out: {_reason(trouble) if trouble else 'on another host'}",
+                    file=sys.stderr,
+                )
+        if broken:
+            raise CheckpointError(
+                f"None of the checkpoints in {self.directory} can be read (steps {broken}). Mend "
+                "or move that folder, or take a new workdir."
+            )
+        return None
+
+    def _put_aside(self, step: int) -> None:
+        target = self.directory / f"broken-{step}"
+        if distributed.is_first_process() and not target.exists():
+            (self.directory / str(step)).rename(target)
+        distributed.barrier(f"put aside {step}")
+        self._manager.reload()
 
     def restore_params_into(self, params: dict[str, Any]) -> tuple[dict[str, Any], int, list[str]]:
         """Replaces those parameters that the latest checkpoint has too, matched by their path.
@@ -182,11 +237,28 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Returns once all that was saved is on disk."""
-        self._manager.wait_until_finished()
+        with self._saving():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finishes what is being saved."""
-        self._manager.close()
+        with self._saving():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _saving(self, step: int | None = None) -> Iterator[None]:
+        """Says of a failed save, of now or of the background, what it means and what to do."""
+        try:
+            yield
+        except Exception as error:
+            which = "A checkpoint" if step is None else f"The checkpoint of step {step}, or before,"
+            # What is on disk, not what was to be.
+            whole = max(ocp.utils.checkpoint_steps(self.directory), default=None)
+            raise SaveError(
+                f"{which} could not be written to {self.directory}: {_reason(error)}\nThe last "
+                f"whole one is of step {whole}. Look for space and rights there, then start the "
+                "same command again: it goes on from that step."
+            ) from error
 
     def _existing(self, step: int | None) -> int:
         found = self.latest_step if step is None else step
@@ -225,6 +297,13 @@ def _missing(paths: Collection[str], found: Collection[str]) -> list[str]:
     some = {path.split("/")[0] for path in found}
     names = [p if p.split("/")[0] in some else p.split("/")[0] for p in paths if p not in found]
     return list(dict.fromkeys(names))
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, in one short line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def _leaf(leaves: Mapping[str, tuple[tuple[int, ...], str]], path: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 EXECUTION = frozenset(
     {
         "config.distributed",
+        "config.faults",
         "config.mesh",
         "config.data.threads",
         "config.data.workers",

@@ -1,19 +1,23 @@
-"""Several hosts, the compilation cache, and being told to stop."""
+"""Several hosts, the compilation cache, being told to stop, and not waiting for ever."""
 
+import faulthandler
 import os
 import resource
 import signal
+import sys
+import time
 from pathlib import Path
 from types import FrameType
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 ENABLE = "BLIP2_DISTRIBUTED"
 PREEMPTED = 42  # exit code of a run that saved itself on SIGTERM: start it again to go on
 
 
-def initialize(enabled: bool = False) -> None:
+def initialize(enabled: bool = False, peer_timeout: int = 100) -> None:
     """Joins this process with those of the other hosts; before anything else touches a device.
 
     Addresses are found by JAX itself on Cloud TPU, GKE and SLURM; elsewhere set
@@ -24,6 +28,8 @@ def initialize(enabled: bool = False) -> None:
 
     Args:
       enabled: the config's word; the environment can only switch it on.
+      peer_timeout: seconds without a sign of life from a process, killed or stopped, after which
+        JAX ends all others with a message.
     """
     value = os.environ.get(ENABLE, "0")
     if value not in ("0", "1"):
@@ -34,6 +40,8 @@ def initialize(enabled: bool = False) -> None:
         jax.distributed.initialize(
             num_processes=None if count is None else int(count),
             process_id=None if index is None else int(index),
+            heartbeat_timeout_seconds=peer_timeout,
+            shutdown_timeout_seconds=peer_timeout,
         )
 
 
@@ -50,6 +58,18 @@ def process_count() -> int:
 def is_first_process() -> bool:
     """True on the one host that writes logs and reports."""
     return jax.process_index() == 0
+
+
+def all_agree(yes: bool) -> bool:
+    """Whether all hosts say yes; each must ask."""
+    if jax.process_count() == 1:
+        return yes
+    return bool(multihost_utils.process_allgather(np.asarray(yes)).all())
+
+
+def barrier(name: str) -> None:
+    """Waits until all hosts are here."""
+    multihost_utils.sync_global_devices(name)
 
 
 def peak_memory_gb() -> float:
@@ -75,6 +95,40 @@ def setup_compilation_cache(directory: str | None = None) -> str:
         Path(directory).mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", directory)
     return directory
+
+
+class Watchdog:
+    """Ends this process when it makes no step for too long, with the stacks of all threads.
+
+    A peer that hangs in a collective, or a disk or reader that never answers, would otherwise hold
+    the machines for ever. It counts in C, on a monotonic clock, and needs no interpreter lock. The
+    heartbeats of a process that ends so stop, which ends the others.
+
+    Args:
+      seconds: between two steps; 0: no watchdog.
+    """
+
+    def __init__(self, seconds: float):
+        if seconds < 0:
+            raise ValueError(f"config.faults.step_timeout is {seconds}; 0 turns it off.")
+        self._seconds = seconds
+        self._armed = -float("inf")
+
+    def __enter__(self) -> "Watchdog":
+        self.step_done()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._seconds:
+            faulthandler.cancel_dump_traceback_later()
+
+    def step_done(self) -> None:
+        """Begins to count anew."""
+        now = time.monotonic()
+        # Each arming starts a thread: at most a hundred in the time that is watched.
+        if self._seconds and now - self._armed > self._seconds / 100:
+            self._armed = now
+            faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__)
 
 
 class Preemption:

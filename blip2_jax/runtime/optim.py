@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from blip2_jax.runtime.mesh import flatten_with_names
@@ -103,24 +104,34 @@ def _is_decayed(path: str, leaf: Any, decay_biases: bool, decay_temperature: boo
 
 
 def apply_gradients(
-    state: dict[str, Any], grads: Any, tx: optax.GradientTransformation
+    state: dict[str, Any], grads: Any, tx: optax.GradientTransformation, loss: jax.Array
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """One optimizer step.
+    """One optimizer step, unless the loss or the gradient is not finite.
+
+    Such a step changes neither parameters nor optimizer (nor its place in the schedule); it is
+    counted in `bad_steps`. The decision is made on the device: nobody waits for it.
 
     Args:
-      state: {"step", "params", "opt_state"}.
+      state: {"step", "bad_steps", "params", "opt_state"}.
       grads: like `state["params"]`.
       tx: the optimizer.
+      loss: what the gradient is of, float[].
 
     Returns:
       The next state, and the global L2 norms of the gradient (before clipping), of the update and
       of the new parameters: `grad_norm`, `update_norm`, `param_norm`, float32[].
     """
+    grad_norm = optax.tree.norm(grads)
+    # The norm is not finite if any gradient is not, nor if their squares overflow.
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    before = {"params": state["params"], "opt_state": state["opt_state"]}
     updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
+    after = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
+    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)
     norms = {
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": grad_norm,
         "update_norm": optax.tree.norm(updates),
-        "param_norm": optax.tree.norm(params),
+        "param_norm": optax.tree.norm(kept["params"]),
     }
-    return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, norms
+    bad_steps = state["bad_steps"] + jnp.where(good, 0, 1)
+    return {"step": state["step"] + 1, "bad_steps": bad_steps, **kept}, norms

@@ -1,6 +1,7 @@
 """The train state, its shape, its place, and a fingerprint of any tree of arrays.
 
-State is a plain dict, `{"step": int32[], "params": trainable, "opt_state": optax state}`. Frozen
+State is a plain dict, `{"step": int32[], "bad_steps": int32[], "params": trainable, "opt_state":
+optax state}`; `bad_steps` of the `step` steps so far were not finite and changed nothing. Frozen
 parameters are never part of it: they are an argument of their own to the step.
 """
 
@@ -30,7 +31,12 @@ def init_state(
       key: a `jax.random.key`.
     """
     params = init_params_fn(key)
-    return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": tx.init(params)}
+    return {
+        "step": jnp.zeros((), jnp.int32),
+        "bad_steps": jnp.zeros((), jnp.int32),
+        "params": params,
+        "opt_state": tx.init(params),
+    }
 
 
 def abstract_state(init_params_fn: InitParams, tx: optax.GradientTransformation) -> dict[str, Any]:
@@ -54,7 +60,12 @@ def state_shardings(
         param_shardings,
         transform_non_params=lambda _: whole,
     )
-    return {"step": whole, "params": param_shardings, "opt_state": opt_state}
+    return {
+        "step": whole,
+        "bad_steps": whole,
+        "params": param_shardings,
+        "opt_state": opt_state,
+    }
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:

@@ -15,7 +15,7 @@ from ml_collections import FrozenConfigDict
 from blip2_jax.runtime.optim import apply_gradients
 
 Params = dict[str, Any]  # nested dict of arrays; top-level keys name towers and parts
-State = dict[str, Any]  # {"step": int32[], "params": Params, "opt_state": optax state}
+State = dict[str, Any]  # {"step", "bad_steps", "params", "opt_state"}: see `runtime.state`
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
@@ -73,7 +73,8 @@ def update(
       spec: see `Spec`.
 
     Returns:
-      The new state, and the metrics of the loss with norms and learning rate added.
+      The new state, and the metrics of the loss with norms, learning rate and the number of bad
+      steps so far added. A step whose loss or gradient is not finite changes no parameter.
     """
     key = jax.random.fold_in(key, state["step"])
     gradient = jax.grad(functools.partial(loss_fn, spec=spec), has_aux=True)
@@ -82,9 +83,10 @@ def update(
         grads, metrics = gradient(state["params"], frozen, batch, key)
     else:
         grads, metrics = _accumulated(gradient, state["params"], frozen, batch, key, parts)
-    rate = spec.schedule(state["step"])
-    state, norms = apply_gradients(state, grads, spec.optimizer)
-    return state, {**metrics, **norms, "learning_rate": rate}
+    rate = spec.schedule(state["step"] - state["bad_steps"])  # the optimizer's own count
+    state, norms = apply_gradients(state, grads, spec.optimizer, metrics["loss"])
+    # Counted over the whole run.
+    return state, {**metrics, **norms, "learning_rate": rate, "bad_steps": state["bad_steps"]}
 
 
 def _accumulated(gradient, params: Params, frozen: Params, batch: Batch, key, parts: int):

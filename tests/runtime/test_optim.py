@@ -98,7 +98,7 @@ def test_steps_are_those_of_adamw():
     train_state = state.init_state(lambda key: params, tx, jax.random.key(0))
     for _ in range(20):
         train_state, metrics = optim.apply_gradients(
-            train_state, {"kernel": jnp.asarray(grads, jnp.float32)}, tx
+            train_state, {"kernel": jnp.asarray(grads, jnp.float32)}, tx, jnp.float32(1)
         )
     assert train_state["step"] == 20
     np.testing.assert_allclose(
