@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,10 +17,13 @@ from flax import nnx
 import blip2_jax
 import tests.tiny as tiny
 from blip2_jax import cli, prepare, recipe, train
+from blip2_jax.data import loader
 from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.vit import ViT, ViTConfig
+from blip2_jax.runtime import jobs
 from blip2_jax.runtime.checkpoint import Checkpointer
 from blip2_jax.runtime.metrics import read_jsonl
+from blip2_jax.stages import stage1
 from blip2_jax.weights import huggingface
 
 ROOT = Path(__file__).parent.parent
@@ -130,18 +134,18 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(whole, world, tmp_p
 
 
 def test_sigterm_saves_and_leaves_with_its_own_code(whole, world, tmp_path, monkeypatch):
-    real = train.check_finite
+    real = train.MetricsWriter.write
 
-    def terminate(numbers, step):
-        real(numbers, step)
+    def terminate(writer, step, *args, **kwargs):
+        real(writer, step, *args, **kwargs)
         if step == 6:  # between two checkpoints
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train, "check_finite", terminate)
+    monkeypatch.setattr(train.MetricsWriter, "write", terminate)
     assert run(flags(world), tmp_path / "stage1") == train.PREEMPTED
     with Checkpointer(tmp_path / "stage1" / "checkpoints") as checkpointer:
         assert checkpointer.latest_step == 6
-    monkeypatch.setattr(train, "check_finite", real)
+    monkeypatch.setattr(train.MetricsWriter, "write", real)
     assert run(flags(world), tmp_path / "stage1") == 0
     assert_same(result(tmp_path / "stage1"), result(whole))
 
@@ -228,6 +232,71 @@ def test_a_start_from_nothing_is_refused(world, tmp_path):
         run(flags(world, "stage2", **{"init.checkpoint": str(tmp_path)}), tmp_path / "stage2")
 
 
-def test_divergence_stops_the_run():
-    with pytest.raises(FloatingPointError, match=r"Step 7: itc/loss.*peak_lr"):
-        train.check_finite({"loss": 1.0, "itc/loss": float("nan")}, 7)
+@pytest.fixture
+def bad_at_3_and_5(monkeypatch):
+    """Images of two steps that make the loss and its gradient not finite."""
+    real = stage1.loss_fn
+
+    def loss_fn(params, frozen, batch, key, *, spec):
+        loss, metrics = real(params, frozen, batch, key, spec=spec)
+        spoilt = jnp.where((batch["image"] == 0).all(), jnp.nan, 1.0)
+        return loss * spoilt, {**metrics, "loss": loss * spoilt}
+
+    def spoil(batch, mesh):
+        spoil.step += 1
+        if spoil.step in (3, 5):
+            batch = {**batch, "image": np.zeros_like(batch["image"])}
+        return put(batch, mesh)
+
+    put = train.mesh.global_batch
+    spoil.step = 0
+    monkeypatch.setattr(stage1, "loss_fn", loss_fn)
+    monkeypatch.setattr(train.mesh, "global_batch", spoil)
+    return spoil
+
+
+def test_bad_steps_are_reported_with_their_records_and_bounded(
+    bad_at_3_and_5, world, tmp_path, capsys
+):
+    changes = {"eval.every": 0, "steps": 6, "log.every": 1, "checkpoint.every": 2}
+    config = flags(world, **changes, **{"faults.most_bad_steps": 1})
+    with pytest.raises(FloatingPointError, match="2 steps with.*most_bad_steps=1.*saved at step 5"):
+        run(config, tmp_path / "run")
+    source = loader.make_source(config, "train")
+    errors = capsys.readouterr().err
+    for step in (3, 5):
+        records = loader.record_numbers(source, config, step - 1)
+        assert len(records) == 8
+        assert (
+            f"Step {step}: loss or gradient not finite; left out. Its records in train: " in errors
+        )
+        assert str(records) in errors
+    counts = [line["bad_steps"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    assert counts == [0, 0, 1, 1, 2]
+    # As it is, the same command stops at once; with a higher bound it goes on.
+    with pytest.raises(FloatingPointError, match="saved at step 5"):
+        run(config, tmp_path / "run")
+    bad_at_3_and_5.step = 5
+    assert run(flags(world, **changes, **{"faults.most_bad_steps": 2}), tmp_path / "run") == 0
+    params, lines = result(tmp_path / "run")
+    assert lines[-1]["bad_steps"] == 2
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_two_runs_in_one_workdir_are_refused(world, tmp_path):
+    with jobs.only_one(tmp_path / "train.lock", ""):
+        with pytest.raises(jobs.Busy, match="Another run is at work"):
+            run(flags(world), tmp_path)
+
+
+def test_a_clock_that_jumps_changes_nothing(whole, world, tmp_path, monkeypatch):
+    """The wall clock goes backwards by a day at every look: rates and seconds stay sensible."""
+    jumps = iter(range(10**9))
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 86400 * next(jumps))
+    assert run(flags(world), tmp_path / "run") == 0
+    monkeypatch.undo()
+    assert_same(result(tmp_path / "run"), result(whole))
+    timing = read_jsonl(tmp_path / "run" / "timing.jsonl")
+    assert all(line["examples_per_second"] > 0 for line in timing)
+    assert 0 < json.loads((tmp_path / "run" / "done.json").read_text())["seconds"] < 600

@@ -300,10 +300,10 @@ def _missing(paths: Collection[str], found: Collection[str]) -> list[str]:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause, in one short line."""
+    """The innermost cause, in one short line: its end, where the system's own words are."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[-400:]}"
 
 
 def _leaf(leaves: Mapping[str, tuple[tuple[int, ...], str]], path: str) -> str:

@@ -190,3 +190,74 @@ def test_a_missing_checkpoint_says_what_there_is(tmp_path, abstract):
         checkpointer.wait()
         with pytest.raises(CheckpointError, match=r"no checkpoint of step 5 .* the steps \[3\]"):
             checkpointer.extra(5)
+
+
+def truncate(folder):
+    """As after a power cut: the folder has its name, the largest of its files is cut short."""
+    largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def test_a_broken_newest_checkpoint_is_put_aside(tmp_path, abstract, train_state, capsys):
+    with Checkpointer(tmp_path, keep_last=3) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, train_state, {"step": step})
+    truncate(tmp_path / "2" / "state")
+    with Checkpointer(tmp_path, keep_last=3) as checkpointer:
+        restored, extra = checkpointer.restore_newest(abstract)
+        assert extra == {"step": 1}
+        assert_same_bits(restored, train_state)
+        assert "step 2" in (told := capsys.readouterr().err) and "cannot be read" in told
+        assert checkpointer.all_steps() == [1]
+        assert (tmp_path / "broken-2" / "state").is_dir()
+        assert checkpointer.save(2, train_state, {"step": "again"})
+        checkpointer.wait()
+        assert checkpointer.restore_newest(abstract)[1] == {"step": "again"}
+
+
+def test_only_broken_checkpoints_are_left_as_they_are(tmp_path, abstract, train_state):
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.restore_newest(abstract) is None
+        checkpointer.save(1, train_state, {})
+    (tmp_path / "1" / "extra" / "metadata").write_text("{")
+    with Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(CheckpointError, match=r"None of the checkpoints.*steps \[1\]"):
+            checkpointer.restore_newest(abstract)
+    assert (tmp_path / "1").is_dir()
+
+
+def test_a_full_disk_leaves_the_step_before_and_says_so(tmp_path):
+    """A limit on the size of files, which the second checkpoint goes over."""
+    script = f"""
+        import resource, signal
+        import jax, jax.numpy as jnp
+        from blip2_jax.runtime.checkpoint import Checkpointer, SaveError
+        noise = lambda n: {{"x": jax.random.normal(jax.random.key(0), (n,))}}
+        try:
+            with Checkpointer({str(tmp_path)!r}, keep_last=1) as checkpointer:
+                checkpointer.save(1, noise(8), {{}})
+                checkpointer.wait()
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, resource.RLIM_INFINITY))
+                checkpointer.save(2, noise(2**20), {{}})
+                checkpointer.wait()
+        except SaveError as error:
+            print(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        with Checkpointer({str(tmp_path)!r}, keep_last=1) as checkpointer:
+            shape = jax.ShapeDtypeStruct((8,), jnp.float32)
+            state, _ = checkpointer.restore_newest({{"x": shape}})
+            assert (state["x"] == noise(8)["x"]).all()
+            assert checkpointer.save(2, noise(2**20), {{}})
+        print("then", Checkpointer({str(tmp_path)!r}).all_steps())
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "could not be written" in ended.stdout and "File too large" in ended.stdout
+    assert "whole one is of step 1" in ended.stdout and "then [2]" in ended.stdout

@@ -116,3 +116,19 @@ def test_clipping_is_by_the_global_norm():
     (mu,) = [part.mu for part in opt_state if hasattr(part, "mu")]
     np.testing.assert_allclose(mu["a"], 0.1 * 0.3, rtol=1e-5)
     np.testing.assert_allclose(mu["b"], 0.1 * 0.4, rtol=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_counters():
+    params = {"kernel": jnp.ones((4, 4))}
+    tx, _ = optim.make_optimizer(CONFIG | {"clip_norm": 1.0}, params)
+    step = jax.jit(lambda s, grads, loss: optim.apply_gradients(s, grads, tx, loss)[0])
+    good = {"kernel": jnp.full((4, 4), 0.5)}
+    before = step(state.init_state(lambda key: params, tx, jax.random.key(0)), good, 1.0)
+    assert (before["step"], before["bad_steps"]) == (1, 0)
+    for bad in (jnp.nan, jnp.inf):
+        one = {"kernel": good["kernel"].at[2, 1].set(bad)}
+        for grads, loss in ((one, 1.0), (good, bad)):
+            after = step(before, grads, loss)
+            assert (after["step"], after["bad_steps"]) == (2, 1)
+            for part in ("params", "opt_state"):
+                jax.tree.map(np.testing.assert_array_equal, after[part], before[part])
