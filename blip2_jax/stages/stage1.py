@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from blip2_jax.models.blip2 import Blip2Stage1
+from blip2_jax.runtime import exchange
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.stages import losses
 from blip2_jax.stages.step import Batch, Metrics, Params, Spec, State, update
@@ -55,7 +56,7 @@ def loss_fn(
     if meshes.num_batch_shards(spec.mesh) == 1:
         hard_kv = jax.tree.map(lambda x: x[:, hard_image], image_kv)
     else:
-        hard_kv = _keys_values(model, meshes.take_rows(features, hard_image, spec.mesh))
+        hard_kv = _keys_values(model, exchange.take_rows(features, hard_image, spec.mesh))
     itm, itm_accuracy = _itm(model, image_kv, hard_kv, hard_text, ids, mask, k_itm)
     itg = _itg(model, past, ids, mask, options, k_itg)
 
