@@ -6,7 +6,7 @@
 
 The same command continues a run that was killed, from its last checkpoint: same data order, same
 randomness, same numbers. Every key that --config.KEY=VALUE can set is in configs/default.py.
-The workdir receives checkpoints/, metrics.jsonl (what is computed), timing.jsonl (rates, waiting
+The workdir receives metrics.jsonl (what is computed), timing.jsonl (rates, waiting
 for data, MFU, goodput), tensorboard/, checkpoints/ and, at the end, done.json;
 --config.profile.steps=5 records a trace of five steps in profile/.
 """
