@@ -133,6 +133,8 @@ def _vqa_rows(path: str) -> Rows:
     fs, inner = files.filesystem(other)
     found = _load(other)["annotations"] if fs.exists(inner) else []
     answers = {annotation["question_id"]: annotation for annotation in found}
+    if found:
+        _check_same_questions(questions, answers, path, other)
     # v2_OpenEnded_mscoco_test-dev2015_questions.json asks about the images of test2015.
     split = path.rsplit("mscoco_", 1)[-1].removesuffix("_questions.json").replace("-dev", "")
     for question in questions:
@@ -146,6 +148,23 @@ def _vqa_rows(path: str) -> Rows:
             "answers": known.get("answers", []),
             **{key: known[key] for key in ("question_type", "answer_type") if key in known},
         }
+
+
+def _check_same_questions(questions: list, answers: dict, path: str, other: str) -> None:
+    """Holds questions and annotations to one version and split; scores of a part would mislead."""
+    asked = {question["question_id"]: question["image_id"] for question in questions}
+    strange = [key for key in asked if key not in answers]
+    strange += [key for key in answers if key not in asked]
+    both = [key for key in asked if key in answers]
+    strange += [key for key in both if answers[key].get("image_id", asked[key]) != asked[key]]
+    if strange:
+        some = ", ".join(map(str, strange[:5]))
+        raise ValueError(
+            f"{other} is of another version or split than {path}: of {len(asked)} questions and "
+            f"{len(answers)} annotations, {len(strange)} ids are in one file alone or are of "
+            f"another image ({some}{', ...' if len(strange) > 5 else ''}). Take both files from "
+            "one release, or move the annotations away to predict without scores."
+        )
 
 
 def _gqa_rows(path: str) -> Rows:
