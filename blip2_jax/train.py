@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from blip2_jax import cli, recipe
 from blip2_jax.data import loader, sources
+from blip2_jax.evaluate import DuringTraining
 from blip2_jax.runtime import distributed, mesh
 from blip2_jax.runtime.checkpoint import Checkpointer
 from blip2_jax.runtime.distributed import PREEMPTED
@@ -114,6 +115,7 @@ def loop(
     make_key = jax.jit(jax.random.key, static_argnums=0, out_shardings=mesh.replicated(run.mesh))
     key = make_key(config.seed)
     metrics: dict[str, Any] = {}
+    scores = DuringTraining(run, frozen, config.eval.tasks) if config.eval.tasks else None
     with (
         loader.train_batches(config, run.image_size, start_step=step, source=source) as batches,
         MetricsWriter(workdir, restored_step=step) as writer,
@@ -134,6 +136,10 @@ def loop(
                 since, since_step, waited = now, step, batches.wait_seconds
                 if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
                     numbers |= evaluate_losses(run, state["params"], frozen)
+                    since = time.monotonic()
+                every = config.eval.tasks_every
+                if scores and (step == config.steps or (every and step % every == 0)):
+                    numbers |= scores(state["params"])
                     since = time.monotonic()
                 # Not among the metrics: a resumed run counts what it has met itself.
                 timing = {

@@ -178,6 +178,10 @@ def get_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict({"every": 1000, "keep_last": 2, "keep_every": 0})
     config.log = ConfigDict({"every": 50})
-    # Losses on `data.eval_split`; 0: never. `batches` 0: all of it.
-    config.eval = ConfigDict({"every": 0, "batches": 0, "batch_size": 64})
+    # Losses on `data.eval_split`; 0: never. `batches` 0: all of it. `tasks`: an evaluation too
+    # ("configs/eval/X.py:ARG", see there; its models are not used), every `tasks_every` steps and
+    # at the end; its scores go into metrics.jsonl as eval/NAME.
+    config.eval = ConfigDict(
+        {"every": 0, "batches": 0, "batch_size": 64, "tasks": "", "tasks_every": 0}
+    )
     return config

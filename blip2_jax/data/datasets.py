@@ -35,6 +35,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "laion": ("*.tar",),
 }
 NAMES = tuple(FILES)
+LOOKED_AT = 20  # rows, to find out where the images are
 IMAGE_FOLDERS = ("", "images", "flickr30k_images", "flickr30k-images", "val")
 YEARS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 
@@ -61,7 +62,7 @@ def open_dataset(
     if path.endswith(".tar"):
         return sources.open_files(path)
     rows = rows_of(name, path, split)
-    first = list(itertools.islice(rows, 1))
+    first = list(itertools.islice(rows, LOOKED_AT))
     images = images or _image_folder(folder, first)
     return lists.ListSource(itertools.chain(first, rows), images, split=split, form=form)
 
@@ -87,13 +88,13 @@ def find(name: str, folder: str, split: str) -> str:
 
 
 def _image_folder(folder: str, first: list) -> str:
-    """The folder that the first row's image is in."""
-    row = first[0] if first and isinstance(first[0], dict) else {}
-    image = lists.normalize(row)["image"]
+    """The folder that the images of the first rows, or some of them, are in."""
+    images = [lists.normalize(row)["image"] for row in first if isinstance(row, dict)]
     fs, root = files.filesystem(folder)
-    for place in IMAGE_FOLDERS if image else ():
-        if fs.exists(files.join(files.join(root, place) if place else root, image)):
-            return files.join(folder, place) if place else folder
+    for image in filter(None, images):
+        for place in IMAGE_FOLDERS:
+            if fs.exists(files.join(files.join(root, place) if place else root, image)):
+                return files.join(folder, place) if place else folder
     return folder
 
 

@@ -74,12 +74,12 @@ class Blip2:
     ):
         if config.llm is not None:
             config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, scan=False))
-            params = {**params, "llm": unstack(params["llm"])}
-        self.config, self.params, self.mesh, self.source = config, params, mesh, source
+        self.config, self.mesh, self.source = config, mesh, source
+        self.use(params)
         self.qformer_tokenizer, self.llm_tokenizer = qformer_tokenizer, llm_tokenizer
         self.batch_size = batch_size
-        dtype = params["query_tokens"].dtype if dtype is None else dtype
-        make = lambda: make_model(config, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+        self.dtype = jnp.dtype(params["query_tokens"].dtype if dtype is None else dtype)
+        make = lambda: make_model(config, dtype=self.dtype, rngs=nnx.Rngs(0))  # noqa: E731
         graph, abstract = nnx.split(nnx.eval_shape(make))
         missing = nnx.to_pure_dict(abstract).keys() - params.keys()
         self._has_match = not missing & {"itm_head", "vision_proj", "text_proj"}
@@ -107,6 +107,15 @@ class Blip2:
         self._generate = compiled(_generate, **static)
         self._begin = compiled(_begin, **static)
         self._advance = compiled(_advance, **static)
+
+    def use(self, params: dict[str, Any] | None) -> None:
+        """Takes other parameters of the same shapes, as those of a run that goes on; None: none.
+
+        What was compiled stays. The language model's are taken apart, as in `Blip2`.
+        """
+        if params is not None and self.config.llm is not None:
+            params = {**params, "llm": unstack(params["llm"])}
+        self.params = params
 
     def can(self, task: str) -> bool:
         """Whether this model has the heads for "retrieval", "captioning", "vqa" or "ranking"."""
