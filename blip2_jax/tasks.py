@@ -220,6 +220,8 @@ class Task:
         """Says something about each image that nothing was said about; this process's share."""
         todo = [number for number in self.units if not lines.done(number)]
         done = len(self.units) - len(todo)
+        for number in todo:  # what could not be read is tried again
+            lines.rows.pop(number, None)
         share = todo[host.index :: host.count]
         with Progress(
             len(share) + done, initial=done, label=self.name, unit="image", active=host.index == 0
@@ -236,7 +238,10 @@ class Task:
 
     def _note(self, faults: list[tuple[int, str]], lines: Lines) -> None:
         lines.add([{"row": number, "unreadable": where} for number, where in faults])
-        bad = [row["unreadable"] for row in lines.rows.values() if "unreadable" in row]
+        self._check_unreadable(lines.rows)
+
+    def _check_unreadable(self, rows: dict[int, Row]) -> None:
+        bad = [row["unreadable"] for row in rows.values() if "unreadable" in row]
         if len(bad) > self.dataset.most_unreadable:
             raise ValueError(
                 f"{self.name}: {len(bad)} of {len(self.dataset)} images cannot be read "
@@ -255,6 +260,7 @@ class Task:
         Raises:
           ValueError: something is missing.
         """
+        self._check_unreadable(rows)  # those of all processes
         unreadable = [n for n, row in rows.items() if "unreadable" in row]
         missing = [n for n in self.units if n not in rows]
         if missing:

@@ -41,6 +41,7 @@ def config(tmp_path, tasks: str, **changes) -> str:
             config.name = "test"
             config.batch_size = 4
             config.threads = 2
+            config.report.attention = 1
             config.update({changes!r})
             config.tasks = ConfigDict({{
                 {tasks}
@@ -67,6 +68,22 @@ def models(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Programs are compiled once for all tests here, and for the processes they start."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    folder = str(tmp_path_factory.mktemp("programs"))
+    environment = {"JAX_COMPILATION_CACHE_DIR": folder, names[1].upper(): "0"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        jax.config.update(names[1], 0.0)
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch, request):
     """Most tests are not about meshes, and compile faster on one device."""
@@ -75,6 +92,9 @@ def one_device(monkeypatch, request):
         monkeypatch.setattr(jax, "local_devices", lambda *args, **kwargs: device)
 
 
+# Loud enough for the small random model to answer differently.
+VARIED = "prompt='{}', decoding={'num_beams': 1, 'max_new_tokens': 5, 'min_new_tokens': 3,"
+VARIED += "'repetition_penalty': 3.0}"
 DECODING = "decoding={'num_beams': 2, 'max_new_tokens': 5, 'min_new_tokens': 1}"
 
 
@@ -291,7 +311,7 @@ def test_answers_are_those_of_the_model_one_by_one(tmp_path, models, monkeypatch
         "blip2_jax.inference.images.load_batch",
         lambda pictures, *a, **k: encoded.append(len(pictures)) or load_batch(pictures, *a, **k),
     )
-    tasks = f'"val": task("vqa", "vqav2", "val", "{tmp_path}/data", blind=True, {DECODING})'
+    tasks = f'"val": task("vqa", "vqav2", "val", "{tmp_path}/data", blind=True, {VARIED})'
     metrics = run(config(tmp_path, tasks), tmp_path / "out", f"--model={models}/opt")
     assert sum(encoded) <= 5 + 4 + 1  # an image whose questions are in two batches; attention maps
     monkeypatch.undo()
@@ -302,7 +322,7 @@ def test_answers_are_those_of_the_model_one_by_one(tmp_path, models, monkeypatch
     for number, path in enumerate(images_of(tmp_path / "data")):
         key = (100 + 7 * number) * 1000
         asked = f"what colour is number 0? it's {number}"  # cleaned as LAVIS does
-        assert model.answer(path, asked, **how) == [said[key]]
+        assert model.answer(path, asked, prompt="{}", **how) == [said[key]]
     each = [literal_accuracy(said[q], answers, "lavis") for q, answers in truth.items()]
     assert metrics["val/accuracy"] == pytest.approx(np.mean(each))
     page = (tmp_path / "out" / "report.html").read_text()
