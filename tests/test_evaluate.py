@@ -7,6 +7,7 @@ computed a second time, from its definition.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -593,3 +594,75 @@ def test_every_config_of_the_paper_names_its_settings():
             for task in config.tasks.values():
                 if task.task != "retrieval":
                     assert task.prompt and task.decoding.num_beams == 5
+
+
+# ------------------------------------------------------------------- meshes, processes, training
+
+
+def two_tasks(tmp_path, models) -> str:
+    write_vqa(tmp_path / "vqa")
+    tasks = f'"val": task("vqa", "vqav2", "val", "{tmp_path}/vqa", {VARIED}, model="{models}/opt"),'
+    return tasks + retrieval_task(tmp_path, rerank=3, model=f"{models}/retrieval")
+
+
+@pytest.fixture
+def mesh():
+    return [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
+
+
+def test_eight_devices_say_and_score_the_same(tmp_path, models, pairs, mesh, monkeypatch):
+    file = config(tmp_path, two_tasks(tmp_path, models))
+    spread = run(file, tmp_path / "spread", *mesh)
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda *args, **kwargs: devices)
+    alone = run(file, tmp_path / "alone")
+    scores = [name for name in alone if name.startswith(("val/", "flickr/"))]
+    assert len(scores) > 15 and all(spread[name] == alone[name] for name in scores)
+    said = [tmp_path / name / "predictions" / "val.json" for name in ("spread", "alone")]
+    assert said[0].read_text() == said[1].read_text()
+
+
+def test_two_processes_share_the_images_and_resume(tmp_path, models, pairs):
+    """Each says its share, the first scores all of it; one process may go on with their lines."""
+    file = config(tmp_path, two_tasks(tmp_path, models))
+    alone = run(file, tmp_path / "alone")
+    out = tmp_path / "shared"
+
+    def together():
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        processes = []
+        for index in range(2):
+            environment = os.environ | {
+                "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "BLIP2_DISTRIBUTED": "1",
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            }  # fmt: skip
+            words = [f"--config={file}", f"--workdir={out}"]
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "blip2_jax", "evaluate", *words],
+                    cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                )
+            )  # fmt: skip
+        try:
+            said = [process.communicate(timeout=300)[0].decode() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0, 0], said
+        return json.loads((out / "metrics.json").read_text())
+
+    def same(metrics):
+        scores = [name for name in alone if name.startswith(("val/", "flickr/"))]
+        return len(scores) > 15 and all(metrics[name] == alone[name] for name in scores)
+
+    assert same(together())
+    for name, count in (("val", 5), ("flickr", 11)):
+        shares = [(out / "lines" / f"{name}.{i}.jsonl").read_text().count("\n") - 1 for i in (0, 1)]
+        assert sum(shares) == count and min(shares) >= count // 2
+    cut = out / "lines" / "val.1.jsonl"
+    cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:2]) + '{"row"')
+    (out / "lines" / "flickr.0.jsonl").unlink()
+    assert same(run(file, out))
