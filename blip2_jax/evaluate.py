@@ -1,11 +1,11 @@
 """Evaluate a model as the paper reports it: question answering, captioning, retrieval, ranking.
 
   blip2 evaluate --config=configs/eval/vqa.py:vitg-flant5xl --workdir=runs/eval/vqa
-  blip2 evaluate --config=configs/eval/caption_coco.py:opt2.7b --workdir=DIR --model=runs/caption
+  blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR --model=runs/caption
   blip2 evaluate --config=configs/digits/evaluate.py --workdir=runs/quickstart
   blip2 evaluate --config=configs/eval/vqa.py:vitg-flant5xl --workdir=DIR --task=okvqa \\
       --config.tasks.okvqa.data.dir=/data/okvqa --config.tasks.okvqa.decoding.num_beams=1
-  blip2 evaluate --config=configs/eval/caption_coco.py:opt2.7b --workdir=DIR \\
+  blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR --task=coco \\
       --predictions=captions_of_another_system.json
 
 A config in configs/eval is one row of the paper's tables, with every prompt, beam and penalty that
@@ -38,8 +38,9 @@ import numpy as np
 from blip2_jax import __version__, cli, pretrained, recipe, tasks
 from blip2_jax.data import transforms, world
 from blip2_jax.data.faults import RecordError
+from blip2_jax.data.heldout import Heldout
 from blip2_jax.data.loader import Host
-from blip2_jax.evals import submissions, vqa
+from blip2_jax.evals import vqa
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.report import write_report
 from blip2_jax.runtime import distributed
@@ -102,8 +103,7 @@ def evaluate(
         if len(planned) > 1:
             raise ValueError(f"--predictions is of one task; name it: --task={planned[0].name}.")
         (task,) = planned
-        said = submissions.read(Path(predictions), task.submission)
-        result.add(task, task.rows_of(said), predictions)
+        result.add(task, task.read(Path(predictions)), predictions)
         planned = []
     for task in planned:
         source = model or task.config.model or config.model
@@ -144,13 +144,13 @@ def open_tasks(config, only: Sequence[str] = ()) -> list[tasks.Task]:
             f"{config.name} has no task {', '.join(unknown)}; there are: "
             f"{', '.join(config.tasks) or 'none'}."
         )
-    datasets: dict[str, tasks.Dataset] = {}
+    datasets: dict[str, Heldout] = {}
     made = []
     for name in only or config.tasks:
         section = config.tasks[name]
         data = cli.config_to_json(section.data)  # tasks on the same data share them
         if data not in datasets:
-            datasets[data] = tasks.Dataset(section.data)
+            datasets[data] = Heldout(section.data)
         made.append(tasks.make(name, section, datasets[data], config.threads))
     return sorted(made, key=lambda task: list(tasks.TASKS).index(task.kind))
 

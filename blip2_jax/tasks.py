@@ -21,8 +21,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from blip2_jax.data import files, lists, loader, sources, texts, world
-from blip2_jax.data.faults import RecordError
+from blip2_jax.data import files, texts, world
+from blip2_jax.data.heldout import Heldout
+from blip2_jax.data.lists import Row
 from blip2_jax.data.loader import Host
 from blip2_jax.evals import captioning, retrieval, submissions, vqa
 from blip2_jax.inference.pipeline import Blip2
@@ -32,86 +33,8 @@ from blip2_jax.runtime.metrics import Progress
 # Keys of a task that may change when it goes on: they decide nothing of what is said.
 SCORING = ("metric", "forms", "lemmatize", "scores", "by", "tokenizer", "examples")
 
-Row = dict[str, Any]
 Metrics = dict[str, float | str]
 COMMAND = "blip2 evaluate"
-
-
-class Dataset:
-    """A split: what is known of each image; the images themselves are read when they are needed.
-
-    Args:
-      data: a task's `data` section.
-
-    Attributes:
-      records: one an image, without the image.
-
-    Raises:
-      ValueError: there are no records, or more images are missing than may be.
-    """
-
-    def __init__(self, data: ConfigDict):
-        self.data, self.name = data, f"{data.source} {data.split} ({data.dir})"
-        self.source = loader.open_source(data, data.split)
-        count = min(data.first or len(self.source), len(self.source))
-        self.most_unreadable = int(data.most_unreadable * count)
-        self._check_files(count)
-        self.records = lists.Packed(self._facts(number) for number in range(count))
-        if not count:
-            raise ValueError(f"{self.name} has no records.")
-
-    def _facts(self, number: int) -> Row:
-        try:
-            return sources.facts(self.source, number)
-        except RecordError as error:
-            raise ValueError(f"{self.name}: {error}") from error
-
-    def _check_files(self, count: int) -> None:
-        """Looks for the images before a model is loaded."""
-        if not isinstance(self.source, lists.ListSource) or not files.is_local(self.source.images):
-            return
-        paths = (self.source.where(number) for number in range(count))
-        missing = [path for path in paths if not Path(path).is_file()]
-        if len(missing) > self.most_unreadable:
-            raise ValueError(
-                f"{self.name}: {len(missing)} of {count} images are missing "
-                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Put them there, "
-                "name their folder in data.images, or allow a share with data.most_unreadable; "
-                "scores are then without them."
-            )
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def identity(self) -> Row:
-        """What decides what is asked here; a journal belongs to it."""
-        data = {key: self.data[key] for key in ("source", "split", "first")}
-        return data | json.loads(json.dumps(sources.identity(self.source)))
-
-    def questions(self, number: int) -> list[Row]:
-        """An image's questions, each with an id."""
-        record = self.records[number]
-        return [
-            {**question, "id": question.get("question_id", f"{record['id']}/{i}")}
-            for i, question in enumerate(record.get("questions", []))
-        ]
-
-    def batches(
-        self, rows: Sequence[int], size: int, batch_size: int, threads: int
-    ) -> Iterator[tuple[list[int], list[np.ndarray], list[tuple[int, str]]]]:
-        """Numbers and images, uint8[size, size, 3], batch by batch; and what cannot be read."""
-        with loader.scored_batches(
-            self.source, size, batch_size, rows=rows, threads=threads
-        ) as batches:
-            for batch in batches:
-                real, valid = batch["index"] >= 0, batch["valid"]
-                faults = [
-                    (int(n), sources.place(self.source, int(n)))
-                    for n in batch["index"][real & ~valid]
-                ]
-                yield batch["index"][valid].tolist(), list(batch["image"][valid]), faults
-
-
 PACKED = {"texts": np.int32, "itc": np.float32, "itm": np.float32}  # in a line's long columns
 
 
@@ -185,7 +108,7 @@ class Task:
     kind = ""
     submission = ""  # of `submissions.FIELDS`
 
-    def __init__(self, name: str, config: ConfigDict, dataset: Dataset, threads: int):
+    def __init__(self, name: str, config: ConfigDict, dataset: Heldout, threads: int):
         self.name, self.config, self.dataset, self.threads = name, config, dataset, threads
         self.model: Blip2 | None = None
         self.units = self._units()  # numbers of the records that something is to be said about
@@ -223,9 +146,8 @@ class Task:
         for number in todo:  # what could not be read is tried again
             lines.rows.pop(number, None)
         share = todo[host.index :: host.count]
-        with Progress(
-            len(share) + done, initial=done, label=self.name, unit="image", active=host.index == 0
-        ) as progress:
+        total = len(share) + done
+        with Progress(total, initial=done, label=self.name, unit="image") as progress:
             for numbers, images, faults in self._batches(share):
                 self._note(faults, lines)
                 if numbers:
@@ -279,12 +201,22 @@ class Task:
     def _score(self, rows: dict[int, Row]) -> tuple[Metrics, dict[str, str]]:
         raise NotImplementedError
 
-    def rows_of(self, predictions: dict[Any, str]) -> dict[int, Row]:
-        """Lines from texts by official id, of a file that something else wrote."""
-        raise ValueError(f"{self.name}: predictions of {self.config.task} are not read from files.")
+    def read(self, path: Path) -> dict[int, Row]:
+        """Lines from a file in a server's form, which something else may have written.
+
+        Raises:
+          ValueError: it is in another form, or not of exactly these images or questions.
+        """
+        if not self.submission:
+            raise ValueError(f"{self.name}: no server takes files of {self.kind}; pass a --model.")
+        return self._rows_of(submissions.read(path, self.submission))
+
+    def _rows_of(self, predictions: dict[Any, str]) -> dict[int, Row]:
+        """Lines from texts by official id."""
+        raise NotImplementedError
 
     def write(self, folder: Path, rows: dict[int, Row]) -> Path:
-        """Writes what was said, in the official form where there is one."""
+        """Writes what was said, in a server's form where there is one."""
         path = folder / f"{self.name}.json"
         submissions.write(path, self.submission, self.predictions(rows))
         return path
@@ -333,7 +265,7 @@ class Vqa(Task):
             {
                 "row": number,
                 "id": self.dataset.records[number]["id"],
-                **{key: texts[ends[i] : ends[i + 1]] for key, texts in said.items()},
+                **{key: some[ends[i] : ends[i + 1]] for key, some in said.items()},
             }
             for i, number in enumerate(numbers)
         ]
@@ -363,7 +295,7 @@ class Vqa(Task):
         said = {n: row for n, row in rows.items() if "unreadable" not in row}
         return self.by_question(said)
 
-    def rows_of(self, predictions):
+    def _rows_of(self, predictions):
         questions = {n: self.dataset.questions(n) for n in self.units}
         known = [question["id"] for some in questions.values() for question in some]
         vqa.check_ids(predictions, known, "questions")
@@ -373,17 +305,13 @@ class Vqa(Task):
         }
 
     def _score(self, rows):
-        questions = [
-            {**q, "type": (q.get("type") or q.get("answer_type") or None)}
-            for number in rows
-            for q in self.dataset.questions(number)
-        ]
+        questions = [q for number in rows for q in self.dataset.questions(number)]
+        for question in questions:  # "yes/no" would look like a group of metrics
+            kind = question.get("type") or question.get("answer_type")
+            question["type"] = kind and kind.replace("/", "_")
         if not any(q.get("answers") or q.get("answer") for q in questions):
             where = "hand the file of predictions to the data set's evaluation server"
             return {}, {"accuracy": f"the answers of this split are not public: {where}"}
-        if any(isinstance(q["type"], str) and "/" in q["type"] for q in questions):
-            for q in questions:
-                q["type"] = q["type"] and q["type"].replace("/", "_")
         metrics: Metrics = {}
         for suffix, key in (("_blind", "blind"), ("", "answers")):
             if key == "blind" and not self._has_blind(rows):
@@ -481,7 +409,7 @@ class Captioning(Task):
         official = self._ids()
         return {official[n]: row["caption"] for n, row in rows.items() if "unreadable" not in row}
 
-    def rows_of(self, predictions):
+    def _rows_of(self, predictions):
         number = {official: n for n, official in self._ids().items()}
         captioning.check_ids(predictions, number, "images")
         return {
@@ -580,11 +508,10 @@ class Retrieval(Task):
 
     def predict(self, lines, host):
         total = sum(len(group[host.index :: host.count]) for group in self.groups)
-        active = host.index == 0
         self._text_ranks = []
         with (
-            Progress(total, label=f"{self.name} ITC", unit="image", active=active) as embedded,
-            Progress(total, label=f"{self.name} ITM", unit="image", active=active) as matched,
+            Progress(total, label=f"{self.name} ITC", unit="image") as embedded,
+            Progress(total, label=f"{self.name} ITM", unit="image") as matched,
         ):
             for group in self.groups:
                 self._predict_group(group, lines, host, embedded, matched)
@@ -653,10 +580,12 @@ class Retrieval(Task):
                 **{f"itc_{n}": v for n, v in alone.items() if "_r" in n},
             }.items():
                 metrics[name] = metrics.get(name, 0.0) + float(value) / len(self.groups)
+        rest = len(self.dataset) - len(self.units)
+        left_out = {"images": f"the last {rest} make no whole group"} if rest else {}
         metrics["candidates"] = len(self.groups[0])
         if found["candidate_texts"] != found["candidates"]:
             metrics["candidate_texts"] = found["candidate_texts"]
-        return metrics, {}
+        return metrics, left_out
 
     def write(self, folder, rows):
         """The best texts of each image and the best images of each text, with their scores."""
@@ -704,7 +633,7 @@ def stamp(source: str) -> str:
 TASKS = {kind.kind: kind for kind in (Retrieval, Captioning, Vqa, Ranking)}
 
 
-def make(name: str, config: ConfigDict, dataset: Dataset, threads: int) -> Task:
+def make(name: str, config: ConfigDict, dataset: Heldout, threads: int) -> Task:
     """The task of a config.
 
     Raises:

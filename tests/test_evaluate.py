@@ -536,6 +536,11 @@ def test_predictions_that_do_not_fit_are_named(tmp_path):
         ("{ranking}", ["--model=none"], "10 questions have no `choices`"),
         ("{retrieval}", ["--model=none"], "5 images have no text"),
         ("{vqa}), 'two': {vqa}", ["--predictions=x.json"], "is of one task; name it: --task="),
+        (
+            "'x': task('retrieval', 'coco', 'test', '{data}/c'",
+            ["--predictions=x"],
+            "no server takes",
+        ),
         ("'x': task('dancing', 'vqav2', 'val', '{data}'", ["--model=none"], "task is 'dancing'"),
         ("'x': task('vqa', 'vqav3', 'val', '{data}'", ["--model=none"], "is 'vqav3'; known"),
         ("'x': task('vqa', 'vqav2', 'dev', '{data}'", ["--model=none"], "holds no vqav2"),
@@ -544,6 +549,7 @@ def test_predictions_that_do_not_fit_are_named(tmp_path):
 def test_what_does_not_fit_is_said_at_once(tmp_path, models, monkeypatch, tasks, words, message):
     data = tmp_path / "data"
     write_vqa(data)
+    write_coco(data / "c")
     if "spacy" in message:
         monkeypatch.setitem(sys.modules, "spacy", None)
     parts = {
