@@ -42,6 +42,7 @@ from blip2_jax.data.heldout import Heldout
 from blip2_jax.data.loader import Host
 from blip2_jax.evals import vqa
 from blip2_jax.inference.pipeline import Blip2
+from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.report import write_report
 from blip2_jax.runtime import distributed
 from blip2_jax.runtime import mesh as meshes
@@ -186,6 +187,15 @@ class DuringTraining:
         self.run, self.frozen = run, frozen
         self.tasks = open_tasks(self.config)  # mistakes show before the first step
         self.model: Blip2 | None = None
+        sizes = run.model_config
+        for task in self.tasks:
+            if not isinstance(sizes, Blip2Config) or (
+                (sizes.llm is None) != (task.kind == "retrieval")
+            ):
+                raise ValueError(
+                    f"config.eval.tasks: {run.config.name} has no head for {task.name} "
+                    f"({task.kind}) of {path}."
+                )
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Scores as "eval/NAME", of parameters that the run trains."""
@@ -197,10 +207,6 @@ class DuringTraining:
             self.model.use(recipe.all_params(self.run, params, self.frozen))
         together, found = Host(0, 1), {}
         for task in self.tasks:
-            if not self.model.can(task.kind):
-                raise ValueError(
-                    f"{self.config.name}: {self.run.config.name} has no head for {task.name}."
-                )
             task.model = self.model
             lines = tasks.Lines(None, task.name, {}, together)
             task.predict(lines, together)

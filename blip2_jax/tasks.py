@@ -258,7 +258,7 @@ class Vqa(Task):
         pictures = [image for image, some in zip(images, asked, strict=True) for _ in some]
         flat = [question for some in asked for question in some]
         said = {"answers": self._say(pictures, flat)}
-        if self.config.blind:
+        if self.config.get("blind"):
             said["blind"] = self._say(None, flat)
         ends = np.cumsum([0, *map(len, asked)])
         return [
@@ -357,14 +357,11 @@ class Ranking(Vqa):
         return {}
 
     def _say(self, pictures, questions):
-        if pictures is None:
-            raise ValueError(f"{self.name}: ranking has no blind baseline; set blind to False.")
         scores = self.model.rank(
             pictures,
             self._texts(questions),
             [self._candidates(question) for question in questions],
             prompt=self.config.prompt,
-            truncate=self.config.truncate or None,
         )
         return [
             self._candidates(question)[int(np.argmax(some))]

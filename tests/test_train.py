@@ -263,6 +263,8 @@ def test_scores_during_training_are_those_of_the_evaluation_afterwards(world, tm
         {name: value for name, value in line.items() if not name.startswith("eval/x/")}
         for line in lines
     ]
+    with pytest.raises(ValueError, match="has no head for x .captioning. of .*scores.py"):
+        run(flags(world, "stage1", **changes), tmp_path / "wrong")
     wrong = {**changes, "eval.tasks": str(tmp_path / "none.py")}
     with pytest.raises(ValueError, match="There is no config file"):
         run(flags(world, stage, **wrong), tmp_path / "wrong")

@@ -31,7 +31,7 @@ from blip2_jax.runtime.mesh import batch_sharding, replicated
 log = logging.getLogger(__name__)
 
 SHORTEST = 8  # tokens that texts are padded to at least
-MOST_RANKED = 512  # tokens of a prompt with a candidate, where the language model has no bound (T5)
+MOST_RANKED = 512  # tokens of a prompt with one of its candidates
 SEED = 0
 
 
@@ -309,7 +309,6 @@ class Blip2:
         candidates: Sequence[Sequence[str]],
         *,
         prompt: str | None = None,
-        truncate: int | None = None,
         progress: str = "",
     ) -> list[np.ndarray]:
         """How likely each candidate answer is, as InstructBLIP ranks them (LAVIS `predict_class`).
@@ -318,7 +317,7 @@ class Blip2:
           pictures: N images, or one for all questions.
           questions: N questions.
           candidates: of each question, one or more answers.
-          prompt, truncate, progress: see `answer`.
+          prompt, progress: see `answer`.
 
         Returns:
           N of float32[C_i]: log-probability of each candidate, its end token included, summed over
@@ -335,7 +334,7 @@ class Blip2:
         owner = np.repeat(np.arange(len(prompts)), [len(some) for some in candidates])
         answers = [answer for some in candidates for answer in some]
         arrays = self._answer_arrays(
-            [pictures[i] for i in owner], [prompts[i] for i in owner], answers, truncate
+            [pictures[i] for i in owner], [prompts[i] for i in owner], answers
         )
         scores = self._over(self._loglikelihood, len(owner), arrays, progress)
         return np.split(scores, np.cumsum([len(some) for some in candidates])[:-1])
@@ -512,11 +511,12 @@ class Blip2:
 
         return read
 
-    def _answer_arrays(self, pictures, prompts, answers, truncate) -> Callable:
+    def _answer_arrays(self, pictures, prompts, answers) -> Callable:
         """Reader of rows of a ranking: ids, mask and labels as in training, and what is seen."""
-        seen = self._visual_prompts(pictures, prompts, truncate, None)
+        seen = self._visual_prompts(pictures, prompts, None, None)
         tokenizer = self.llm_tokenizer
-        room = truncate or getattr(self.config.llm, "max_position_embeddings", MOST_RANKED)
+        room = getattr(self.config.llm, "max_position_embeddings", None) or MOST_RANKED
+        room = min(room - self.config.qformer.num_query_tokens, MOST_RANKED)
         end = "\n" if isinstance(self.config.llm, OPTConfig) else ""
 
         def encode(row: int) -> tuple[np.ndarray, ...]:

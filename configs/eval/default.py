@@ -78,15 +78,12 @@ def task(kind: str, source: str, split: str, folder: str = "", **changes: Any) -
             }
         )
     else:
-        config.update(
-            {
-                # What stands before the text, {} for the question; None: what is published for the
-                # model's family (`blip2 generate --help`).
-                "prompt": None,
-                "truncate": 0,  # tokens of a prompt; 0: none. LAVIS cuts OPT's at 32
-                "blind": False,  # the same without the image too, as a baseline (no ranking)
-            }
-        )
+        # What stands before the text, {} for the question; None: what is published for the model's
+        # family (`blip2 generate --help`).
+        config.prompt = None
+    if kind in ("vqa", "captioning"):
+        config.truncate = 0  # tokens of a prompt; 0: none. LAVIS cuts OPT's at 32
+        config.blind = False  # the same without the image too, as a baseline
     decoding = {
         "num_beams": 5,
         "max_new_tokens": 30,
