@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from blip2_jax import cli
 from blip2_jax.data import tokenizers
 from blip2_jax.inference.pipeline import Blip2
-from blip2_jax.models import blip2, opt, vit
+from blip2_jax.models import blip2, lora, opt, vit
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime import optim
@@ -88,6 +88,11 @@ class Recipe:
                 abstract = self.abstract_state["params"][key]
                 params[key] = huggingface.load(source, sizes, abstract)
         return {**state, "params": params}
+
+    def whole(self, frozen: Params, params: Params) -> Params:
+        """All parameters of the model, with low-rank paths folded into the weights."""
+        sizes = self.config.model.llm.lora
+        return lora.fold({**frozen, **params}, rank=sizes.rank, alpha=sizes.alpha)
 
     def load_frozen(self) -> tuple[Params, dict[str, str]]:
         """Reads the frozen towers, and checks their fingerprints.
@@ -160,7 +165,10 @@ def make_module(config: ConfigDict, sizes: Any, *, rngs: nnx.Rngs) -> nnx.Module
         return vit.PatchClassifier(sizes, dict(config.stage.labels), dtype=dtype, rngs=rngs)
     if isinstance(sizes, opt.OPTConfig):
         return opt.OPTAlone(sizes, dtype=dtype, rngs=rngs)
-    return blip2.make_model(sizes, dtype=dtype, rngs=rngs)
+    model = blip2.make_model(sizes, dtype=dtype, rngs=rngs)
+    if sizes.llm is not None and config.model.llm.lora.rank:
+        lora.add(model, **config.model.llm.lora, rngs=rngs)
+    return model
 
 
 def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
@@ -184,10 +192,15 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
             f"{devices} devices of the mesh's data and fsdp axes{many}; take a multiple."
         )
     sizes = model_config(config)
+    if (lora.PART in config.trainable) != bool(config.model.llm.lora.rank):
+        raise ValueError(
+            f"Low-rank adaptation takes both: `{lora.PART}` in config.trainable and a rank "
+            f"in config.model.llm.lora.rank, which is {config.model.llm.lora.rank}."
+        )
 
     def params_of(key: jax.Array) -> Params:
         module = make_module(config, sizes, rngs=nnx.Rngs(key))
-        return nnx.to_pure_dict(nnx.state(module))
+        return lora.apart(nnx.to_pure_dict(nnx.state(module)))
 
     def trainable_of(key: jax.Array) -> Params:
         return states.split_by_keys(params_of(key), config.trainable)[0]
@@ -231,17 +244,28 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
         abstract_frozen=frozen,
         init_params=trainable_of,
         train_step=jax.jit(
-            functools.partial(stage.train_step, spec=spec),
+            _on_mesh(stage.train_step, spec),
             in_shardings=(shardings, frozen_shardings, batch, everywhere),
             out_shardings=(shardings, everywhere),
             donate_argnums=0,
         ),
         eval_step=jax.jit(
-            functools.partial(stage.eval_step, spec=spec),
+            _on_mesh(stage.eval_step, spec),
             in_shardings=(shardings["params"], frozen_shardings, batch),
             out_shardings=everywhere,
         ),
     )
+
+
+def _on_mesh(step: Callable[..., Any], spec: Spec) -> Callable[..., Any]:
+    """A stage's step, traced with the mesh in context: models hold their activations to it."""
+
+    @functools.wraps(step)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(spec.mesh.abstract_mesh):
+            return step(*args, spec=spec)
+
+    return traced
 
 
 def _finished(workdir: Path) -> dict[str, Any]:
@@ -291,7 +315,7 @@ def load_run(
             f"{workdir} was trained on towers {fingerprints}, here are {found}. "
             "Install the towers it was trained on."
         )
-    return _blip2(run, {**frozen, **params}, dtype, batch_size, str(workdir))
+    return _blip2(run, run.whole(frozen, params), dtype, batch_size, str(workdir))
 
 
 def blip2_of(run: Recipe, params: Params, frozen: Params, *, batch_size: int = 32) -> Blip2:
@@ -301,7 +325,7 @@ def blip2_of(run: Recipe, params: Params, frozen: Params, *, batch_size: int = 3
 
 def all_params(run: Recipe, params: Params, frozen: Params) -> Params:
     """Trained and frozen parameters for a `Blip2`, which takes the language model's apart."""
-    whole = {**frozen, **params}
+    whole = run.whole(frozen, params)
     if "llm" in whole:
         places = jax.tree.map(lambda x: x.sharding, whole["llm"])
         copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=places)
