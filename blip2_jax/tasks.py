@@ -517,7 +517,7 @@ class Retrieval(Task):
         gather = _gather if host.count > 1 else retrieval.alone
         said, owner = self.texts(group)
         cut = {"truncate": self.config.truncate or None}
-        features = self.model.embed_texts(said, **cut)
+        features = self.model.embed_texts(said, progress=f"{self.name} texts", **cut)
         mine = np.arange(len(group))[host.index :: host.count]
         place = {int(group[at]): i for i, at in enumerate(mine)}
         itc = np.zeros((len(mine), len(said)), np.float32)

@@ -177,14 +177,13 @@ class Blip2:
         texts: Sequence[str] | str | np.ndarray,
         *,
         truncate: int | None = None,
-        progress: str = "",
     ) -> np.ndarray:
         """ITC: cosine of every image's best query with every text, float32[N, M].
 
         Args:
           pictures: N images.
           texts: M texts, or what `embed_texts` made of them.
-          truncate, progress: see `Blip2`.
+          truncate: see `Blip2`.
         """
         self._need_stage1("similarity")
         pictures = _need_some(images.as_list(pictures))
@@ -193,7 +192,7 @@ class Blip2:
         everywhere = None if self.mesh is None else replicated(self.mesh)
         features = jax.device_put(texts, everywhere)
         run = lambda params, pixels: self._similarities(params, pixels, features)  # noqa: E731
-        return self._over(run, len(pictures), self._pixels(pictures), progress)
+        return self._over(run, len(pictures), self._pixels(pictures))
 
     def match(
         self,
