@@ -43,7 +43,7 @@ LABELS = {
     "stage2": "Stage 2: generative learning",
 }
 BASELINES = {"_blind": "no image", "_chance": "chance", "_shuffled": "wrong images"}
-_NOT_SCORES = re.compile(r"seconds/|.*(_gb|/candidates|/candidate_texts)$")
+_NOT_SCORES = re.compile(r"seconds/|.*(_gb|/candidates|/candidate_texts|/unreadable)$")
 _INK, _LINE = "#010203", "#040506"  # stand-ins, replaced by the page's own colors
 _CURVE_COLORS = ("#0f8b8d", "#e08e0b", "#6c6fe0", "#d6487e", "#7a8699", "#5a9e3a")
 _CIDER_MOST = 10.0  # of CIDEr-D, whose scale is not 0..1

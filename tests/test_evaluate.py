@@ -602,7 +602,21 @@ def test_every_config_of_the_paper_names_its_settings():
                     assert task.prompt and task.decoding.num_beams == 5
 
 
-# ------------------------------------------------------------------- meshes, processes, training
+def test_the_quickstarts_evaluation_is_a_config_like_the_others():
+    words = ["data.dir=D", "models.retrieval=R", "models.captioning=C", "models.vqa=V"]
+    words = [f"--config.{word}" for word in words]
+    tasks = cli.load_config("configs/digits/evaluate.py", words).tasks
+    models = {name: (task.task, task.model, task.data.split) for name, task in tasks.items()}
+    assert models == {
+        "retrieval": ("retrieval", "R", "test"),
+        "caption": ("captioning", "C", "test"),
+        "vqa": ("vqa", "V", "test"),
+        "vqa_held_out": ("vqa", "V", "held_out"),
+    }
+    assert {task.data.dir for task in tasks.values()} == {"D"}
+
+
+# ------------------------------------------------------------------- meshes, processes
 
 
 def two_tasks(tmp_path, models) -> str:
