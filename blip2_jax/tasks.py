@@ -196,6 +196,8 @@ class Task:
         if unreadable:
             metrics[f"{self.name}/unreadable"] = len(unreadable)
             left_out["images"] = f"{len(unreadable)} of {len(self.units)} cannot be read"
+        if self.dataset.left_out:
+            left_out["records"] = f"rows that are of no use ({self.dataset.left_out})"
         return metrics, {f"{self.name}/{name}": reason for name, reason in left_out.items()}
 
     def _score(self, rows: dict[int, Row]) -> tuple[Metrics, dict[str, str]]:

@@ -395,7 +395,7 @@ def test_ranking_takes_the_likeliest_candidate(tmp_path, models):
          "choices": ["seven", "a red 3", "blue"]}
         for i in range(3)
     ]  # fmt: skip
-    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "list.jsonl").write_text("\n".join([*map(json.dumps, rows), "{"]))
     tasks = f'"choices": task("ranking", "files", "", "{tmp_path}/list.jsonl", metric="exact")'
     words = f"--config.tasks.choices.data.images={tmp_path}/photos"
     for name in ("opt", "instruct"):
@@ -408,6 +408,7 @@ def test_ranking_takes_the_likeliest_candidate(tmp_path, models):
                 tmp_path / "photos" / f"{i}.jpg", "what digit?", [rows[i]["choices"]]
             )
             assert said[i] == rows[i]["choices"][int(scores[0].argmax())]
+        assert "1 x not JSON" in metrics["left_out"]["choices/records"]
         hits = [answer == "seven" for answer in said.values()]
         assert metrics["choices/accuracy"] == pytest.approx(np.mean(hits))
 

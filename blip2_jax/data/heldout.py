@@ -21,6 +21,7 @@ class Heldout:
 
     Attributes:
       records: one an image, without the image.
+      left_out: what the source could not use of its rows, and why; "" if nothing.
 
     Raises:
       ValueError: there are no records, or more images are missing than may be.
@@ -35,6 +36,8 @@ class Heldout:
         self.records = lists.Packed(self._facts(number) for number in range(count))
         if not count:
             raise ValueError(f"{self.name} has no records.")
+        faults = getattr(self.source, "faults", None)
+        self.left_out = " ".join(faults.text().split()) if faults and faults.count else ""
 
     def _facts(self, number: int) -> Row:
         try:
