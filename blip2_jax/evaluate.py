@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     args = cli.parse(__doc__, argv, add_arguments, prog="blip2 evaluate")
     try:
         return evaluate(args.config, Path(args.workdir), args.model, args.task, args.predictions)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         raise SystemExit(f"blip2 evaluate: {error}") from error
 
 

@@ -543,6 +543,10 @@ class Retrieval(Task):
             pairs = [wanted[n] for n in numbers]
             owners = np.repeat(np.arange(len(numbers)), [len(some) for some in pairs])
             logits = self.model.match_candidates(images, words, owners, np.concatenate(pairs))
+            if np.isnan(logits).any():
+                raise ValueError(
+                    f"{self.name}: ITM logits are NaN: check the model's weights and dtype."
+                )
             parts = np.split(logits, np.cumsum([len(some) for some in pairs])[:-1])
             lines.add(
                 [
