@@ -315,14 +315,34 @@ def load_run(
             f"{workdir} was trained on towers {fingerprints}, here are {found}. "
             "Install the towers it was trained on."
         )
+    return _blip2(run, run.whole(frozen, params), dtype, batch_size, str(workdir))
+
+
+def blip2_of(run: Recipe, params: Params, frozen: Params, *, batch_size: int = 32) -> Blip2:
+    """The BLIP-2 model of a run that is being trained; leaves its parameters as they are."""
+    return _blip2(run, all_params(run, params, frozen), None, batch_size, run.config.name)
+
+
+def all_params(run: Recipe, params: Params, frozen: Params) -> Params:
+    """Trained and frozen parameters for a `Blip2`, which takes the language model's apart."""
+    whole = run.whole(frozen, params)
+    if "llm" in whole:
+        places = jax.tree.map(lambda x: x.sharding, whole["llm"])
+        copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=places)
+        whole["llm"] = copy(whole["llm"])
+    return whole
+
+
+def _blip2(run: Recipe, params: Params, dtype: Any, batch_size: int, source: str) -> Blip2:
     data, llm = run.config.data, run.config.model.llm
+    words = data.llm_tokenizer or llm.source
     return Blip2(
         run.model_config,
-        run.whole(frozen, params),
+        params,
         dtype=jnp.dtype(dtype or run.config.dtype),
         mesh=run.mesh,
         qformer_tokenizer=tokenizers.load(data.qformer_tokenizer),
-        llm_tokenizer=tokenizers.load(data.llm_tokenizer or llm.source) if llm.source else None,
+        llm_tokenizer=tokenizers.load(words) if words else None,
         batch_size=batch_size,
-        source=str(workdir),
+        source=source,
     )

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from blip2_jax import cli, recipe
 from blip2_jax.data import loader, sources
+from blip2_jax.evaluate import DuringTraining
 from blip2_jax.runtime import distributed, mesh
 from blip2_jax.runtime.checkpoint import Checkpointer
 from blip2_jax.runtime.clock import Clock
@@ -125,6 +126,7 @@ def loop(
     make_key = jax.jit(jax.random.key, static_argnums=0, out_shardings=mesh.replicated(run.mesh))
     key = make_key(config.seed)
     metrics: dict[str, Any] = {}
+    scores = DuringTraining(run, frozen, config.eval.tasks) if config.eval.tasks else None
     with (
         loader.train_batches(config, run.image_size, start_step=step, source=source) as batches,
         MetricsWriter(workdir, restored_step=step) as writer,
@@ -155,6 +157,10 @@ def loop(
                 if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
                     with clock.aside():
                         numbers |= evaluate_losses(run, state["params"], frozen)
+                every = config.eval.tasks_every
+                if scores and (step == config.steps or (every and step % every == 0)):
+                    with clock.aside():
+                        numbers |= scores(state["params"])
                 writer.write(step, numbers, timing=timing)
                 progress.update(0, loss=numbers["loss"])
             if preemption.should_stop(step):

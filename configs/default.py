@@ -183,6 +183,10 @@ def get_config() -> ConfigDict:
     config.log = ConfigDict({"every": 50})
     # A trace of so many steps in workdir/profile, after the first few of this start; 0: none.
     config.profile = ConfigDict({"after": 10, "steps": 0})
-    # Losses on `data.eval_split`; 0: never. `batches` 0: all of it.
-    config.eval = ConfigDict({"every": 0, "batches": 0, "batch_size": 64})
+    # Losses on `data.eval_split`; 0: never. `batches` 0: all of it. `tasks`: an evaluation too
+    # ("configs/eval/X.py:ARG", see there; its models are not used), every `tasks_every` steps and
+    # at the end; its scores go into metrics.jsonl as eval/NAME.
+    config.eval = ConfigDict(
+        {"every": 0, "batches": 0, "batch_size": 64, "tasks": "", "tasks_every": 0}
+    )
     return config

@@ -15,7 +15,7 @@ from flax import nnx
 
 import blip2_jax
 import tests.tiny as tiny
-from blip2_jax import cli, prepare, recipe, train
+from blip2_jax import cli, evaluate, prepare, recipe, train
 from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.vit import ViT, ViTConfig
 from blip2_jax.runtime.checkpoint import Checkpointer
@@ -231,3 +231,40 @@ def test_a_start_from_nothing_is_refused(world, tmp_path):
 def test_divergence_stops_the_run():
     with pytest.raises(FloatingPointError, match=r"Step 7: itc/loss.*peak_lr"):
         train.check_finite({"loss": 1.0, "itc/loss": float("nan")}, 7)
+
+
+def test_scores_during_training_are_those_of_the_evaluation_afterwards(world, tmp_path):
+    """Of the parameters as they are; the frozen towers stay usable, and training the same."""
+    stage, scores = "stage2", "scores=('cider', 'bleu4'), tokenizer='fallback'"
+    file = tmp_path / "scores.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "from configs.eval.default import get_config as default, task\n"
+        "def get_config():\n"
+        "    config = default()\n"
+        "    config.batch_size = 4\n"
+        f"    config.tasks = ConfigDict({{'x': task('captioning', 'tfds', 'test', "
+        f"'{world}/data', {scores})}})\n"
+        "    return config\n"
+    )
+    changes = {"eval.tasks": str(file), "eval.tasks_every": 4, "steps": 8, "eval.every": 0}
+    config = flags(world, stage, **changes)
+    assert run(config, tmp_path / "run") == 0
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    scored = {line["step"]: line for line in lines if "eval/x/cider" in line}
+    assert sorted(scored) == [4, 8]
+    words = [f"--config={file}", f"--workdir={tmp_path}/scores", f"--model={tmp_path}/run"]
+    assert evaluate.main(words) == 0
+    after = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    last = {name: value for name, value in scored[8].items() if name.startswith("eval/x/")}
+    assert last == {f"eval/{name}": after[name] for name in (n.removeprefix("eval/") for n in last)}
+    assert run(flags(world, stage, **{"steps": 8, "eval.every": 0}), tmp_path / "plain") == 0
+    assert result(tmp_path / "plain")[1] == [
+        {name: value for name, value in line.items() if not name.startswith("eval/x/")}
+        for line in lines
+    ]
+    with pytest.raises(ValueError, match="has no head for x .captioning. of .*scores.py"):
+        run(flags(world, "stage1", **changes), tmp_path / "wrong")
+    wrong = {**changes, "eval.tasks": str(tmp_path / "none.py")}
+    with pytest.raises(ValueError, match="There is no config file"):
+        run(flags(world, stage, **wrong), tmp_path / "wrong")
