@@ -231,17 +231,28 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
         abstract_frozen=frozen,
         init_params=trainable_of,
         train_step=jax.jit(
-            functools.partial(stage.train_step, spec=spec),
+            _on_mesh(stage.train_step, spec),
             in_shardings=(shardings, frozen_shardings, batch, everywhere),
             out_shardings=(shardings, everywhere),
             donate_argnums=0,
         ),
         eval_step=jax.jit(
-            functools.partial(stage.eval_step, spec=spec),
+            _on_mesh(stage.eval_step, spec),
             in_shardings=(shardings["params"], frozen_shardings, batch),
             out_shardings=everywhere,
         ),
     )
+
+
+def _on_mesh(step: Callable[..., Any], spec: Spec) -> Callable[..., Any]:
+    """A stage's step, traced with the mesh in context: models hold their activations to it."""
+
+    @functools.wraps(step)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(spec.mesh.abstract_mesh):
+            return step(*args, spec=spec)
+
+    return traced
 
 
 def _finished(workdir: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -54,6 +54,32 @@ KeysValues = tuple[jax.Array, jax.Array]
 normal = nnx.initializers.normal
 
 
+def split_batch(x: jax.Array) -> jax.Array:
+    """Holds the first axis, the batch, to the mesh's axes of the batch; the others stay free.
+
+    Left to itself, XLA may split activations the way their weights are split, and give every
+    device the whole batch. Without a mesh in context (`recipe.build` sets it) this does nothing.
+    """
+    axes = tuple(name for name in ("data", "fsdp") if name in get_abstract_mesh().axis_names)
+    if not axes:
+        return x
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *free))
+
+
+class Linear(nnx.Linear):
+    """A linear layer of a batch; weights come to where their rows are, not the other way round."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return split_batch(super().__call__(x))
+
+
+def vocabulary_scores(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    """Scores of every token: float[B, T, D] and the output matrix [D, V] -> float32[B, T, V]."""
+    table = table.astype(hidden.dtype)
+    return split_batch(jnp.einsum("btd,dv->btv", hidden, table, preferred_element_type=jnp.float32))
+
+
 def linear(
     d_in: int,
     d_out: int,
@@ -62,9 +88,9 @@ def linear(
     std: float = 0.02,
     dtype: Any = None,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Linear:
     """A linear layer with N(0, std) weights and zero bias, computed in `dtype`."""
-    return nnx.Linear(d_in, d_out, use_bias=bias, kernel_init=normal(std), dtype=dtype, rngs=rngs)
+    return Linear(d_in, d_out, use_bias=bias, kernel_init=normal(std), dtype=dtype, rngs=rngs)
 
 
 def layer_norm(width: int, *, eps: float, dtype: Any = None, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -356,7 +382,7 @@ class Stack(nnx.Module):
 
         def body(carry, layer):
             params, x, key = layer
-            return step(nnx.merge(graph, params), carry, (x, key))
+            return step(nnx.merge(graph, params), jax.tree.map(split_batch, carry), (x, key))
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)

@@ -24,6 +24,7 @@ from blip2_jax.models.layers import (
     linear,
     normal,
     rms_norm,
+    vocabulary_scores,
 )
 
 
@@ -183,6 +184,4 @@ class Llama(DecoderOnly):
             if self.config.tied_head
             else self.lm_head.kernel[...]
         )
-        return jnp.einsum(
-            "btd,dv->btv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        return vocabulary_scores(hidden, table)

@@ -23,6 +23,7 @@ from blip2_jax.models.layers import (
     layer_norm,
     normal,
     split_key,
+    vocabulary_scores,
 )
 
 LAYER_NORM_EPS = 1e-5  # torch's default; OPT's config has no key for it
@@ -135,12 +136,7 @@ class OPT(DecoderOnly):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Next-token scores through the tied head: float[B, T, D] -> float32[B, T, V]."""
-        return jnp.einsum(
-            "btd,vd->btv",
-            hidden,
-            self.embed_tokens.embedding[...].astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return vocabulary_scores(hidden, self.embed_tokens.embedding[...].T)
 
 
 class OPTAlone(nnx.Module):

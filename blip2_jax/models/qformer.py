@@ -36,6 +36,7 @@ from blip2_jax.models.layers import (
     linear,
     normal,
     split_key,
+    vocabulary_scores,
 )
 
 AXES = (
@@ -268,8 +269,7 @@ class LMHead(nnx.Module):
     def __call__(self, hidden: jax.Array, word_embeddings: nnx.Embed) -> jax.Array:
         """float[B, T, D] -> float32[B, T, V]."""
         x = self.norm(ACTIVATIONS["gelu"](self.dense(hidden)))
-        table = word_embeddings.embedding[...].astype(x.dtype)
-        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+        logits = vocabulary_scores(x, word_embeddings.embedding[...].T)
         return logits + self.bias[...].astype(jnp.float32)
 
 

@@ -29,6 +29,7 @@ from blip2_jax.models.layers import (
     normal,
     rms_norm,
     split_key,
+    vocabulary_scores,
     write,
 )
 
@@ -286,6 +287,4 @@ class T5(nnx.Module):
         table = self.embed_tokens.embedding[...].T if c.tied_head else self.lm_head.kernel[...]
         if c.scale_logits:
             hidden = hidden * c.hidden_size**-0.5
-        return jnp.einsum(
-            "btd,dv->btv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        return vocabulary_scores(hidden, table)
