@@ -1,0 +1,523 @@
+"""Plan a run on TPUs that are not there: does it fit, what does it move, how long does it take.
+
+  blip2 plan --config=configs/stage1.py --topology=v5p-128
+  blip2 plan --config=configs/stage2.py:vitg-flant5xxl-paper --topology=v5e-16 --mesh=search
+  blip2 plan --config=configs/stage1.py --topology=2xv5e-256 --config.mesh.data=2 --batch=nearest
+
+The recipe's own train step, the one that blip2 train runs, is compiled for the slice by libtpu, on
+any Linux machine, without a TPU and without weights (pip install 'blip2_jax[plan]'). Names of
+slices are the cloud's: v5e-256 and v6e-64 count chips, v5p-128 and v4-128 TensorCores, two a chip.
+
+  measured    by the compiler: memory, matrix products, collectives (a loop's as often as it runs)
+  bounds      each of these over the chip's public peak: no run is faster than the slowest
+  expected    an estimate: products at --efficiency of the peak, and nothing hidden behind them
+
+--mesh=search tries meshes and, where memory is short, remat policies and smaller parts of a batch
+(config.stage.accumulate), and ranks them. Compiled programs are kept in --workdir; the same command
+again takes seconds. It receives a JSON file for each plan.
+"""
+
+import argparse
+import dataclasses
+import gzip
+import hashlib
+import json
+import logging
+import math
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from blip2_jax import cli, recipe
+from blip2_jax.runtime import hlo, slices
+from blip2_jax.runtime import mesh as meshes
+from blip2_jax.runtime.chips import CHIPS, GIB, Chip
+from blip2_jax.stages.flops import flops_per_sample
+
+EFFICIENCY = 0.5  # share of the peak that matrix products reach in practice, as a rule
+GPUS = ("h100", "h200", "b200")
+TOWERS = ("vit", "qformer", "llm")
+
+Plan = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--topology", required=True, help="the slice, e.g. v5e-16 or 2xv5e-256")
+    parser.add_argument(
+        "--mesh",
+        choices=("recipe", "search"),
+        default="recipe",
+        help="the recipe's (default; --config.mesh.fsdp=... changes it), or the best that is found",
+    )
+    parser.add_argument("--tries", type=int, default=12, help="programs that a search may compile")
+    parser.add_argument(
+        "--batch",
+        choices=("recipe", "nearest"),
+        default="recipe",
+        help="nearest: the batch size next to the recipe's that the slice divides",
+    )
+    parser.add_argument(
+        "--efficiency", type=float, default=EFFICIENCY, help=f"see above (default: {EFFICIENCY})"
+    )
+    parser.add_argument(
+        "--workdir", default="runs/plans", help="for the plans (default: %(default)s)"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = cli.parse(__doc__, argv, add_arguments, prog="blip2 plan")
+    prepare_process()
+    try:
+        if not 0 < args.efficiency <= 1:
+            raise ValueError(f"--efficiency is {args.efficiency}; it is a share, above 0, up to 1.")
+        where = slices.parse(args.topology)
+        config = ConfigDict(args.config.to_dict())
+        if args.batch == "nearest":
+            config, note = nearest_batch(config, where)
+            print(note, file=sys.stderr) if note else None
+        if args.mesh == "search":
+            plans = search(config, where, Path(args.workdir), args.tries, args.efficiency)
+            print(ranking(plans) + "\n")
+            best = plans[0]
+        else:
+            best = make_plan(config, where, Path(args.workdir), args.efficiency)
+    except (ValueError, slices.NoCompiler) as error:
+        print(f"blip2 plan: {error}", file=sys.stderr)
+        return 2
+    print(describe(best))
+    print(f"\nWritten to {write(best, Path(args.workdir))}")
+    return 0 if best["fits"] else 1
+
+
+def prepare_process() -> None:
+    """Nothing here may touch a device: they are not there, or another program's."""
+    jax.config.update("jax_platforms", "cpu")
+    logging.getLogger(meshes.__name__).setLevel(logging.ERROR)  # the plan says what is kept whole
+
+
+# -------------------------------------------------------------------------------------- a plan
+
+
+def make_plan(
+    config: ConfigDict, where: slices.Slice, workdir: Path, efficiency: float = EFFICIENCY
+) -> Plan:
+    """Compiles a recipe's step for a slice, and counts.
+
+    Raises:
+      ValueError: what does not fit together, as `recipe.build` says.
+      slices.NoCompiler: there is no libtpu.
+    """
+    devices = where.devices()
+    try:
+        run = recipe.build(config, meshes.make_mesh(config.mesh, devices))
+    except ValueError as error:
+        if "does not divide" not in str(error):
+            raise
+        raise ValueError(f"{error} {nearest_batch(config, where)[1]} (--batch=nearest)") from error
+    compiled = compile_step(run, where, workdir)
+    towers = flops_per_sample(run.config, run.model_config)
+    per_sample = sum(f.total for f in towers.values())
+    plan: Plan = {
+        "recipe": config.name,
+        "topology": where.name,
+        "chip": where.chip.name,
+        "chips": where.num_chips,
+        "mesh": dict(run.mesh.shape),
+        "batch_size": config.data.batch_size,
+        "accumulate": config.stage.accumulate,
+        "remat": {t: config.model[t].remat for t in TOWERS if t in _towers(run)},
+        "learning_rate": config.optim.peak_lr,
+        "steps": config.steps,
+        "fits": not compiled.error,
+        "why_not": compiled.error,
+        "parameters": parameter_bytes(run),
+        "flops_per_sample": {"all": per_sample, **{k: f.total for k, f in towers.items()}},
+        "compile_seconds": compiled.seconds,
+        "versions": versions(),
+    }
+    if compiled.error:
+        return plan | {"remedies": remedies(run, compiled.error)}
+    plan["memory"] = memory(compiled.memory, where.chip)
+    program = hlo.read(compiled.text, run.mesh.shape, slice_of(run.mesh))
+    plan["flops_per_chip"] = program.flops
+    plan["collectives"] = [c._asdict() for c in hlo.by_kind(program.collectives)]
+    return plan | estimate(plan, where.chip, efficiency)
+
+
+def _towers(run: recipe.Recipe) -> set[str]:
+    return run.abstract_state["params"].keys() | run.abstract_frozen.keys()
+
+
+def slice_of(mesh: jax.sharding.Mesh) -> list[int]:
+    """The TPU slice of each device of a mesh, in its order."""
+    return [getattr(device, "slice_index", 0) or 0 for device in mesh.devices.flat]
+
+
+def parameter_bytes(run: recipe.Recipe) -> dict[str, float]:
+    """Bytes of parameters and optimizer: in all, on a chip, and of those that a chip has whole."""
+    total, local, whole = 0, 0, 0
+    for leaf in jax.tree.leaves((run.abstract_state, run.abstract_frozen)):
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        here = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        total, local = total + size, local + here
+        whole += size if here == size else 0
+    return {"total": total, "per_chip": local, "whole_on_every_chip": whole}
+
+
+def memory(stats: Mapping[str, int], chip: Chip) -> dict[str, int]:
+    """Bytes on a chip while a step runs, from the compiler's figures."""
+    peak = stats["argument"] + stats["temp"] + stats["generated_code"]
+    peak += stats["output"] - stats["alias"]  # what is donated is written in its place
+    return {
+        "arguments": stats["argument"],
+        "outputs": stats["output"],
+        "donated": stats["alias"],
+        "temporaries": stats["temp"],
+        "code": stats["generated_code"],
+        "peak": peak,
+        "usable": chip.usable_bytes,
+        "headroom": chip.usable_bytes - peak,
+    }
+
+
+def estimate(plan: Plan, chip: Chip, efficiency: float) -> Plan:
+    """Lower bounds of a step's time, seconds, and what follows from them."""
+    sent = {"links": 0.0, "network": 0.0}
+    for c in plan["collectives"]:
+        sent["links"] += c["sent"]
+        if c["crosses_slices"]:
+            sent["network"] += c["sent"]
+    seconds = {
+        "compute": plan["flops_per_chip"] / chip.peak_flops,
+        "links": sent["links"] / chip.ici_bandwidth,
+        "network": sent["network"] / chip.network_bandwidth,
+        "memory": (plan["memory"]["arguments"] + plan["memory"]["outputs"]) / chip.memory_bandwidth,
+    }
+    fastest = max(seconds.values())
+    expected = seconds["compute"] / efficiency + seconds["links"] + seconds["network"]
+    expected = max(expected, fastest)
+    samples = plan["steps"] * plan["batch_size"]
+    per_step = plan["flops_per_sample"]["all"] * plan["batch_size"]
+    rate = {"at_most": plan["batch_size"] / fastest, "expected": plan["batch_size"] / expected}
+    return {
+        "sent_per_chip": sent,
+        "seconds_at_least": seconds,
+        "efficiency": efficiency,
+        "samples_per_second": rate,
+        "days": {name: samples / value / 86_400 for name, value in rate.items()},
+        "mfu_ceiling": per_step / fastest / (plan["chips"] * chip.peak_flops),
+        "gpus": {name: gpu_roofline(plan, CHIPS[name], sent["links"]) for name in GPUS},
+    }
+
+
+def gpu_roofline(plan: Plan, chip: Chip, sent: float) -> dict[str, float]:
+    """The same counts on as many GPUs: nothing is compiled for them, these are bounds.
+
+    Where there is more than one node, a ring goes through the network between them.
+    """
+    bandwidth = chip.link_bandwidth if plan["chips"] <= chip.node else chip.network_bandwidth
+    seconds = max(plan["flops_per_chip"] / chip.peak_flops, sent / bandwidth)
+    rate = plan["batch_size"] / seconds
+    return {
+        "memory_share": plan["memory"]["peak"] / chip.usable_bytes,
+        "seconds_at_least": seconds,
+        "samples_per_second_at_most": rate,
+        "days_at_least": plan["steps"] * plan["batch_size"] / rate / 86_400,
+    }
+
+
+# ------------------------------------------------------------------------------------ compiling
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler said: bytes by kind and the program's text, or why it does not fit."""
+
+    memory: dict[str, int]
+    text: str
+    error: str
+    seconds: float
+
+
+def compile_step(run: recipe.Recipe, where: slices.Slice, workdir: Path) -> Compiled:
+    """The recipe's train step, compiled for a slice; a program that was compiled before is read.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler failed, other than for want of memory.
+    """
+    lowered = run.lower_step()
+    label = f"{where.name}\n{versions()}\n{lowered.as_text()}"
+    key = hashlib.sha256(label.encode()).hexdigest()[:24]
+    kept = workdir / "compiled" / f"{key}.json"
+    text = kept.with_suffix(".hlo.gz")
+    if kept.is_file():
+        said = json.loads(kept.read_text())
+        if not said["error"]:
+            said["text"] = gzip.decompress(text.read_bytes()).decode()
+        return Compiled(**said)
+    print(f"Compiling {run.config.name} for {where.name} (minutes) ...", file=sys.stderr)
+    started = time.monotonic()
+    said = {"memory": {}, "text": "", "error": ""}
+    try:
+        program = lowered.compile()
+        stats = program.memory_analysis()
+        kinds = ("argument", "output", "alias", "temp", "generated_code")
+        said["memory"] = {kind: getattr(stats, f"{kind}_size_in_bytes") for kind in kinds}
+        said["text"] = program.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said["error"] = why_it_does_not_fit(str(error))
+    said["seconds"] = time.monotonic() - started
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    text.write_bytes(gzip.compress(said["text"].encode(), 5))
+    kept.write_text(json.dumps({**said, "text": ""}))
+    return Compiled(**said)
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("jax", "jaxlib", "libtpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def why_it_does_not_fit(message: str) -> str:
+    """The compiler's words on memory, in one line."""
+    amounts = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message)
+    if amounts is None:
+        amounts = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message)
+    if amounts is None:
+        return message.splitlines()[0]
+    needed, usable = map(float, amounts.groups())
+    return (
+        f"The program needs {needed:.2f} GiB a chip, {usable:.2f} are usable: "
+        f"{needed - usable:.2f} GiB too many."
+    )
+
+
+def remedies(run: recipe.Recipe, error: str) -> list[str]:
+    """What to try, the mildest first."""
+    config = run.config
+    rows = config.data.batch_size // meshes.num_batch_shards(run.mesh)
+    tries = []
+    for tower in TOWERS:
+        trained = tower in run.abstract_state["params"] or tower == "llm"
+        if tower in _towers(run) and trained and config.model[tower].remat != "full":
+            tries.append(f"--config.model.{tower}.remat=full")
+    if config.stage.name == "stage2":
+        more = [n for n in _divisors(rows) if n > config.stage.accumulate]
+        tries += [f"--config.stage.accumulate={n}" for n in more[:2]]
+    tries.append("a larger slice")
+    return tries
+
+
+# ------------------------------------------------------------------------- batches and meshes
+
+
+def nearest_batch(config: ConfigDict, where: slices.Slice) -> tuple[ConfigDict, str]:
+    """The recipe with the batch size next to its own that the slice's mesh divides.
+
+    The peak learning rate goes with the root of the batch size, the rule for Adam (Malladi et al.
+    2022, "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms"); steps are as many as
+    see the same number of samples.
+
+    Returns:
+      The config, and a line that says what was changed ("" where nothing is).
+    """
+    before = config.data.batch_size
+    sizes = meshes.mesh_sizes(config.mesh, where.num_chips)
+    unit = math.prod(sizes[: len(meshes.BATCH_AXES)]) * config.stage.accumulate
+    after = max(unit, round(before / unit) * unit)
+    if after == before:
+        return config, ""
+    config = ConfigDict(config.to_dict())
+    config.data.batch_size = after
+    config.optim.peak_lr = float(f"{config.optim.peak_lr * math.sqrt(after / before):.4g}")
+    config.steps = max(config.optim.warmup_steps + 1, round(config.steps * before / after))
+    return config, (
+        f"The nearest batch size is {after} (the recipe's is {before}): "
+        f"--config.data.batch_size={after} --config.optim.peak_lr={config.optim.peak_lr} "
+        f"--config.steps={config.steps}; the rate goes with the root of the batch size."
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def candidates(config: ConfigDict, where: slices.Slice) -> Iterator[list[ConfigDict]]:
+    """For each sensible mesh, the ways to run on it: the recipe's own, then those of less memory.
+
+    `fsdp` goes from all chips of a slice down (parameters whole in more places, fewer bytes to
+    gather), `tensor` splits what a single chip's rows cannot.
+    """
+    chips = where.num_chips // where.num_slices
+    shapes = [
+        (where.num_slices * chips // (fsdp * tensor), fsdp, tensor)
+        for tensor in (1, 2, 4)
+        for fsdp in (n for n in reversed(_divisors(chips // tensor)) if n >= min(8, chips))
+        if chips % (fsdp * tensor) == 0
+    ]
+    for data, fsdp, tensor in sorted(shapes, key=lambda s: (s[2], -s[1])):
+        rows, rest = divmod(config.data.batch_size, data * fsdp)
+        if rest or not rows:
+            continue
+        base = ConfigDict(config.to_dict())
+        base.mesh.update({"data": data, "fsdp": fsdp, "tensor": tensor})
+        yield [base, *_leaner(base, rows)]
+
+
+def _leaner(config: ConfigDict, rows: int) -> Iterator[ConfigDict]:
+    """The same with less and less memory."""
+    leaner = ConfigDict(config.to_dict())
+    for policy in ("dots", "full"):
+        if config.model.qformer.remat == "none":
+            leaner = ConfigDict(leaner.to_dict())
+            leaner.model.qformer.remat = policy
+            yield leaner
+    if config.stage.name == "stage2":
+        for parts in _divisors(rows):
+            if parts > config.stage.accumulate:
+                leaner = ConfigDict(leaner.to_dict())
+                leaner.stage.accumulate = parts
+                yield leaner
+
+
+def search(
+    config: ConfigDict, where: slices.Slice, workdir: Path, tries: int, efficiency: float
+) -> list[Plan]:
+    """Plans of several meshes, those that fit first, the fastest of them first.
+
+    What needs less memory is tried only while nothing fits.
+
+    Raises:
+      ValueError: no mesh divides the batch.
+    """
+    ladders = list(candidates(config, where))
+    if not ladders:
+        raise ValueError(
+            f"No mesh of {where.num_chips} chips divides config.data.batch_size "
+            f"{config.data.batch_size}. {nearest_batch(config, where)[1]} (--batch=nearest)"
+        )
+    plans: list[Plan] = []
+    rung = 0  # of the ladder, on which the mesh before fitted; this one will hardly do with less
+    with tqdm(total=tries, desc="search", unit="program") as progress:
+        for ladder in ladders:
+            while rung < len(ladder) and len(plans) < tries:
+                plans.append(make_plan(ladder[rung], where, workdir, efficiency))
+                progress.update()
+                if plans[-1]["fits"]:
+                    break
+                rung += 1
+            rung = min(rung, len(ladder) - 1)
+    speed = lambda p: p["samples_per_second"]["expected"] if p["fits"] else 0.0  # noqa: E731
+    return sorted(plans, key=lambda p: (not p["fits"], -speed(p)))
+
+
+# --------------------------------------------------------------------------------------- words
+
+
+def way(plan: Plan) -> str:
+    """The mesh and what saves memory, in a few words."""
+    words = ["x".join(map(str, plan["mesh"].values()))]
+    words += [
+        f"{tower} remat {policy}" for tower, policy in plan["remat"].items() if policy != "none"
+    ]
+    if plan["accumulate"] > 1:
+        words.append(f"{plan['accumulate']} parts")
+    return ", ".join(words)
+
+
+def ranking(plans: Sequence[Plan]) -> str:
+    """One line a plan."""
+    lines = [f"{'data x fsdp x tensor':<52} {'GiB':>7} {'samples/s':>10} {'MFU at most':>12}"]
+    for plan in plans:
+        if plan["fits"]:
+            rate = plan["samples_per_second"]["expected"]
+            numbers = f"{plan['memory']['peak'] / GIB:>7.2f} {rate:>10,.0f} "
+            lines.append(f"{way(plan):<52} {numbers}{plan['mfu_ceiling']:>12.0%}")
+        else:
+            lines.append(f"{way(plan):<52} no: {plan['why_not']}")
+    return "\n".join(lines)
+
+
+def describe(plan: Plan) -> str:
+    """A plan for people."""
+    chips = f"{plan['chips']} {plan['chip']} chips"
+    held = plan["parameters"]
+    lines = [
+        f"{plan['recipe']} on {plan['topology']} ({chips}), data x fsdp x tensor = {way(plan)}",
+        f"batch {plan['batch_size']:,}, {plan['steps']:,} steps",
+        "",
+        "Parameters and optimizer",
+        f"  {held['total'] / GIB:.2f} GiB in all, {held['per_chip'] / GIB:.2f} a chip "
+        f"({held['whole_on_every_chip'] / GIB:.2f} of them whole on every chip)",
+    ]
+    flops = plan["flops_per_sample"]
+    parts = ", ".join(f"{k} {v / 1e9:,.4g}" for k, v in flops.items() if k != "all")
+    lines.append(f"GFLOPs a sample, by hand: {flops['all'] / 1e9:,.4g} ({parts})")
+    if not plan["fits"]:
+        lines += ["", f"DOES NOT FIT. {plan['why_not']}", "What may help:"]
+        return "\n".join(lines + [f"  {remedy}" for remedy in plan["remedies"]])
+    m, seconds, rate = plan["memory"], plan["seconds_at_least"], plan["samples_per_second"]
+    per_step = plan["flops_per_chip"] * plan["chips"]
+    lines += [
+        "",
+        "Measured by the compiler",
+        f"  memory a chip    {m['peak'] / GIB:.2f} GiB of {m['usable'] / GIB:.2f}: arguments "
+        f"{m['arguments'] / GIB:.2f}, temporaries {m['temporaries'] / GIB:.2f}; "
+        f"{m['headroom'] / GIB:.2f} to spare; {m['donated'] / GIB:.2f} donated",
+        f"  products a step  {per_step / 1e12:,.4g} TFLOPs; "
+        f"{per_step / plan['batch_size'] / 1e9:,.4g} GFLOPs a sample, what is done twice included",
+        "  a chip sends in a step",
+    ]
+    for c in plan["collectives"]:
+        if c["sent"] > 1e3:
+            far = ", between slices" if c["crosses_slices"] else ""
+            axes = "+".join(c["axes"])
+            lines.append(
+                f"    {c['kind']:<20} {axes:<12} {c['sent'] / 2**20:>10,.1f} MiB in {c['times']:,}"
+                f"{far}"
+            )
+    bounds = ", ".join(f"{name} {value * 1e3:,.1f}" for name, value in seconds.items())
+    lines += [
+        "",
+        f"Bounds from public peaks, ms a step at least: {bounds}",
+        f"  at most   {rate['at_most']:>8,.0f} samples/s, MFU {plan['mfu_ceiling']:.0%}; the whole "
+        f"schedule takes at least {plan['days']['at_most']:.2f} days",
+        f"Estimate (products at {plan['efficiency']:.0%} of the peak, nothing hidden)",
+        f"  expected  {rate['expected']:>8,.0f} samples/s, {plan['days']['expected']:.2f} days",
+        "",
+        f"The same counts on {plan['chips']} GPUs, bounds only (nothing is compiled for them)",
+    ]
+    for name, g in plan["gpus"].items():
+        lines.append(
+            f"  {name:<8} {g['samples_per_second_at_most']:>8,.0f} samples/s at most, "
+            f"{g['days_at_least']:.2f} days at least, memory {g['memory_share']:.0%}"
+        )
+    return "\n".join(lines)
+
+
+def write(plan: Plan, workdir: Path) -> Path:
+    """Keeps a plan as JSON; returns where."""
+    mesh = "x".join(map(str, plan["mesh"].values()))
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / f"{plan['recipe']}.{plan['topology']}.{mesh}.b{plan['batch_size']}.json"
+    path.write_text(json.dumps(plan, indent=2) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
