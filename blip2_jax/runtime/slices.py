@@ -107,7 +107,7 @@ def parse(name: str) -> Slice:
     Raises:
       ValueError: no such slice; the message lists those there are.
     """
-    match = re.fullmatch(r"(?:(\d+)x)?(v\d+(?:e|p|litepod)?)-([\dx]+)", name.strip().lower())
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?(v\d+(?:e|p|litepod)?)-([\dx]+)", name.strip().lower())
     if match:
         count, kind, size = match.groups()
         kind = {"v5litepod": "v5e"}.get(kind, kind)
