@@ -146,7 +146,7 @@ def make_plan(
     if compiled.error:
         return plan | {"remedies": remedies(run, compiled.error)}
     plan["memory"] = memory(compiled.memory, where.chip)
-    program = hlo.read(compiled.text, run.mesh.shape, slice_of(run.mesh))
+    program = hlo.read(compiled.text, run.mesh.shape, where.num_slices)
     plan["flops_per_chip"] = program.flops
     plan["collectives"] = [c._asdict() for c in hlo.by_kind(program.collectives)]
     return plan | estimate(plan, where.chip, efficiency)
@@ -154,11 +154,6 @@ def make_plan(
 
 def _towers(run: recipe.Recipe) -> set[str]:
     return run.abstract_state["params"].keys() | run.abstract_frozen.keys()
-
-
-def slice_of(mesh: jax.sharding.Mesh) -> list[int]:
-    """The TPU slice of each device of a mesh, in its order."""
-    return [getattr(device, "slice_index", 0) or 0 for device in mesh.devices.flat]
 
 
 def parameter_bytes(run: recipe.Recipe) -> dict[str, float]:
@@ -192,9 +187,7 @@ def estimate(plan: Plan, chip: Chip, efficiency: float) -> Plan:
     """Lower bounds of a step's time, seconds, and what follows from them."""
     sent = {"links": 0.0, "network": 0.0}
     for c in plan["collectives"]:
-        sent["links"] += c["sent"]
-        if c["crosses_slices"]:
-            sent["network"] += c["sent"]
+        sent["network" if c["crosses_slices"] else "links"] += c["sent"]
     seconds = {
         "compute": plan["flops_per_chip"] / chip.peak_flops,
         "links": sent["links"] / chip.ici_bandwidth,
@@ -214,7 +207,7 @@ def estimate(plan: Plan, chip: Chip, efficiency: float) -> Plan:
         "samples_per_second": rate,
         "days": {name: samples / value / 86_400 for name, value in rate.items()},
         "mfu_ceiling": per_step / fastest / (plan["chips"] * chip.peak_flops),
-        "gpus": {name: gpu_roofline(plan, CHIPS[name], sent["links"]) for name in GPUS},
+        "gpus": {name: gpu_roofline(plan, CHIPS[name], sum(sent.values())) for name in GPUS},
     }
 
 

@@ -28,7 +28,7 @@ class Collective(NamedTuple):
       devices: that take part in each group.
       times: how often a step runs it.
       sent: bytes that a chip sends in a step, on average, by a ring.
-      crosses_slices: whether groups hold chips of several slices.
+      crosses_slices: whether they go through the network between slices.
       name: the operation of the model that it belongs to.
     """
 
@@ -55,14 +55,17 @@ class Program(NamedTuple):
     open_loops: int
 
 
-def read(text: str, mesh_shape: Mapping[str, int], slice_of: Sequence[int]) -> Program:
+def read(text: str, mesh_shape: Mapping[str, int], num_slices: int = 1) -> Program:
     """Reads a compiled program.
 
     Args:
       text: of `jax.stages.Compiled.as_text()`.
       mesh_shape: axis name -> size, in the order of the mesh's axes.
-      slice_of: the slice of each device of the mesh, in its order.
+      num_slices: TPU slices, which the first axis crosses. The program is one slice's then; what
+        passes between slices is sent by the host.
     """
+    first, *others = mesh_shape.items()
+    mesh_shape = {first[0]: first[1] // num_slices, **dict(others)}
     computations, entry = _parse(text)
     starts = _starts(computations)
     started = {channel for channels in starts.values() for channel in channels}
@@ -74,7 +77,7 @@ def read(text: str, mesh_shape: Mapping[str, int], slice_of: Sequence[int]) -> P
                 open_loops += 1
             elif op.opcode in ("convolution", "dot"):
                 flops += run.times * _matmul_flops(op, computations[run.name])
-            elif collective := _collective(op, run, computations, mesh_shape, slice_of):
+            elif collective := _collective(op, computations[run.name], run, mesh_shape, num_slices):
                 channel = _channel(op)
                 if channel in started and channel not in starts.get(run.name, ()):
                     continue  # on its way
@@ -223,10 +226,10 @@ def _trips(loop: _Op, ops: _Computation, computations) -> int | None:
     def initially(index: int) -> int | None:
         if start is None or start.opcode != "tuple":
             return None
-        return _constant(start.operands[index], ops, computations)
+        return _constant(start.operands[index], ops)
 
     counter = _element(test.operands[0], condition)
-    limit = _constant(test.operands[1], condition, computations)
+    limit = _constant(test.operands[1], condition)
     if limit is None and (place := _element(test.operands[1], condition)) is not None:
         limit = initially(place)
     if counter is None or limit is None:
@@ -272,7 +275,7 @@ def _element(name: str, ops: _Computation) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _constant(name: str, ops: _Computation, computations) -> int | None:
+def _constant(name: str, ops: _Computation) -> int | None:
     op = _source(name, ops)
     if op is not None and op.opcode == "constant" and re.fullmatch(r"-?\d+", op.argument):
         return int(op.argument)
@@ -289,7 +292,7 @@ def _step(name: str, counter: int, ops: _Computation, computations) -> int | Non
         return None
     for here, other in (op.operands, op.operands[::-1]):
         if _element(here, ops) == counter:
-            return _constant(other, ops, computations)
+            return _constant(other, ops)
     return None
 
 
@@ -349,29 +352,36 @@ KINDS = (
 )  # fmt: skip
 
 
-def _collective(op: _Op, run: _Run, computations, mesh_shape, slice_of) -> Collective | None:
+def _collective(
+    op: _Op, ops: _Computation, run: _Run, mesh_shape: Mapping[str, int], num_slices: int
+) -> Collective | None:
     kind = op.opcode.removesuffix("-start")
-    if kind not in KINDS:
+    sizes = [num_bytes(ops[name].shape) for name in op.operands]
+    between = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes)
+    if kind == "send" and between:
+        kind, size = between.group(1).lower().replace("_", "-"), num_slices
+        axes = (next(iter(mesh_shape)),)
+        sizes = sizes[:1]  # the other operand is a token
+    elif kind in KINDS:
+        members, size = _groups(op.attributes, math.prod(mesh_shape.values()))
+        places = np.unravel_index(members, tuple(mesh_shape.values()))
+        axes = tuple(
+            name for name, at in zip(mesh_shape, places, strict=True) if len(np.unique(at)) > 1
+        )
+    else:
         return None
-    members, size = _groups(op.attributes, len(slice_of))
     if size == 1:
         return None  # nobody to talk to
-    ops = computations[run.name]
     # Gradients are summed and split in one: XLA for TPU writes it as a fusion of an all-reduce.
     if kind == "all-reduce" and "all-reduce-scatter" in run.name:
         kind = "reduce-scatter"
-    sizes = [num_bytes(ops[name].shape) for name in op.operands]
     once = {
         "all-gather": sum(sizes) * (size - 1),
         "all-reduce": 2 * sum(sizes) * (size - 1) / size,
         # What a chip sends is what it holds: its rows, of which the round may have room for more.
-        "ragged-all-to-all": min(sizes[:2]) * (size - 1) / size,
+        "ragged-all-to-all": min(sizes[:2], default=0) * (size - 1) / size,
         "collective-permute": sum(sizes),
     }.get(kind, sum(sizes) * (size - 1) / size)
-    places = np.unravel_index(members, tuple(mesh_shape.values()))
-    axes = tuple(
-        name for name, at in zip(mesh_shape, places, strict=True) if len(np.unique(at)) > 1
-    )
     named = re.search(r'op_name="([^"]*)"', op.attributes)
     return Collective(
         kind=kind,
@@ -379,7 +389,7 @@ def _collective(op: _Op, run: _Run, computations, mesh_shape, slice_of) -> Colle
         devices=size,
         times=run.times,
         sent=once * run.times,
-        crosses_slices=len({slice_of[i] for i in members}) > 1,
+        crosses_slices=bool(between),
         name=named.group(1) if named else "",
     )
 

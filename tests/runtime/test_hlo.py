@@ -20,7 +20,7 @@ def mesh():
 
 def read(function, mesh, *args):
     text = jax.jit(function).lower(*args).compile().as_text()
-    return hlo.read(text, mesh.shape, [0] * mesh.size)
+    return hlo.read(text, mesh.shape)
 
 
 def array(mesh, shape, *spec):
@@ -152,16 +152,36 @@ ENTRY %main (a: bf16[2,64], b: f32[64,16]) -> bf16[2,64] {
 def test_what_a_compiler_for_tpus_writes(mesh):
     """A gather in pieces counts where it starts; a fused sum and split is a reduce-scatter; a
     counter may go by twos; a batched product is a convolution with holes."""
-    program = hlo.read(TPU, mesh.shape, [0, 0, 0, 0, 1, 1, 1, 1])
+    program = hlo.read(TPU, mesh.shape)
     found = {c.kind: c for c in program.collectives}
     assert len(program.collectives) == len(found) == 3
     gather, permute = found["all-gather"], found["collective-permute"]
     scatter = found["reduce-scatter"]
     assert gather.times == 1 and gather.axes == ("fsdp",) and gather.sent == 2 * 64 * 2 * 3
     assert permute.times == 4 and permute.axes == ("data",) and permute.sent == 4 * 2 * 64 * 2
-    assert permute.crosses_slices and not gather.crosses_slices
     assert scatter.axes == ("data", "fsdp") and scatter.sent == 64 * 16 * 4 * 7 / 8
     assert program.flops == 4 * (2 * 2 * 64 * 16) + 2 * 4 * 6 * 6 * 8
+
+
+SLICES = """
+HloModule jit_train_step, num_partitions=4
+
+ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %after-all = token[] after-all()
+  %all-reduce = f32[8,128]{1,0} all-reduce(%a), channel_id=4, replica_groups={{0,1,2,3}}, to_apply=%add
+  %send = (f32[8,128]{1,0}, u32[], token[]) send(%all-reduce, %after-all), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %out = f32[8,128]{1,0} copy(%all-reduce)
+}
+"""  # noqa: E501
+
+
+def test_between_slices_hosts_send(mesh):
+    """The program is one slice's, whose groups count its own chips."""
+    near, far = hlo.read(SLICES, mesh.shape, num_slices=2).collectives
+    assert near.axes == ("fsdp",) and not near.crosses_slices
+    assert far.axes == ("data",) and far.crosses_slices and far.kind == "all-reduce"
+    assert far.sent == 2 * 8 * 128 * 4 / 2
 
 
 @pytest.mark.parametrize(
@@ -181,4 +201,4 @@ def test_groups_in_all_their_spellings(groups, members):
 
 def test_what_is_no_program_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY"):
-        hlo.read("nothing", {"data": 1}, [0])
+        hlo.read("nothing", {"data": 1})
