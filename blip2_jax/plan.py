@@ -79,21 +79,24 @@ def main(argv: list[str] | None = None) -> int:
         if not 0 < args.efficiency <= 1:
             raise ValueError(f"--efficiency is {args.efficiency}; it is a share, above 0, up to 1.")
         where = slices.parse(args.topology)
-        config = ConfigDict(args.config.to_dict())
+        config, workdir = ConfigDict(args.config.to_dict()), Path(args.workdir)
+        samples = config.steps * config.data.batch_size
+        options = {"efficiency": args.efficiency, "samples": samples}
         if args.batch == "nearest":
             config, note = nearest_batch(config, where)
-            print(note, file=sys.stderr) if note else None
+            if note:
+                print(note, file=sys.stderr)
         if args.mesh == "search":
-            plans = search(config, where, Path(args.workdir), args.tries, args.efficiency)
+            plans = search(config, where, workdir, tries=args.tries, **options)
             print(ranking(plans) + "\n")
             best = plans[0]
         else:
-            best = make_plan(config, where, Path(args.workdir), args.efficiency)
+            best = make_plan(config, where, workdir, **options)
     except (ValueError, slices.NoCompiler) as error:
         print(f"blip2 plan: {error}", file=sys.stderr)
         return 2
     print(describe(best))
-    print(f"\nWritten to {write(best, Path(args.workdir))}")
+    print(f"\nWritten to {write(best, workdir)}")
     return 0 if best["fits"] else 1
 
 
@@ -107,9 +110,21 @@ def prepare_process() -> None:
 
 
 def make_plan(
-    config: ConfigDict, where: slices.Slice, workdir: Path, efficiency: float = EFFICIENCY
+    config: ConfigDict,
+    where: slices.Slice,
+    workdir: Path,
+    *,
+    efficiency: float = EFFICIENCY,
+    samples: int | None = None,
 ) -> Plan:
     """Compiles a recipe's step for a slice, and counts.
+
+    Args:
+      config: the recipe's.
+      where: the slice.
+      workdir: where compiled programs are kept.
+      efficiency: see the head of this file.
+      samples: how many the whole schedule sees; None: the config's steps times its batch size.
 
     Raises:
       ValueError: what does not fit together, as `recipe.build` says.
@@ -134,8 +149,7 @@ def make_plan(
         "batch_size": config.data.batch_size,
         "accumulate": config.stage.accumulate,
         "remat": {t: config.model[t].remat for t in TOWERS if t in _towers(run)},
-        "learning_rate": config.optim.peak_lr,
-        "steps": config.steps,
+        "samples": samples or config.steps * config.data.batch_size,
         "fits": not compiled.error,
         "why_not": compiled.error,
         "parameters": parameter_bytes(run),
@@ -197,7 +211,6 @@ def estimate(plan: Plan, chip: Chip, efficiency: float) -> Plan:
     fastest = max(seconds.values())
     expected = seconds["compute"] / efficiency + seconds["links"] + seconds["network"]
     expected = max(expected, fastest)
-    samples = plan["steps"] * plan["batch_size"]
     per_step = plan["flops_per_sample"]["all"] * plan["batch_size"]
     rate = {"at_most": plan["batch_size"] / fastest, "expected": plan["batch_size"] / expected}
     return {
@@ -205,7 +218,7 @@ def estimate(plan: Plan, chip: Chip, efficiency: float) -> Plan:
         "seconds_at_least": seconds,
         "efficiency": efficiency,
         "samples_per_second": rate,
-        "days": {name: samples / value / 86_400 for name, value in rate.items()},
+        "days": {name: plan["samples"] / value / 86_400 for name, value in rate.items()},
         "mfu_ceiling": per_step / fastest / (plan["chips"] * chip.peak_flops),
         "gpus": {name: gpu_roofline(plan, CHIPS[name], sum(sent.values())) for name in GPUS},
     }
@@ -223,7 +236,7 @@ def gpu_roofline(plan: Plan, chip: Chip, sent: float) -> dict[str, float]:
         "memory_share": plan["memory"]["peak"] / chip.usable_bytes,
         "seconds_at_least": seconds,
         "samples_per_second_at_most": rate,
-        "days_at_least": plan["steps"] * plan["batch_size"] / rate / 86_400,
+        "days_at_least": plan["samples"] / rate / 86_400,
     }
 
 
@@ -322,12 +335,11 @@ def remedies(run: recipe.Recipe, error: str) -> list[str]:
 def nearest_batch(config: ConfigDict, where: slices.Slice) -> tuple[ConfigDict, str]:
     """The recipe with the batch size next to its own that the slice's mesh divides.
 
-    The peak learning rate goes with the root of the batch size, the rule for Adam (Malladi et al.
-    2022, "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms"); steps are as many as
-    see the same number of samples.
-
     Returns:
-      The config, and a line that says what was changed ("" where nothing is).
+      The config with another batch size, and a line that says so and what else a run should set
+      ("" where nothing is changed). The peak learning rate goes with the root of the batch size,
+      the rule for Adam (Malladi et al. 2022, "On the SDEs and Scaling Rules for Adaptive Gradient
+      Algorithms"); steps are as many as see the same number of samples.
     """
     before = config.data.batch_size
     sizes = meshes.mesh_sizes(config.mesh, where.num_chips)
@@ -337,12 +349,12 @@ def nearest_batch(config: ConfigDict, where: slices.Slice) -> tuple[ConfigDict, 
         return config, ""
     config = ConfigDict(config.to_dict())
     config.data.batch_size = after
-    config.optim.peak_lr = float(f"{config.optim.peak_lr * math.sqrt(after / before):.4g}")
-    config.steps = max(config.optim.warmup_steps + 1, round(config.steps * before / after))
+    rate = config.optim.peak_lr * math.sqrt(after / before)
+    steps = round(config.steps * before / after)
     return config, (
         f"The nearest batch size is {after} (the recipe's is {before}): "
-        f"--config.data.batch_size={after} --config.optim.peak_lr={config.optim.peak_lr} "
-        f"--config.steps={config.steps}; the rate goes with the root of the batch size."
+        f"--config.data.batch_size={after} --config.optim.peak_lr={rate:.4g} "
+        f"--config.steps={steps}; the rate goes with the root of the batch size."
     )
 
 
@@ -389,9 +401,11 @@ def _leaner(config: ConfigDict, rows: int) -> Iterator[ConfigDict]:
 
 
 def search(
-    config: ConfigDict, where: slices.Slice, workdir: Path, tries: int, efficiency: float
+    config: ConfigDict, where: slices.Slice, workdir: Path, *, tries: int, **options: Any
 ) -> list[Plan]:
     """Plans of several meshes, those that fit first, the fastest of them first.
+
+    `options` are those of `make_plan`.
 
     What needs less memory is tried only while nothing fits.
 
@@ -409,7 +423,7 @@ def search(
     with tqdm(total=tries, desc="search", unit="program") as progress:
         for ladder in ladders:
             while rung < len(ladder) and len(plans) < tries:
-                plans.append(make_plan(ladder[rung], where, workdir, efficiency))
+                plans.append(make_plan(ladder[rung], where, workdir, **options))
                 progress.update()
                 if plans[-1]["fits"]:
                     break
@@ -452,7 +466,7 @@ def describe(plan: Plan) -> str:
     held = plan["parameters"]
     lines = [
         f"{plan['recipe']} on {plan['topology']} ({chips}), data x fsdp x tensor = {way(plan)}",
-        f"batch {plan['batch_size']:,}, {plan['steps']:,} steps",
+        f"batch {plan['batch_size']:,}, {plan['samples']:,} samples in all",
         "",
         "Parameters and optimizer",
         f"  {held['total'] / GIB:.2f} GiB in all, {held['per_chip'] / GIB:.2f} a chip "

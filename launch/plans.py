@@ -86,15 +86,16 @@ def row(name: str, where: slices.Slice, workdir: Path) -> None:
     """One recipe on one slice: on its own mesh, or on the best of a search where that is none."""
     config = ConfigDict(cli.load_config(f"configs/{name}").to_dict())
     published = config.data.batch_size
+    samples = config.steps * published
     config, _ = plan.nearest_batch(config, where)
     path = kept(name, where, workdir)
     identity = {"config": json.loads(cli.config_to_json(config)), "versions": plan.versions()}
     if path.is_file() and identity.items() <= json.loads(path.read_text()).items():
         return
-    found = plan.make_plan(config, where, workdir)
+    found = plan.make_plan(config, where, workdir, samples=samples)
     own = {"own_mesh": plan.way(found), "own_mesh_fits": found["fits"]}
     if not found["fits"]:
-        found = plan.search(config, where, workdir, TRIES, plan.EFFICIENCY)[0]
+        found = plan.search(config, where, workdir, tries=TRIES, samples=samples)[0]
     path.parent.mkdir(parents=True, exist_ok=True)
     more = {"published_batch_size": published, **own, **identity}
     path.write_text(json.dumps({**found, **more}, indent=2) + "\n")

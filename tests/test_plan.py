@@ -106,7 +106,7 @@ def test_the_nearest_batch_sees_as_many_samples():
     config = plan.ConfigDict(cli.load_config("configs/finetune_vqa.py").to_dict())
     near, note = plan.nearest_batch(config, slices.parse("v6e-256"))
     assert near.data.batch_size == 256 and "recipe's is 128" in note
-    assert near.steps == pytest.approx(config.steps / 2, abs=1)
+    assert f"--config.steps={round(config.steps / 2)}" in note
     same, note = plan.nearest_batch(near, slices.parse("v6e-256"))
     assert same.data.batch_size == 256 and note == ""
 
