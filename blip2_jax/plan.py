@@ -385,19 +385,17 @@ def candidates(config: ConfigDict, where: slices.Slice) -> Iterator[list[ConfigD
 
 
 def _leaner(config: ConfigDict, rows: int) -> Iterator[ConfigDict]:
-    """The same with less and less memory."""
+    """The same with less and less memory: stage 2 in parts, stage 1 with more computed again."""
     leaner = ConfigDict(config.to_dict())
-    for policy in ("dots", "full"):
-        if config.model.qformer.remat == "none":
-            leaner = ConfigDict(leaner.to_dict())
-            leaner.model.qformer.remat = policy
-            yield leaner
     if config.stage.name == "stage2":
         for parts in _divisors(rows):
             if parts > config.stage.accumulate:
-                leaner = ConfigDict(leaner.to_dict())
                 leaner.stage.accumulate = parts
-                yield leaner
+                yield ConfigDict(leaner.to_dict())
+    elif config.model.qformer.remat == "none":
+        for policy in ("dots", "full"):
+            leaner.model.qformer.remat = policy
+            yield ConfigDict(leaner.to_dict())
 
 
 def search(

@@ -10,6 +10,7 @@ what is in --workdir is kept, and the same command goes on. --show prints what t
 
 import argparse
 import fnmatch
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ TOPOLOGIES = ("v5e-256", "v5p-128", "v6e-256")
 SCALING = ("v5e-16", "v5e-64", "v5e-256", "4xv5e-256")
 SCALED = ("stage1.py:vitg-paper", "stage2.py:vitg-opt2.7b-paper")
 ROWS_PER_CHIP = 8
-TRIES = 6  # programs, where a recipe's own mesh does not fit
+TRIES = 6  # ways to run a recipe that does not fit as it is
 
 
 def main() -> int:
@@ -83,7 +84,7 @@ def kept(name: str, where: slices.Slice, workdir: Path) -> Path:
 
 
 def row(name: str, where: slices.Slice, workdir: Path) -> None:
-    """One recipe on one slice: on its own mesh, or on the best of a search where that is none."""
+    """One recipe on one slice: as it is, or else the first way of a search that fits."""
     config = ConfigDict(cli.load_config(f"configs/{name}").to_dict())
     published = config.data.batch_size
     samples = config.steps * published
@@ -95,7 +96,11 @@ def row(name: str, where: slices.Slice, workdir: Path) -> None:
     found = plan.make_plan(config, where, workdir, samples=samples)
     own = {"own_mesh": plan.way(found), "own_mesh_fits": found["fits"]}
     if not found["fits"]:
-        found = plan.search(config, where, workdir, tries=TRIES, samples=samples)[0]
+        ways = itertools.chain.from_iterable(plan.candidates(config, where))
+        for other in itertools.islice(ways, TRIES):
+            found = plan.make_plan(other, where, workdir, samples=samples)
+            if found["fits"]:
+                break
     path.parent.mkdir(parents=True, exist_ok=True)
     more = {"published_batch_size": published, **own, **identity}
     path.write_text(json.dumps({**found, **more}, indent=2) + "\n")
