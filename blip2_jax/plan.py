@@ -158,7 +158,7 @@ def make_plan(
         "versions": versions(),
     }
     if compiled.error:
-        return plan | {"remedies": remedies(run, compiled.error)}
+        return plan | {"remedies": remedies(run)}
     plan["memory"] = memory(compiled.memory, where.chip)
     program = hlo.read(compiled.text, run.mesh.shape, where.num_slices)
     plan["flops_per_chip"] = program.flops
@@ -313,20 +313,20 @@ def why_it_does_not_fit(message: str) -> str:
     )
 
 
-def remedies(run: recipe.Recipe, error: str) -> list[str]:
-    """What to try, the mildest first."""
-    config = run.config
-    rows = config.data.batch_size // meshes.num_batch_shards(run.mesh)
+def remedies(run: recipe.Recipe) -> list[str]:
+    """What to try, the cheapest first."""
+    rows = run.config.data.batch_size // meshes.num_batch_shards(run.mesh)
     tries = []
-    for tower in TOWERS:
-        trained = tower in run.abstract_state["params"] or tower == "llm"
-        if tower in _towers(run) and trained and config.model[tower].remat != "full":
-            tries.append(f"--config.model.{tower}.remat=full")
-    if config.stage.name == "stage2":
-        more = [n for n in _divisors(rows) if n > config.stage.accumulate]
-        tries += [f"--config.stage.accumulate={n}" for n in more[:2]]
-    tries.append("a larger slice")
-    return tries
+    for leaner in _leaner(run.config, rows):
+        if leaner.stage.accumulate != run.config.stage.accumulate:
+            tries.append(f"--config.stage.accumulate={leaner.stage.accumulate}")
+        else:
+            tries.append(f"--config.model.qformer.remat={leaner.model.qformer.remat}")
+    for tower in ("vit", "llm"):
+        if tower in _towers(run) and run.config.model[tower].remat == "none":
+            if tower == "llm" or tower in run.abstract_state["params"]:
+                tries.append(f"--config.model.{tower}.remat=full")
+    return [*tries[:3], "--mesh=search", "a larger slice, or a smaller batch"]
 
 
 # ------------------------------------------------------------------------- batches and meshes
@@ -505,7 +505,7 @@ def describe(plan: Plan) -> str:
         f"Estimate (products at {plan['efficiency']:.0%} of the peak, nothing hidden)",
         f"  expected  {rate['expected']:>8,.0f} samples/s, {plan['days']['expected']:.2f} days",
         "",
-        f"The same counts on {plan['chips']} GPUs, bounds only (nothing is compiled for them)",
+        f"The same counts on {plan['chips']} GPUs, on this mesh; bounds, nothing is compiled",
     ]
     for name, g in plan["gpus"].items():
         lines.append(
@@ -517,9 +517,9 @@ def describe(plan: Plan) -> str:
 
 def write(plan: Plan, workdir: Path) -> Path:
     """Keeps a plan as JSON; returns where."""
-    mesh = "x".join(map(str, plan["mesh"].values()))
     workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / f"{plan['recipe']}.{plan['topology']}.{mesh}.b{plan['batch_size']}.json"
+    how = re.sub(r"[^\w.]+", "-", way(plan))
+    path = workdir / f"{plan['recipe']}.{plan['topology']}.b{plan['batch_size']}.{how}.json"
     path.write_text(json.dumps(plan, indent=2) + "\n")
     return path
 

@@ -82,7 +82,7 @@ def test_the_command_prints_and_keeps_a_plan(workdir, capsys):
     assert plan.main(words) == 0
     said = capsys.readouterr()
     assert "Measured by the compiler" in said.out and "all-gather" in said.out
-    kept = json.loads((workdir / "digits-stage2.v5e-4.1x4x1.b64.json").read_text())
+    kept = json.loads((workdir / "digits-stage2.v5e-4.b64.1x4x1.json").read_text())
     assert kept["fits"] and f"{kept['samples_per_second']['expected']:,.0f}" in said.out
     assert plan.main(words) == 0
     assert "Compiling" not in capsys.readouterr().err
