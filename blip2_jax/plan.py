@@ -372,7 +372,7 @@ def candidates(config: ConfigDict, where: slices.Slice) -> Iterator[list[ConfigD
     shapes = [
         (where.num_slices * chips // (fsdp * tensor), fsdp, tensor)
         for tensor in (1, 2, 4)
-        for fsdp in (n for n in reversed(_divisors(chips // tensor)) if n >= min(8, chips))
+        for fsdp in (n for n in reversed(_divisors(chips // tensor)) if 16 * n >= chips)
         if chips % (fsdp * tensor) == 0
     ]
     for data, fsdp, tensor in sorted(shapes, key=lambda s: (s[2], -s[1])):

@@ -143,3 +143,21 @@ def test_flant5xxl_fits_the_smallest_pod(workdir):
     by_hand = found["flops_per_sample"]["all"] * config.data.batch_size / 16
     # The LLM's forward is computed twice (remat), which is nearly a half more.
     assert by_hand < found["flops_per_chip"] < 1.5 * by_hand
+
+
+def test_a_search_saves_memory_only_where_it_must_and_ranks(monkeypatch, tmp_path):
+    tried = []
+
+    def pretend(config, where, workdir, **_):
+        """Too large in fewer than four parts; the faster, the fewer chips share parameters."""
+        mesh, parts = dict(config.mesh), config.stage.accumulate
+        tried.append((mesh["fsdp"], mesh["tensor"], parts))
+        rate = {"expected": 1000 / mesh["fsdp"]}
+        return {"mesh": mesh, "accumulate": parts, "fits": parts >= 4, "samples_per_second": rate}
+
+    monkeypatch.setattr(plan, "make_plan", pretend)
+    config = plan.ConfigDict(cli.load_config("configs/stage2.py").to_dict())
+    plans = plan.search(config, slices.parse("v5e-16"), tmp_path, tries=6)
+    assert tried == [(16, 1, 1), (16, 1, 2), (16, 1, 3), (16, 1, 4), (8, 1, 4), (4, 1, 4)]
+    assert [(p["mesh"]["fsdp"], p["fits"]) for p in plans[:3]] == [(4, True), (8, True), (16, True)]
+    assert not any(p["fits"] for p in plans[3:])
