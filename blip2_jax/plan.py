@@ -152,13 +152,14 @@ def make_plan(
         "samples": samples or config.steps * config.data.batch_size,
         "fits": not compiled.error,
         "why_not": compiled.error,
+        "refused": compiled.error.startswith(REFUSED),
         "parameters": parameter_bytes(run),
         "flops_per_sample": {"all": per_sample, **{k: f.total for k, f in towers.items()}},
         "compile_seconds": compiled.seconds,
         "versions": versions(),
     }
     if compiled.error:
-        return plan | {"remedies": remedies(run)}
+        return plan | {"remedies": [] if plan["refused"] else remedies(run)}
     plan["memory"] = memory(compiled.memory, where.chip)
     program = hlo.read(compiled.text, run.mesh.shape, where.num_slices)
     plan["flops_per_chip"] = program.flops
@@ -254,11 +255,7 @@ class Compiled:
 
 
 def compile_step(run: recipe.Recipe, where: slices.Slice, workdir: Path) -> Compiled:
-    """The recipe's train step, compiled for a slice; a program that was compiled before is read.
-
-    Raises:
-      jax.errors.JaxRuntimeError: the compiler failed, other than for want of memory.
-    """
+    """The recipe's train step, compiled for a slice; a program that was compiled before is read."""
     lowered = run.lower_step()
     label = f"{where.name}\n{versions()}\n{lowered.as_text()}"
     key = hashlib.sha256(label.encode()).hexdigest()[:24]
@@ -279,9 +276,7 @@ def compile_step(run: recipe.Recipe, where: slices.Slice, workdir: Path) -> Comp
         said["memory"] = {kind: getattr(stats, f"{kind}_size_in_bytes") for kind in kinds}
         said["text"] = program.as_text()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        said["error"] = why_it_does_not_fit(str(error))
+        said["error"] = why_it_does_not_run(str(error))
     said["seconds"] = time.monotonic() - started
     kept.parent.mkdir(parents=True, exist_ok=True)
     text.write_bytes(gzip.compress(said["text"].encode(), 5))
@@ -299,8 +294,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def why_it_does_not_fit(message: str) -> str:
-    """The compiler's words on memory, in one line."""
+REFUSED = "The compiler refuses the program: "
+
+
+def why_it_does_not_run(message: str) -> str:
+    """The compiler's words, in one line: too little memory, or something it cannot do there."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return REFUSED + message.splitlines()[0]
     amounts = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message)
     if amounts is None:
         amounts = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message)
@@ -423,7 +423,7 @@ def search(
             while rung < len(ladder) and len(plans) < tries:
                 plans.append(make_plan(ladder[rung], where, workdir, **options))
                 progress.update()
-                if plans[-1]["fits"]:
+                if plans[-1]["fits"] or plans[-1]["refused"]:
                     break
                 rung += 1
             rung = min(rung, len(ladder) - 1)
@@ -474,6 +474,8 @@ def describe(plan: Plan) -> str:
     parts = ", ".join(f"{k} {v / 1e9:,.4g}" for k, v in flops.items() if k != "all")
     lines.append(f"GFLOPs a sample, by hand: {flops['all'] / 1e9:,.4g} ({parts})")
     if not plan["fits"]:
+        if plan["refused"]:
+            return "\n".join([*lines, "", f"DOES NOT COMPILE. {plan['why_not']}"])
         lines += ["", f"DOES NOT FIT. {plan['why_not']}", "What may help:"]
         return "\n".join(lines + [f"  {remedy}" for remedy in plan["remedies"]])
     m, seconds, rate = plan["memory"], plan["seconds_at_least"], plan["samples_per_second"]

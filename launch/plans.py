@@ -95,7 +95,7 @@ def row(name: str, where: slices.Slice, workdir: Path) -> None:
         return
     found = plan.make_plan(config, where, workdir, samples=samples)
     own = {"own_mesh": plan.way(found), "own_mesh_fits": found["fits"]}
-    if not found["fits"]:
+    if not found["fits"] and not found["refused"]:
         ways = itertools.chain.from_iterable(plan.candidates(config, where))
         for other in itertools.islice(ways, TRIES):
             found = plan.make_plan(other, where, workdir, samples=samples)
@@ -126,7 +126,8 @@ def table(rows: list[tuple[str, slices.Slice]], workdir: Path) -> str:
         start = f"| `{name}` | {where.name} | {batch} | {plan.way(p)}"
         star = "" if p["own_mesh_fits"] else " *"
         if not p["fits"]:
-            lines.append(f"{start}{star} | does not fit: {p['why_not']} | | |")
+            said = "does not compile" if p["refused"] else "does not fit"
+            lines.append(f"{start} | {said}: {p['why_not']} | | |")
             continue
         m, rate, days = p["memory"], p["samples_per_second"], p["days"]
         lines.append(

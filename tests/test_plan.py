@@ -116,7 +116,12 @@ def test_what_does_not_fit_says_by_how_much():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (23.13G) exceeds available HBM (15.75G)."
     )
-    assert "7.38 GiB too many" in plan.why_it_does_not_fit(message)
+    assert "7.38 GiB too many" in plan.why_it_does_not_run(message)
+
+
+def test_what_the_compiler_cannot_do_there_is_not_called_too_large():
+    said = plan.why_it_does_not_run("INTERNAL: Ragged all-to-all is not supported\nat ...")
+    assert said == f"{plan.REFUSED}INTERNAL: Ragged all-to-all is not supported"
 
 
 def test_a_search_tries_only_meshes_that_divide():
@@ -153,7 +158,8 @@ def test_a_search_saves_memory_only_where_it_must_and_ranks(monkeypatch, tmp_pat
         mesh, parts = dict(config.mesh), config.stage.accumulate
         tried.append((mesh["fsdp"], mesh["tensor"], parts))
         rate = {"expected": 1000 / mesh["fsdp"]}
-        return {"mesh": mesh, "accumulate": parts, "fits": parts >= 4, "samples_per_second": rate}
+        fits = {"fits": parts >= 4, "refused": False}
+        return {"mesh": mesh, "accumulate": parts, **fits, "samples_per_second": rate}
 
     monkeypatch.setattr(plan, "make_plan", pretend)
     config = plan.ConfigDict(cli.load_config("configs/stage2.py").to_dict())
