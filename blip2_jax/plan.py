@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not 0 < args.efficiency <= 1:
             raise ValueError(f"--efficiency is {args.efficiency}; it is a share, above 0, up to 1.")
+        if args.tries < 1:
+            raise ValueError(f"--tries is {args.tries}; a search compiles at least one program.")
         where = slices.parse(args.topology)
         config, workdir = ConfigDict(args.config.to_dict()), Path(args.workdir)
         samples = config.steps * config.data.batch_size
@@ -300,7 +302,8 @@ REFUSED = "The compiler refuses the program: "
 def why_it_does_not_run(message: str) -> str:
     """The compiler's words, in one line: too little memory, or something it cannot do there."""
     if "RESOURCE_EXHAUSTED" not in message:
-        return REFUSED + message.splitlines()[0]
+        first = message.splitlines()[0]
+        return REFUSED + re.sub(r"^INTERNAL: RET_CHECK failure \(\S+\) \S+ ", "", first)
     amounts = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message)
     if amounts is None:
         amounts = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message)

@@ -47,7 +47,7 @@ RECIPES = (
     "instruct.py:vitg-vicuna13b",
 )
 TOPOLOGIES = ("v5e-256", "v5p-128", "v6e-256")
-SCALING = ("v5e-16", "v5e-64", "v5e-256", "4xv5e-256")
+SCALING = ("v6e-16", "v6e-64", "v6e-256", "4xv6e-256")
 SCALED = ("stage1.py:vitg-paper", "stage2.py:vitg-opt2.7b-paper")
 ROWS_PER_CHIP = 8
 TRIES = 6  # ways to run a recipe that does not fit as it is
