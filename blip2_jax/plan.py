@@ -2,7 +2,7 @@
 
   blip2 plan --config=configs/stage1.py --topology=v5p-128
   blip2 plan --config=configs/stage2.py:vitg-flant5xxl-paper --topology=v5e-16 --mesh=search
-  blip2 plan --config=configs/stage1.py --topology=2xv5e-256 --config.mesh.data=2 --batch=nearest
+  blip2 plan --config=configs/stage1.py --topology=2xv6e-256 --config.mesh.data=2 --batch=nearest
 
 The recipe's own train step, the one that blip2 train runs, is compiled for the slice by libtpu, on
 any Linux machine, without a TPU and without weights (pip install 'blip2_jax[plan]'). Names of

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import math
 
 import jax
@@ -17,6 +18,12 @@ from blip2_jax.runtime import slices
 compiles_for_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install blip2_jax[plan]"
 )
+
+
+@pytest.fixture(autouse=True)
+def other_tests_hear_warnings():
+    yield
+    logging.getLogger(recipe.meshes.__name__).setLevel(logging.NOTSET)
 
 
 def digits(stage, *overrides):
