@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from blip2_jax import cli
 from blip2_jax.data import tokenizers
 from blip2_jax.inference.pipeline import Blip2
-from blip2_jax.models import blip2, opt, vit
+from blip2_jax.models import blip2, lora, opt, vit
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime import optim
@@ -122,6 +122,11 @@ class Recipe:
                 params[key] = huggingface.load(source, sizes, abstract)
         return {**state, "params": params}
 
+    def whole(self, frozen: Params, params: Params) -> Params:
+        """All parameters of the model, with low-rank paths folded into the weights."""
+        sizes = self.config.model.llm.lora
+        return lora.fold({**frozen, **params}, rank=sizes.rank, alpha=sizes.alpha)
+
     def load_frozen(self) -> tuple[Params, dict[str, str]]:
         """Reads the frozen towers, and checks their fingerprints.
 
@@ -193,7 +198,10 @@ def make_module(config: ConfigDict, sizes: Any, *, rngs: nnx.Rngs) -> nnx.Module
         return vit.PatchClassifier(sizes, dict(config.stage.labels), dtype=dtype, rngs=rngs)
     if isinstance(sizes, opt.OPTConfig):
         return opt.OPTAlone(sizes, dtype=dtype, rngs=rngs)
-    return blip2.make_model(sizes, dtype=dtype, rngs=rngs)
+    model = blip2.make_model(sizes, dtype=dtype, rngs=rngs)
+    if sizes.llm is not None and config.model.llm.lora.rank:
+        lora.add(model, **config.model.llm.lora, rngs=rngs)
+    return model
 
 
 def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
@@ -217,10 +225,15 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
             f"{devices} devices of the mesh's data and fsdp axes{many}; take a multiple."
         )
     sizes = model_config(config)
+    if (lora.PART in config.trainable) != bool(config.model.llm.lora.rank):
+        raise ValueError(
+            f"Low-rank adaptation takes both: `{lora.PART}` in config.trainable and a rank "
+            f"in config.model.llm.lora.rank, which is {config.model.llm.lora.rank}."
+        )
 
     def params_of(key: jax.Array) -> Params:
         module = make_module(config, sizes, rngs=nnx.Rngs(key))
-        return nnx.to_pure_dict(nnx.state(module))
+        return lora.apart(nnx.to_pure_dict(nnx.state(module)))
 
     def trainable_of(key: jax.Array) -> Params:
         return states.split_by_keys(params_of(key), config.trainable)[0]
@@ -338,7 +351,7 @@ def load_run(
     data, llm = run.config.data, run.config.model.llm
     return Blip2(
         run.model_config,
-        {**frozen, **params},
+        run.whole(frozen, params),
         dtype=jnp.dtype(dtype or run.config.dtype),
         mesh=run.mesh,
         qformer_tokenizer=tokenizers.load(data.qformer_tokenizer),

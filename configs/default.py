@@ -104,6 +104,9 @@ def get_config() -> ConfigDict:
             # LAVIS leaves the frozen LLM in training mode, so its dropout (0.1) is on; the paper
             # does not say. 0 here: a frozen model is a fixed function.
             "dropout": 0.0,
+            # Low-rank paths beside the frozen weights, in the layers named; 0: none. They are the
+            # part `llm_lora`, to be named in `trainable`.
+            "lora": {"rank": 0, "alpha": 16.0, "targets": ("q_proj", "v_proj")},
             "sinusoid": 0.0,  # pretrain_lm: amplitude of sinusoidal positions at the start
             "remat": "none",
         }

@@ -43,6 +43,8 @@ AXES = (
     (r"mlp/(gate|up)/kernel$", ("embed", "mlp")),
     (r"mlp/down/kernel$", ("mlp", "embed")),
     (r"lm_head/kernel$", ("embed", "vocab")),
+    (r"lora_a$", ("embed", None)),
+    (r"lora_b$", (None, "heads")),
     (r"relative_bias/embedding$", (None, "heads")),
     (r"embed_tokens/embedding$|word_embeddings/embedding$", ("vocab", "embed")),
     (r"embed_positions/embedding$|position_embeddings/embedding$", (None, "embed")),
@@ -68,10 +70,16 @@ def split_batch(x: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Linear):
-    """A linear layer of a batch; weights come to where their rows are, not the other way round."""
+    """A linear layer of a batch; weights come to where the rows are, not the other way round."""
+
+    lora_scale = 0.0  # see `models.lora`, which also adds lora_a and lora_b
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return split_batch(super().__call__(x))
+        y = super().__call__(x)
+        if self.lora_scale:
+            a, b = (p[...].astype(y.dtype) for p in (self.lora_a, self.lora_b))
+            y = y + self.lora_scale * (x.astype(y.dtype) @ a @ b)
+        return split_batch(y)
 
 
 def vocabulary_scores(hidden: jax.Array, table: jax.Array) -> jax.Array:
