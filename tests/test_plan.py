@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import tests.tiny as tiny
 from blip2_jax import cli, plan, recipe
 from blip2_jax.data import digits as scenes
 from blip2_jax.data import loader
@@ -53,14 +54,16 @@ def test_the_planned_batch_is_the_loaders(stage):
 
 
 @compiles_for_tpu
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_a_small_recipe_on_a_small_slice(stage, workdir):
-    found = plan.make_plan(digits(stage), slices.parse("v5e-4"), workdir)
-    assert found["fits"] and found["chips"] == 4 and found["mesh"]["fsdp"] == 4
+@pytest.mark.parametrize(("stage", "axis"), [("stage1", "data"), ("stage2", "fsdp")])
+def test_a_small_recipe_on_a_small_slice(stage, axis, workdir):
+    split = {"mesh.data": 1, "mesh.fsdp": 1, f"mesh.{axis}": 4}
+    # The smallest that compiles in seconds: stage 1 has four passes of the Q-Former.
+    config = tiny.config(stage, **split) if stage == "stage1" else digits(stage)
+    found = plan.make_plan(config, slices.parse("v5e-4"), workdir)
+    assert found["fits"] and found["chips"] == 4 and found["mesh"][axis] == 4
 
     m, held = found["memory"], found["parameters"]
     # Arguments are the state, the frozen towers and a batch; the state is donated whole.
-    config = digits(stage)
     devices = slices.parse("v5e-4").devices()
     run = recipe.build(config, recipe.meshes.make_mesh(config.mesh, devices))
     state = sum(
@@ -72,14 +75,14 @@ def test_a_small_recipe_on_a_small_slice(stage, workdir):
     assert 0 < m["temporaries"] < m["peak"] < m["usable"]
 
     kinds = {c["kind"] for c in found["collectives"]}
-    assert {"all-gather", "all-reduce"} <= kinds
+    assert {"all-gather", "all-reduce"} <= kinds, kinds
     assert ("ragged-all-to-all" in kinds) == (stage == "stage1")  # hard negatives
-    assert {axis for c in found["collectives"] for axis in c["axes"]} == {"fsdp"}
+    assert {name for c in found["collectives"] for name in c["axes"]} == {axis}
 
     # The compiler's products are the hand count's, and what is computed twice.
     by_hand = found["flops_per_sample"]["all"] * config.data.batch_size / 4
     assert 0.9 * by_hand < found["flops_per_chip"] < 1.6 * by_hand
-    assert found["samples_per_second"]["expected"] < found["samples_per_second"]["at_most"]
+    assert found["samples_per_second"]["expected"] <= found["samples_per_second"]["at_most"]
 
 
 @compiles_for_tpu
