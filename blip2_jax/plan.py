@@ -304,14 +304,17 @@ def why_it_does_not_run(message: str) -> str:
     if "RESOURCE_EXHAUSTED" not in message:
         first = message.splitlines()[0]
         return REFUSED + re.sub(r"^INTERNAL: RET_CHECK failure \(\S+\) \S+ ", "", first)
-    amounts = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message)
+    what, amounts = (
+        "Temporaries alone need",
+        re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message),
+    )
     if amounts is None:
-        amounts = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message)
+        what, amounts = "It needs", re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message)
     if amounts is None:
         return message.splitlines()[0]
     needed, usable = map(float, amounts.groups())
     return (
-        f"The program needs {needed:.2f} GiB a chip, {usable:.2f} are usable: "
+        f"{what} {needed:.2f} GiB a chip, {usable:.2f} are usable: "
         f"{needed - usable:.2f} GiB too many."
     )
 
