@@ -304,15 +304,15 @@ def why_it_does_not_run(message: str) -> str:
     if "RESOURCE_EXHAUSTED" not in message:
         first = message.splitlines()[0]
         return REFUSED + re.sub(r"^INTERNAL: RET_CHECK failure \(\S+\) \S+ ", "", first)
-    what, amounts = (
-        "Temporaries alone need",
-        re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message),
-    )
-    if amounts is None:
-        what, amounts = "It needs", re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message)
-    if amounts is None:
+    forms = {
+        "Temporaries alone need": r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)",
+        "It needs": r"Used ([\d.]+)G of ([\d.]+)G hbm",
+    }
+    found = {what: re.search(form, message) for what, form in forms.items()}
+    what = next((what for what, amounts in found.items() if amounts), "")
+    if not what:
         return message.splitlines()[0]
-    needed, usable = map(float, amounts.groups())
+    needed, usable = map(float, found[what].groups())
     return (
         f"{what} {needed:.2f} GiB a chip, {usable:.2f} are usable: "
         f"{needed - usable:.2f} GiB too many."
