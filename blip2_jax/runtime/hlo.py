@@ -180,7 +180,7 @@ def _dims(text: str) -> list[int]:
 
 
 class _Run(NamedTuple):
-    """A computation that runs `times` in a step, as a part of `inside`, which no other fuses."""
+    """A computation that runs `times` in a step; `inside` is the call that it is fused into."""
 
     name: str
     times: int
@@ -194,23 +194,22 @@ class _Run(NamedTuple):
 def _walk(
     computations: Mapping[str, _Computation], name: str, times: int, inside: str
 ) -> Iterator[_Run]:
-    """Every computation that runs, as often as it is called from somewhere."""
+    """Every computation that runs, as often as it is called; of a condition, all branches."""
     ops = computations[name]
     loops = [op for op in ops.values() if op.opcode == "while"]
     trips = {op.name: _trips(op, ops, computations) for op in loops}
     yield _Run(name, times, inside, trips)
     for op in ops.values():
+        own = f"{inside}/{op.name}"
         if op.opcode == "while":
-            body = op.called("body")
-            count = trips[op.name]
-            yield from _walk(computations, body, times * (1 if count is None else count), body)
+            count = 1 if trips[op.name] is None else trips[op.name]
+            yield from _walk(computations, op.called("body"), times * count, own)
         elif op.opcode == "conditional":
             for branch in re.findall(r"%([\w.\-]+)", op.attributes.partition("metadata")[0]):
                 if branch in computations:
-                    yield from _walk(computations, branch, times, branch)
+                    yield from _walk(computations, branch, times, own)
         elif called := op.called("calls") or (op.opcode == "call" and op.called("to_apply")):
-            own = called if op.opcode == "call" else inside
-            yield from _walk(computations, called, times, own)
+            yield from _walk(computations, called, times, own if op.opcode == "call" else inside)
 
 
 def _trips(loop: _Op, ops: _Computation, computations) -> int | None:
