@@ -167,14 +167,22 @@ def test_a_search_saves_memory_only_where_it_must_and_ranks(monkeypatch, tmp_pat
     def pretend(config, where, workdir, **_):
         """Too large in fewer than four parts; the faster, the fewer chips share parameters."""
         mesh, parts = dict(config.mesh), config.stage.accumulate
-        tried.append((mesh["fsdp"], mesh["tensor"], parts))
-        rate = {"expected": 1000 / mesh["fsdp"]}
-        fits = {"fits": parts >= 4, "refused": False}
+        remat = config.model.llm.remat
+        tried.append((mesh["fsdp"], mesh["tensor"], parts, remat))
+        rate = {"expected": 1000 / mesh["fsdp"] + (remat == "dots")}
+        fits = {"fits": parts >= 4 and remat != "none", "refused": False}
         return {"mesh": mesh, "accumulate": parts, **fits, "samples_per_second": rate}
 
     monkeypatch.setattr(plan, "make_plan", pretend)
     config = plan.ConfigDict(cli.load_config("configs/stage2.py").to_dict())
-    plans = plan.search(config, slices.parse("v5e-16"), tmp_path, tries=6)
-    assert tried == [(16, 1, 1), (16, 1, 2), (16, 1, 3), (16, 1, 4), (8, 1, 4), (4, 1, 4)]
-    assert [(p["mesh"]["fsdp"], p["fits"]) for p in plans[:3]] == [(4, True), (8, True), (16, True)]
-    assert not any(p["fits"] for p in plans[3:])
+    plans = plan.search(config, slices.parse("v5e-4"), tmp_path, tries=20)
+    down = [(4, 1, parts, "full") for parts in (1, 2, 3, 4)]
+    assert tried[:6] == [*down, (2, 1, 4, "full"), (1, 1, 4, "full")]
+    # On the best mesh, also what computes less again.
+    assert tried[-2:] == [(1, 1, 4, "none"), (1, 1, 4, "dots")]
+    assert plans[0]["samples_per_second"]["expected"] == 1001
+    fits = [p["fits"] for p in plans]
+    assert fits == sorted(fits, reverse=True) and fits.count(False) == 4
+    tried.clear()
+    plan.search(config, slices.parse("v5e-4"), tmp_path, tries=5)
+    assert len(tried) == 5
