@@ -6,26 +6,30 @@
 
 The same command continues a run that was killed, from its last checkpoint: same data order, same
 randomness, same numbers. Every key that --config.KEY=VALUE can set is in configs/default.py.
-The workdir receives checkpoints/, metrics.jsonl, tensorboard/, config.json, and, at the end,
-done.json.
+The workdir receives checkpoints/, metrics.jsonl (what is computed), timing.jsonl (rates, waiting
+for data, MFU, goodput), tensorboard/, checkpoints/ and, at the end, done.json;
+--config.profile.steps=5 records a trace of five steps in profile/.
 """
 
 import argparse
 import json
 import math
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from blip2_jax import cli, recipe
 from blip2_jax.data import loader, sources
 from blip2_jax.runtime import distributed, mesh
 from blip2_jax.runtime.checkpoint import Checkpointer
+from blip2_jax.runtime.clock import Clock
 from blip2_jax.runtime.distributed import PREEMPTED
-from blip2_jax.runtime.metrics import MetricsWriter, Progress
+from blip2_jax.runtime.metrics import MetricsWriter, Profiler, Progress
+from blip2_jax.stages.flops import flops_per_sample
 from blip2_jax.stages.step import Params, State
 from blip2_jax.weights import bert, checkpoint
 
@@ -41,7 +45,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(config, workdir: Path) -> int:
     """Runs a recipe to its end; returns the exit code."""
-    started = time.monotonic()
     distributed.initialize(config.distributed)
     distributed.setup_compilation_cache()
     done = workdir / "done.json"
@@ -57,8 +60,10 @@ def train(config, workdir: Path) -> int:
     identity["fingerprints"] = fingerprints
     source = loader.make_source(config, config.data.split)
     identity["data"] = sources.identity(source)  # other records would be other batches
+    flops = sum(part.total for part in flops_per_sample(config, run.model_config).values())
+    clock = Clock(examples=config.data.batch_size, flops=flops)
     if distributed.is_first_process():
-        print(_describe(run, fingerprints))
+        print(describe(run, fingerprints, flops))
 
     with (
         Checkpointer(
@@ -69,10 +74,9 @@ def train(config, workdir: Path) -> int:
         distributed.Preemption() as preemption,
     ):
         # A checkpoint of this run; else another run's parameters; else fresh ones.
-        seconds_before = 0.0
         if checkpointer.latest_step is not None:
             state, extra = checkpointer.restore(run.abstract_state, expect=identity)
-            seconds_before = extra["seconds"]
+            clock.resume(seconds=extra["seconds"], useful=extra["useful_seconds"])
             print(f"Resuming at step {int(state['step'])} of {config.steps}.")
         else:
             state = run.load_trained_towers(run.init_state(jax.random.key(config.seed)))
@@ -85,23 +89,30 @@ def train(config, workdir: Path) -> int:
                 state = start_from(state, config, fingerprints)
 
         def save(state: State) -> None:
-            seconds = seconds_before + time.monotonic() - started
-            checkpointer.save(int(state["step"]), state, {**identity, "seconds": seconds})
+            times = {"seconds": clock.seconds, "useful_seconds": clock.useful}
+            with clock.aside():
+                checkpointer.save(int(state["step"]), state, {**identity, **times})
 
-        state, stopped = loop(run, state, frozen, workdir, save, preemption, source)
+        state, stopped = loop(run, state, frozen, workdir, save, preemption, source, clock)
         save(state)
     if stopped:
         print(f"Asked to stop: saved step {int(state['step'])}. The same command resumes.")
         return PREEMPTED
     if distributed.is_first_process():
-        seconds = seconds_before + time.monotonic() - started
-        cost = {"seconds": seconds, "peak_memory_gb": distributed.peak_memory_gb()}
+        cost = {"seconds": clock.seconds, "peak_memory_gb": distributed.peak_memory_gb()}
         done.write_text(json.dumps({**identity, **cost}, indent=2) + "\n")
     return 0
 
 
 def loop(
-    run: recipe.Recipe, state: State, frozen: Params, workdir: Path, save, preemption, source
+    run: recipe.Recipe,
+    state: State,
+    frozen: Params,
+    workdir: Path,
+    save: Callable[[State], None],
+    preemption: distributed.Preemption,
+    source: Any,
+    clock: Clock,
 ) -> tuple[State, bool]:
     """Steps from `state` to the config's last step.
 
@@ -109,7 +120,7 @@ def loop(
       The last state, and whether the run was asked to stop before its end.
     """
     config = run.config
-    step = int(state["step"])
+    first = step = int(state["step"])
     # Made in place: a key cannot be sent to the devices of other hosts.
     make_key = jax.jit(jax.random.key, static_argnums=0, out_shardings=mesh.replicated(run.mesh))
     key = make_key(config.seed)
@@ -118,29 +129,32 @@ def loop(
         loader.train_batches(config, run.image_size, start_step=step, source=source) as batches,
         MetricsWriter(workdir, restored_step=step) as writer,
         Progress(config.steps, initial=step, label=config.name) as progress,
+        Profiler(
+            workdir, first=first + config.profile.after, steps=config.profile.steps
+        ) as profiler,
     ):
-        since, since_step, waited = time.monotonic(), step, 0.0
         ahead = batches.ahead(lambda batch: mesh.global_batch(batch, run.mesh))
+        train_step = None
         while step < config.steps:
-            state, metrics = run.train_step(state, frozen, next(ahead), key)
+            batch = next(ahead)
+            if train_step is None:
+                train_step = run.train_step.lower(state, frozen, batch, key).compile()
+                if distributed.is_first_process():
+                    print(_memory(train_step))
+                clock.start()
+            profiler.before(step, metrics)
+            state, metrics = train_step(state, frozen, batch, key)
             step += 1
             progress.update(1)
             if step % config.log.every == 0 or step == config.steps:
                 numbers = {name: float(value) for name, value in metrics.items()}
                 check_finite(numbers, step)
-                now = time.monotonic()
-                rate = (step - since_step) * config.data.batch_size / (now - since)
-                wait = (batches.wait_seconds - waited) / (now - since)  # share of the time
-                since, since_step, waited = now, step, batches.wait_seconds
-                if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
-                    numbers |= evaluate_losses(run, state["params"], frozen)
-                    since = time.monotonic()
                 # Not among the metrics: a resumed run counts what it has met itself.
-                timing = {
-                    "examples_per_second": rate,
-                    "data_wait": wait,
-                    "data/skipped": batches.skipped.count,
-                }
+                timing = clock.read(step - first, batches.wait_seconds)
+                timing["data/skipped"] = batches.skipped.count
+                if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
+                    with clock.aside():
+                        numbers |= evaluate_losses(run, state["params"], frozen)
                 writer.write(step, numbers, timing=timing)
                 progress.update(0, loss=numbers["loss"])
             if preemption.should_stop(step):
@@ -208,21 +222,48 @@ def _from_run(params: Params, workdir: Path, fingerprints: dict[str, str]):
         return checkpointer.restore_params_into(params)
 
 
-def _describe(run: recipe.Recipe, fingerprints: dict[str, str]) -> str:
-    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
-    lines = [
-        f"{run.config.name}: {run.config.steps} steps of {run.config.data.batch_size} on "
-        f"{run.mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(run.mesh.shape)}",
-        *(
-            f"  trained  {key:<20} {count(tree):>14,}"
-            for key, tree in run.abstract_state["params"].items()
-        ),
-        *(
-            f"  frozen   {key:<20} {count(tree):>14,}  {fingerprints[key]}"
-            for key, tree in run.abstract_frozen.items()
-        ),
+def describe(run: recipe.Recipe, fingerprints: dict[str, str], flops: float) -> str:
+    """The table that a run starts with: every part, its parameters, and what a device holds."""
+    config, state = run.config, run.abstract_state
+    held = lambda tree: f"{_size(mesh.bytes_per_device(tree)):>10}"  # noqa: E731
+    parts = [("trained", key, tree, "") for key, tree in state["params"].items()]
+    parts += [
+        ("frozen", key, tree, fingerprints[key][:16]) for key, tree in run.abstract_frozen.items()
     ]
-    return "\n".join(lines)
+    rows = [
+        f"  {kind:<10}{key:<22}{sum(x.size for x in jax.tree.leaves(tree)):>15,}"
+        f"{held(tree)}  {note}".rstrip()
+        for kind, key, tree, note in parts
+    ]
+    return "\n".join(
+        [
+            f"{config.name}: {config.steps} steps of {config.data.batch_size} on {run.mesh.size} "
+            f"{jax.devices()[0].device_kind} device(s), mesh {dict(run.mesh.shape)}",
+            f"  {'':<32}{'parameters':>15}{'a device':>10}  fingerprint",
+            *rows,
+            f"  {'optimizer':<47}{held(state['opt_state'])}",
+            f"  {_size(flops, 'FLOPs')} an example",
+        ]
+    )
+
+
+def _size(number: float, unit: str = "B") -> str:
+    """1.23 GB for 1.23e9."""
+    text = tqdm.format_sizeof(number, unit)
+    return text.replace(text.lstrip("0123456789."), " " + text.lstrip("0123456789."))
+
+
+def _memory(train_step: jax.stages.Compiled) -> str:
+    """What the compiler says that the step needs on a device, beside what the device has."""
+    found = train_step.memory_analysis()
+    if found is None:
+        return "  memory: this backend's compiler does not say"
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    has = f", which has {_size(limit)}" if limit else ""
+    return (
+        f"  a step needs {_size(found.argument_size_in_bytes)} for what it is given and "
+        f"{_size(found.temp_size_in_bytes)} to work in, on each device{has}"
+    )
 
 
 if __name__ == "__main__":

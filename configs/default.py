@@ -181,6 +181,8 @@ def get_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict({"every": 1000, "keep_last": 2, "keep_every": 0})
     config.log = ConfigDict({"every": 50})
+    # A trace of so many steps in workdir/profile, after the first few of this start; 0: none.
+    config.profile = ConfigDict({"after": 10, "steps": 0})
     # Losses on `data.eval_split`; 0: never. `batches` 0: all of it.
     config.eval = ConfigDict({"every": 0, "batches": 0, "batch_size": 64})
     return config

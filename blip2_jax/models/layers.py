@@ -56,14 +56,13 @@ KeysValues = tuple[jax.Array, jax.Array]
 normal = nnx.initializers.normal
 
 
-def split_batch(x: jax.Array) -> jax.Array:
+def split_batch(x: jax.Array, axes: tuple[str, ...] = ("data", "fsdp")) -> jax.Array:
     """Holds the first axis, the batch, to the mesh's axes of the batch; the others stay free.
 
     Left to itself, XLA may split activations the way their weights are split, and give every
     device the whole batch. Without a mesh in context (`recipe.build` sets it) this does nothing.
     """
-    axes = tuple(name for name in ("data", "fsdp") if name in get_abstract_mesh().axis_names)
-    if not axes:
+    if get_abstract_mesh().empty:
         return x
     free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *free))
@@ -80,6 +79,18 @@ class Linear(nnx.Linear):
             a, b = (p[...].astype(y.dtype) for p in (self.lora_a, self.lora_b))
             y = y + self.lora_scale * (x.astype(y.dtype) @ a @ b)
         return split_batch(y)
+
+
+class Embed(nnx.Embed):
+    """An embedding table; what is looked up for a batch, int32[B, T], lies where its rows are.
+
+    Each device reads its part of the table's width for the rows of its `fsdp` group; then these
+    change places. Said in one step, XLA would give every device all rows.
+    """
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        x = super().__call__(ids)
+        return split_batch(split_batch(x, ("data",))) if ids.ndim > 1 else x
 
 
 def vocabulary_scores(hidden: jax.Array, table: jax.Array) -> jax.Array:
@@ -390,11 +401,12 @@ class Stack(nnx.Module):
 
         def body(carry, layer):
             params, x, key = layer
-            return step(nnx.merge(graph, params), jax.tree.map(split_batch, carry), (x, key))
+            carry, y = step(nnx.merge(graph, params), carry, (x, key))
+            return jax.tree.map(split_batch, carry), y
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(body, carry, (params, xs, keys))
+        return jax.lax.scan(body, jax.tree.map(split_batch, carry), (params, xs, keys))
 
     def together(self, *xs: Any) -> Any:
         """Several per-layer values as one, for `xs` of a call."""

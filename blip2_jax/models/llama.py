@@ -17,6 +17,7 @@ from flax import nnx
 from blip2_jax.models.language import DecoderOnly, segments
 from blip2_jax.models.layers import (
     Attention,
+    Embed,
     GatedMLP,
     KeysValues,
     Segment,
@@ -131,7 +132,7 @@ class Llama(DecoderOnly):
 
     def __init__(self, config: LlamaConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config = config
-        self.embed_tokens = nnx.Embed(
+        self.embed_tokens = Embed(
             config.vocab_size,
             config.hidden_size,
             embedding_init=normal(0.02),

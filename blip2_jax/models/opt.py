@@ -16,6 +16,7 @@ from blip2_jax.models.language import DecoderOnly, segments
 from blip2_jax.models.layers import (
     MLP,
     Attention,
+    Embed,
     KeysValues,
     Segment,
     Stack,
@@ -92,7 +93,7 @@ class OPT(DecoderOnly):
 
     def __init__(self, config: OPTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config = config
-        embed = lambda rows, init: nnx.Embed(  # noqa: E731
+        embed = lambda rows, init: Embed(  # noqa: E731
             rows, config.hidden_size, embedding_init=init, dtype=dtype, rngs=rngs
         )
         self.embed_tokens = embed(config.vocab_size, normal(0.02))

@@ -8,6 +8,7 @@ EXECUTION = frozenset(
     {
         "config.distributed",
         "config.mesh",
+        "config.profile",
         "config.data.threads",
         "config.data.workers",
         "config.data.index_dir",

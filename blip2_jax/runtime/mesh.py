@@ -265,6 +265,14 @@ def placement_summary(placements: Sequence[Placement], mesh: Mesh) -> str:
     return "\n".join(lines)
 
 
+def bytes_per_device(abstract_tree: Any) -> int:
+    """What a device holds of a tree of arrays, or of `jax.ShapeDtypeStruct`s with shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+        for x in jax.tree.leaves(abstract_tree)
+    )
+
+
 def flatten_with_names(tree: Any) -> list[tuple[str, Any]]:
     """The leaves of a tree with their paths, written "a/b/c"."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
