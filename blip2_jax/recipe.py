@@ -72,6 +72,39 @@ class Recipe:
         """Side of the images, in pixels; 0 for a language model, which has none."""
         return getattr(getattr(self.model_config, "vit", self.model_config), "image_size", 0)
 
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A global batch as the loader makes it (`data/examples.py`), placed on the mesh."""
+        config, sizes, data = self.config, self.model_config, self.config.data
+        words = lambda length, *names: dict.fromkeys(names, ((length,), jnp.int32))  # noqa: E731
+        arrays: dict[str, tuple[tuple[int, ...], Any]] = {}
+        if self.image_size:
+            arrays["image"] = (self.image_size, self.image_size, 3), jnp.uint8
+        if config.stage.name == "pretrain_vit":
+            for name in config.stage.labels:
+                arrays |= words(sizes.grid**2, name)
+        elif config.stage.name == "pretrain_lm":
+            arrays |= words(data.llm_length, "llm_ids", "llm_mask")
+            arrays["llm_weights"] = (data.llm_length,), jnp.float32
+        else:
+            arrays["image_id"] = (), jnp.int32
+            if config.stage.name == "stage1" or sizes.qformer_reads_prompt:
+                arrays |= words(data.text_length, "text_ids", "text_mask")
+            if config.stage.name == "stage2":
+                arrays |= words(data.llm_length, "llm_ids", "llm_mask", "llm_labels")
+        place = meshes.batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=place)
+            for name, (shape, dtype) in arrays.items()
+        }
+
+    def lower_step(self) -> jax.stages.Lowered:
+        """The train step, traced for the mesh's devices, which need not be there."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return self.train_step.lower(
+            self.abstract_state, self.abstract_frozen, self.abstract_batch, key
+        )
+
     def init_state(self, key: jax.Array) -> State:
         """Fresh parameters and optimizer state, made on the devices that hold them."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)

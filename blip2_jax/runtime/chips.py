@@ -73,9 +73,9 @@ CHIPS = {
     chip.name: chip
     for chip in (
         #    name  device_kind                   TFLOP/s GiB usable GB/s link links network GB/s
-        _tpu("v4", ("TPU v4",), 275, 32, 31.25, 1228, 45, 6, 6.25),
+        _tpu("v4", ("TPU v4",), 275, 32, 30.75, 1228, 45, 6, 6.25),
         _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197, 16, 15.75, 819, 45, 4, 3.125),
-        _tpu("v5p", ("TPU v5p", "TPU v5"), 459, 95, 95, 2765, 90, 6, 6.25),
+        _tpu("v5p", ("TPU v5p", "TPU v5"), 459, 96, 95.74, 2765, 90, 6, 6.25),
         _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 918, 32, 31.25, 1640, 90, 4, 12.5),
         #    name        device_kind         TFLOP/s GB TB/s NVLink network GB/s
         _gpu("a100-40gb", "NVIDIA A100-SXM4-40GB", 312, 40, 1.555, 300, 25),

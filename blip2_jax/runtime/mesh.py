@@ -51,7 +51,7 @@ def make_mesh(config_mesh: Mapping[str, int], devices: Sequence[Any] | None = No
         of the number of TPU slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = _mesh_sizes(config_mesh, len(devices))
+    sizes = mesh_sizes(config_mesh, len(devices))
     num_slices = _num_slices(devices)
     if num_slices == 1:
         types = (AxisType.Auto,) * len(AXES)
@@ -59,7 +59,7 @@ def make_mesh(config_mesh: Mapping[str, int], devices: Sequence[Any] | None = No
     return Mesh(_hybrid_grid(sizes, num_slices, devices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _mesh_sizes(config_mesh: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
+def mesh_sizes(config_mesh: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
     """The three axis sizes, with the -1 filled in."""
     sizes = dict(config_mesh)
     if sorted(sizes) != sorted(AXES):
