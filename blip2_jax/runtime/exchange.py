@@ -3,7 +3,7 @@
 Left to itself, XLA gathers the whole batch on every device. Here each device receives its own
 share of the rows and no more, however many devices there are. A row may be wanted by any number of
 devices, so what a device must send is known only at run time: rows leave in rounds of a fixed size
-(one or two, as a rule), by ragged all-to-all.
+(one or two, as a rule), by ragged all-to-all. Where XLA has none, all rows go round in a ring.
 """
 
 import functools
@@ -14,6 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from blip2_jax.runtime.mesh import BATCH_AXES, num_batch_shards
+
+# Where XLA has no ragged all-to-all: on CPUs, and on v5e ("not supported in limited ICI routing
+# settings" beyond 16 chips, libtpu 0.0.42).
+RING_ONLY = ("cpu", "TPU v5 lite", "TPU v5e")
 
 
 def take_rows(
@@ -38,26 +42,49 @@ def take_rows(
     rows_per_round = rows_per_round or max(2 * local_rows, 32)
     batch = PartitionSpec(BATCH_AXES)
 
+    def on_devices(function, *arguments):
+        specs = (batch, PartitionSpec())
+        run = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=batch, check_vma=False)
+        return run(*arguments)
+
+    if mesh.devices.flat[0].device_kind.startswith(RING_ONLY):
+        return on_devices(functools.partial(_pass_round, shards=shards), x, index)
+    send = functools.partial(_send_rows, rows_per_round=rows_per_round)
+    send_back = functools.partial(_return_rows, rows_per_round=rows_per_round)
+
     @jax.custom_vjp
     def take(x, index):
         return forward(x, index)[0]
 
     def forward(x, index):
-        there = functools.partial(_send_rows, rows_per_round=rows_per_round)
-        moved = jax.shard_map(
-            there, mesh=mesh, in_specs=(batch, PartitionSpec()), out_specs=batch, check_vma=False
-        )
-        return moved(x, index), index
+        return on_devices(send, x, index), index
 
     def backward(index, gradient):
-        back = functools.partial(_return_rows, rows_per_round=rows_per_round)
-        moved = jax.shard_map(
-            back, mesh=mesh, in_specs=(batch, PartitionSpec()), out_specs=batch, check_vma=False
-        )
-        return moved(gradient, index), None
+        return on_devices(send_back, gradient, index), None
 
     take.defvjp(forward, backward)
     return take(x, index)
+
+
+def _pass_round(x: jax.Array, index: jax.Array, *, shards: int) -> jax.Array:
+    """The parts of x go round; each device keeps the rows it wants as they pass.
+
+    One part more than its own is all that a device ever holds, but the bytes it passes on are in
+    proportion to the number of devices.
+    """
+    here, rows = jax.lax.axis_index(BATCH_AXES), len(x)
+    wanted = jax.lax.dynamic_slice_in_dim(index, here * rows, rows)
+    onward = [(i, (i + 1) % shards) for i in range(shards)]
+
+    def step(carry, turn):
+        passing, found = carry
+        at = wanted - (here - turn) % shards * rows  # place in the part that is passing
+        present = ((at >= 0) & (at < rows)).reshape(-1, *[1] * (x.ndim - 1))
+        found = jnp.where(present, passing[jnp.clip(at, 0, rows - 1)], found)
+        return (jax.lax.ppermute(passing, BATCH_AXES, onward), found), None
+
+    (_, found), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), jnp.arange(shards))
+    return found
 
 
 def _send_rows(x: jax.Array, index: jax.Array, *, rows_per_round: int) -> jax.Array:
@@ -67,7 +94,11 @@ def _send_rows(x: jax.Array, index: jax.Array, *, rows_per_round: int) -> jax.Ar
     def send(number, arrived):
         these = traffic.round(number)
         return _ragged_all_to_all(
-            x[these.rows], arrived, these.place_in_round, these.count, these.place_on_arrival
+            x[these.rows],
+            arrived,
+            these.place_in_round,
+            these.count,
+            these.place_on_arrival,
         )
 
     arrived = jax.lax.fori_loop(0, traffic.rounds, send, jnp.zeros_like(x))
@@ -83,7 +114,11 @@ def _return_rows(gradient: jax.Array, index: jax.Array, *, rows_per_round: int) 
         these = traffic.round(number)
         home = jnp.zeros((rows_per_round, *gradient.shape[1:]), gradient.dtype)
         home = _ragged_all_to_all(
-            leaving, home, these.place_on_arrival.T, these.count.T, these.place_in_round.T
+            leaving,
+            home,
+            these.place_on_arrival.T,
+            these.count.T,
+            these.place_in_round.T,
         )
         return total.at[these.rows].add(home.astype(total.dtype))  # beyond the round's: zeros
 
@@ -169,25 +204,5 @@ def _ragged_all_to_all(
 ) -> jax.Array:
     """Sends `count[i, j]` rows from `begin[i, j]` on of device i to `place[i, j]` in j's `into`."""
     here = jax.lax.axis_index(BATCH_AXES)
-
-    def accelerator(rows, into):
-        sent = (begin[here], count[here], place[here])
-        return jax.lax.ragged_all_to_all(rows, into, *sent, count[:, here], axis_name=BATCH_AXES)
-
-    def ring(rows, into):
-        """XLA has no ragged all-to-all for CPUs: all rows go round, each device takes its own."""
-        shards = len(count)
-
-        def turn(carry, number):
-            passing, found = carry
-            sender = (here - number) % shards
-            offset = jnp.arange(len(into)) - place[sender, here]
-            taken = passing[jnp.clip(begin[sender, here] + offset, 0, len(passing) - 1)]
-            wanted = (offset >= 0) & (offset < count[sender, here])
-            found = jnp.where(wanted.reshape(-1, *[1] * (into.ndim - 1)), taken, found)
-            onward = [(i, (i + 1) % shards) for i in range(shards)]
-            return (jax.lax.ppermute(passing, BATCH_AXES, onward), found), None
-
-        return jax.lax.scan(turn, (rows, into), jnp.arange(shards))[0][1]
-
-    return jax.lax.platform_dependent(rows, into, cpu=ring, default=accelerator)
+    sent = (begin[here], count[here], place[here])
+    return jax.lax.ragged_all_to_all(rows, into, *sent, count[:, here], axis_name=BATCH_AXES)
