@@ -199,6 +199,13 @@ def test_batches_are_the_same_for_any_number_of_workers_and_any_resume(mixed):
         assert_same(take(changed, 8 - start, start), one[start:])
 
 
+def test_batches_are_the_same_for_several_hosts_with_several_workers(mixed):
+    one = take(mixed, 8)
+    changed = ConfigDict(mixed.to_dict())
+    changed.data.workers = 2
+    assert_same(whole([share(changed, 5, index, 2, 3) for index in range(2)]), one[3:])
+
+
 def test_the_shares_of_a_mixture_are_exact_in_the_long_run(mixed):
     """3 to 1, and every part's records once before any of them twice."""
     ids = np.concatenate([b["image_id"] for b in take(mixed, 10)])
