@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "train a recipe, or resume it",
     "evaluate": "run the evaluations, write metrics and a report",
     "generate": "caption images, or answer about them",
+    "plan": "see whether a recipe fits a TPU slice, and how long it takes, without one",
     "sweep": "run every point of a recipe's sweep",
     "convert": "turn weights from one format into another",
 }

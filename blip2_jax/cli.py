@@ -136,8 +136,9 @@ def _find(path: str) -> Path:
         if candidate.is_file():
             return candidate.resolve()
     folders = [Path(path).parent, _repository() / "configs"]
-    files = sorted({str(f) for folder in folders if folder.is_dir() for f in folder.glob("*.py")})
-    by_name = {Path(file).name: file for file in files}
+    found = [str(f) for folder in folders if folder.is_dir() for f in sorted(folder.glob("*.py"))]
+    files = list(dict.fromkeys(found))
+    by_name = {Path(file).name: file for file in reversed(files)}  # the named folder's go first
     near = [by_name[name] for name in difflib.get_close_matches(Path(path).name, by_name, 5, 0.4)]
     hint = "Did you mean one of these?" if near else "These are the recipes there are:"
     listed = "\n".join(f"  {file}" for file in near or files) or "  (none)"

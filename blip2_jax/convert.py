@@ -93,7 +93,7 @@ def _of_run(workdir: Path) -> tuple[Any, Any, Path | None]:
     frozen, _ = run.load_frozen()
     source = run.config.model.llm.source if "llm" in frozen else ""
     companions = huggingface.find(source) if source else None
-    return run.model_config, {**frozen, **trained}, companions
+    return run.model_config, run.whole(frozen, trained), companions
 
 
 def _write_tower(args: argparse.Namespace, sizes: Any, params: Any, dtype: Any) -> int:

@@ -1,255 +1,392 @@
-"""Evaluate trained runs: retrieval, captioning, visual question answering; write a report.
+"""Evaluate a model as the paper reports it: question answering, captioning, retrieval, ranking.
 
+  blip2 evaluate --config=configs/eval/vqa.py:vitg-flant5xl --workdir=runs/eval/vqa
+  blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR --model=runs/caption
   blip2 evaluate --config=configs/digits/evaluate.py --workdir=runs/quickstart
-  blip2 evaluate --config=configs/digits/evaluate.py --workdir=runs/mine --model=runs/mine/stage2
+  blip2 evaluate --config=configs/eval/vqa.py:vitg-flant5xl --workdir=DIR --task=okvqa \\
+      --config.tasks.okvqa.data.dir=/data/okvqa --config.tasks.okvqa.decoding.num_beams=1
+  blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR --task=coco \\
+      --predictions=captions_of_another_system.json
 
-Each task evaluates the run that the config names for it (config.models); --model takes one run
-for all the tasks that its model has the heads for. The workdir receives metrics.json,
-predictions.json and report.html. Scores are fractions of 1, CIDEr-D is on its own scale of 10;
-a score ending in _blind is the same thing done without the image.
+A config in configs/eval is one row of the paper's tables, with every prompt, beam and penalty that
+it was made with; configs/eval/default.py explains each key. SRC of --model is a run's workdir, a
+Hugging Face folder or hub name, a native folder or a LAVIS .pth (with --config.vit, --config.llm);
+one model serves all the tasks that it has the heads for.
+
+The workdir receives
+  lines/        what was said, image by image; the same command goes on where it was stopped, and
+                lines of other settings are refused
+  predictions/  the same in the form that evaluation servers take
+  metrics.json  scores, every setting that they were made with, and what was left out and why
+  report.html   a page with scores and examples
+Scores are fractions of 1, CIDEr-D is on its own scale of 10; a score ending in _blind is the same
+thing done without the image. With BLIP2_DISTRIBUTED=1 hosts share the images; each holds the model.
 """
 
 import argparse
 import json
 import platform
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from blip2_jax import __version__, cli, recipe
-from blip2_jax.data import sources, transforms, world
-from blip2_jax.evals import captioning, retrieval, vqa
+from blip2_jax import __version__, cli, pretrained, recipe, tasks
+from blip2_jax.data import transforms, world
+from blip2_jax.data.faults import RecordError
+from blip2_jax.data.heldout import Heldout
+from blip2_jax.data.loader import Host
+from blip2_jax.evals import vqa
 from blip2_jax.inference.pipeline import Blip2
+from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.report import write_report
 from blip2_jax.runtime import distributed
+from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.metrics import read_jsonl
 
-TASKS = ("retrieval", "captioning", "vqa")
+LIBRARIES = (
+    "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "pycocoevalcap", "pillow",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="folder for the results")
-    parser.add_argument("--model", help="a run's workdir, instead of those that the config names")
+    parser.add_argument(
+        "--model", default="", metavar="SRC", help="instead of what the config names"
+    )
+    parser.add_argument(
+        "--task", action="append", default=[], metavar="NAME", help="only this one; repeatable"
+    )
+    parser.add_argument(
+        "--predictions",
+        default="",
+        metavar="FILE",
+        help="score a file in a server's form instead of a model; needs a single task",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     args = cli.parse(__doc__, argv, add_arguments, prog="blip2 evaluate")
-    distributed.setup_compilation_cache()
-    return evaluate(args.config, Path(args.workdir), args.model)
+    try:
+        return evaluate(args.config, Path(args.workdir), args.model, args.task, args.predictions)
+    except (ValueError, FloatingPointError) as error:
+        raise SystemExit(f"blip2 evaluate: {error}") from error
 
 
-def evaluate(config, workdir: Path, model: str | None = None) -> int:
-    """Runs every task of a config; returns the exit code."""
-    workdir.mkdir(parents=True, exist_ok=True)
+def evaluate(
+    config, workdir: Path, model: str = "", only: Sequence[str] = (), predictions: str = ""
+) -> int:
+    """Runs the tasks of a config; returns the exit code.
+
+    Args:
+      config: see `configs/eval/default.py`.
+      workdir: receives the results.
+      model: what all tasks evaluate, instead of what the config names.
+      only: names of tasks; none: all.
+      predictions: a file to score instead of a model.
+
+    Raises:
+      ValueError: everything that does not fit, as early as it can be known.
+    """
     started = time.monotonic()
-    test = Examples(config.data.dir, config.data.split)
-    held_out = Examples(config.data.dir, config.data.held_out_split)
-    metrics: dict[str, Any] = {}
-    predictions: dict[str, Any] = {}
-    loaded: dict[str, Blip2] = {}
-    for task in TASKS:
-        source = model or config.models[task]
-        if source not in loaded:
-            loaded[source] = recipe.load_run(Path(source), batch_size=config.batch_size)
-        blip2 = loaded[source]
-        if not blip2.can(task):
-            print(f"{task}: left out, {source} has no head for it.")
+    distributed.initialize(config.distributed)
+    distributed.setup_compilation_cache()
+    host = Host.this()
+    workdir.mkdir(parents=True, exist_ok=True)
+    result = Result(config, workdir)
+    planned = open_tasks(config, only)  # what is wrong with any of them shows here
+    loaded: Blip2 | None = None
+    if predictions:
+        if len(planned) > 1:
+            raise ValueError(f"--predictions is of one task; name it: --task={planned[0].name}.")
+        (task,) = planned
+        result.add(task, task.read(Path(predictions)), predictions)
+        planned = []
+    for task in planned:
+        source = model or task.config.model or config.model
+        if not source:
+            raise ValueError(
+                f"{task.name}: no model is named. Pass --model=SRC, or set config.model."
+            )
+        if loaded is None or loaded.source != source:
+            task.model = loaded = None  # not two at once
+            loaded = load(source, config)
+        if not loaded.can(task.kind):
+            print(f"{task.name}: left out, {source} has no head for it.")
             continue
-        print(f"{task}: {source}")
-        if task == "retrieval":
-            metrics |= evaluate_retrieval(blip2, test, config)
-        elif task == "captioning":
-            scores, predictions["captions"] = evaluate_captioning(blip2, test, config)
-            metrics |= scores
-        else:
-            for split, name in ((test, "vqa"), (held_out, "vqa_held_out")):
-                scores, predictions[name] = evaluate_vqa(blip2, split, config, name)
-                metrics |= scores
-    metrics |= costs(config, time.monotonic() - started)
-    settings = json.loads(cli.config_to_json(config))
-    for name, content in {
-        "metrics.json": {**metrics, "settings": settings},
-        "predictions.json": predictions,
-    }.items():
-        (workdir / name).write_text(json.dumps(content, indent=1) + "\n")
-    report(workdir, config, metrics, predictions, test, loaded)
-    print_table(metrics)
-    print(f"Report: {workdir / 'report.html'}")
+        print(f"{task.name}: {source}")
+        task.model = loaded
+        lines = tasks.Lines(workdir / "lines", task.name, task.request(), host)
+        task.predict(lines, host)
+        tasks.wait(host, task.name)
+        if host.index == 0:
+            lines.read()
+            result.add(task, lines.rows, source)
+        task.model = None
+    if host.index == 0:
+        result.finish(time.monotonic() - started, loaded)
+    tasks.wait(host, "end")
     return 0
 
 
-class Examples:
-    """A split, decoded: images uint8[N, H, W, 3] and what is known of them."""
+def open_tasks(config, only: Sequence[str] = ()) -> list[tasks.Task]:
+    """The tasks of a config, without a model yet; those of one kind side by side.
 
-    def __init__(self, folder: str, split: str):
-        self.records = list(sources.TfdsSource(folder, split))
-        self.images = np.stack(
-            [np.asarray(transforms.decode_image(record["image"])) for record in self.records]
-        )
-        self.ids = [record["id"] for record in self.records]
-        self.captions = [record["captions"] for record in self.records]
-        self.scenes = [world.scene_from_json(record["scene"]) for record in self.records]
-        self.questions = [
-            {"id": f"{record['id']}/{number}", "row": row, **question}
-            for row, record in enumerate(self.records)
-            for number, question in enumerate(record["questions"])
-        ]
-
-
-def evaluate_retrieval(blip2: Blip2, examples: Examples, config) -> dict[str, float]:
-    """Recall within groups of `retrieval.candidates` pairs, averaged over all whole groups.
-
-    The first caption of each image stands for it. Scores `itc_*` are ITC alone; the others are
-    ITC re-ranked by ITM, as the paper reports them.
+    Raises:
+      ValueError: there are none, or not one of `only`; what is wrong with a task's data.
     """
-    size = config.retrieval.candidates
-    groups = len(examples.images) // size
-    if not groups:
+    unknown = sorted(set(only) - set(config.tasks))
+    if unknown or not config.tasks:
         raise ValueError(
-            f"The split holds {len(examples.images)} images, fewer than the "
-            f"{size} of config.retrieval.candidates; lower it."
+            f"{config.name} has no task {', '.join(unknown)}; there are: "
+            f"{', '.join(config.tasks) or 'none'}."
         )
-    totals: dict[str, float] = {}
-    for group in tqdm(range(groups), desc="retrieval", unit=" groups", leave=False):
-        rows = slice(group * size, (group + 1) * size)
-        images, texts = examples.images[rows], [c[0] for c in examples.captions[rows]]
-        itc = blip2.similarity(images, texts)
-        score = blip2.pair_scorer(images, texts)
-        ranked = retrieval.rerank(
-            itc,
-            lambda i, t: score(i, t)[:, 1],  # noqa: B023  the published re-ranking: raw class-1 logit
-            config.retrieval.rerank,
-            batch_size=4 * config.batch_size,
-            progress=False,
-        )
-        same = np.arange(size)
-        plain = retrieval.recall_metrics(itc, same)
-        reranked = retrieval.recall_metrics(ranked[0], same, scores_t2i=ranked[1])
-        for name, value in {
-            **{f"retrieval/{n}": v for n, v in reranked.items() if "_r" in n},
-            **{f"retrieval/itc_{n}": v for n, v in plain.items() if "_r" in n},
-        }.items():
-            totals[name] = totals.get(name, 0.0) + float(value) / groups
-    return {**totals, "retrieval/candidates": size}
+    datasets: dict[str, Heldout] = {}
+    made = []
+    for name in only or config.tasks:
+        section = config.tasks[name]
+        data = cli.config_to_json(section.data)  # tasks on the same data share them
+        if data not in datasets:
+            datasets[data] = Heldout(section.data)
+        made.append(tasks.make(name, section, datasets[data], config.threads))
+    return sorted(made, key=lambda task: list(tasks.TASKS).index(task.kind))
 
 
-def evaluate_captioning(
-    blip2: Blip2, examples: Examples, config
-) -> tuple[dict[str, float | str], dict[str, str]]:
-    """Caption scores against the references, and fact by fact against the scene."""
-    how = dict(config.captioning.decoding)
-    texts = blip2.caption(examples.images, progress="captions", **how)
-    blind = blip2.generate(None, [""], **how) * len(texts)
-    scores: dict[str, float | str] = {}
-    references = dict(zip(examples.ids, examples.captions, strict=True))
-    scenes = dict(zip(examples.ids, examples.scenes, strict=True))
-    for suffix, said in (("", texts), ("_blind", blind)):
-        said = dict(zip(examples.ids, said, strict=True))
-        found = captioning.caption_metrics(said, references)
-        found |= captioning.facts_metrics(said, scenes, world.facts_correct)
-        keep = ("cider", "bleu4", "rouge_l", "facts_correct")
-        scores |= {f"caption/{name}{suffix}": found[name] for name in keep}
-        scores["caption/tokenizer"] = found["tokenizer"]
-    return scores, dict(zip(examples.ids, texts, strict=True))
+def load(source: str, config) -> Blip2:
+    """The model on this host's devices."""
+    return pretrained.load(
+        source,
+        dtype=config.dtype or None,
+        mesh=meshes.make_mesh(config.mesh, jax.local_devices()),
+        vit=config.vit,
+        llm=config.llm,
+        qformer_tokenizer=config.qformer_tokenizer,
+        llm_tokenizer=config.llm_tokenizer,
+        batch_size=config.batch_size,
+    )
 
 
-def evaluate_vqa(
-    blip2: Blip2, examples: Examples, config, name: str
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Zero-shot question answering, by type of question; and without the image."""
-    questions = examples.questions
-    texts = [question["question"] for question in questions]
-    images = examples.images[[question["row"] for question in questions]]
-    scores, said = {}, {}
-    for suffix, seen in (("_blind", None), ("", images)):
-        answers = blip2.answer(seen, texts, progress=name + suffix, **config.vqa.decoding)
-        said = {q["id"]: a for q, a in zip(questions, answers, strict=True)}
-        found = vqa.vqa_metrics(said, questions, form=config.vqa.form)
-        scores |= {f"{name}/{key}{suffix}": value for key, value in found.items()}
-    return scores, said
+class DuringTraining:
+    """An evaluation that a training run makes at intervals, of the parameters it has right then.
+
+    All hosts of the run say the same things in step, since they hold the parameters together: keep
+    it small with `data.first`. While it goes on, the language model is held twice.
+
+    Args:
+      run: the training run.
+      frozen: its frozen towers.
+      path: of the evaluation's config, `FILE.py` or `FILE.py:ARG`.
+    """
+
+    def __init__(self, run: recipe.Recipe, frozen: Any, path: str):
+        self.config = cli.load_config(path)
+        self.run, self.frozen = run, frozen
+        self.tasks = open_tasks(self.config)  # mistakes show before the first step
+        self.model: Blip2 | None = None
+        sizes = run.model_config
+        for task in self.tasks:
+            if not isinstance(sizes, Blip2Config) or (
+                (sizes.llm is None) != (task.kind == "retrieval")
+            ):
+                raise ValueError(
+                    f"config.eval.tasks: {run.config.name} has no head for {task.name} "
+                    f"({task.kind}) of {path}."
+                )
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """Scores as "eval/NAME", of parameters that the run trains."""
+        if self.model is None:
+            self.model = recipe.blip2_of(
+                self.run, params, self.frozen, batch_size=self.config.batch_size
+            )
+        else:
+            self.model.use(recipe.all_params(self.run, params, self.frozen))
+        together, found = Host(0, 1), {}
+        for task in self.tasks:
+            task.model = self.model
+            lines = tasks.Lines(None, task.name, {}, together)
+            task.predict(lines, together)
+            found |= task.score(lines.rows)[0]
+        self.model.use(None)
+        return {f"eval/{name}": v for name, v in found.items() if not isinstance(v, str)}
 
 
-def costs(config, seconds: float) -> dict[str, float]:
-    """Seconds of each part over all its restarts, and the most host memory of any of them."""
-    runs = {"prepare": Path(config.data.dir)}
-    runs |= {Path(workdir).name: Path(workdir) for workdir in config.models.values()}
-    finished = {name: run / "done.json" for name, run in runs.items()}
-    done = {name: json.loads(path.read_text()) for name, path in finished.items() if path.is_file()}
-    parts = {f"seconds/{name}": of["seconds"] for name, of in done.items()}
-    parts["seconds/evaluate"] = seconds
-    memory = [of.get("peak_memory_gb", 0.0) for of in done.values()]
+class Result:
+    """Scores of the tasks so far, and at the end the files."""
+
+    def __init__(self, config, workdir: Path):
+        self.config, self.workdir = config, workdir
+        self.metrics: dict[str, Any] = {}
+        self.left_out: dict[str, str] = {}
+        self.settings: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
+        self.done: list[tuple[tasks.Task, dict[int, dict]]] = []
+
+    def add(self, task: tasks.Task, rows: dict[int, dict], source: str) -> None:
+        """Scores a task, and writes what was said."""
+        metrics, left_out = task.score(rows)
+        self.metrics |= metrics
+        self.left_out |= left_out
+        self.settings[task.name] = task.settings()
+        self.sources[task.name] = source
+        self.done.append((task, rows))
+        path = task.write(self.workdir / "predictions", rows)
+        print(f"{task.name}: predictions in {path}")
+
+    def finish(self, seconds: float, model: Blip2 | None) -> None:
+        """Writes metrics.json and the page, and prints the table."""
+        self.metrics |= costs(self.sources.values(), self.done, seconds)
+        content = {
+            **self.metrics,
+            "left_out": self.left_out,
+            "settings": {
+                "config": json.loads(cli.config_to_json(self.config)),
+                "tasks": self.settings,
+                "versions": versions(),
+            },
+        }
+        (self.workdir / "metrics.json").write_text(json.dumps(content, indent=1) + "\n")
+        page(self, model)
+        print_table(self.metrics, self.config.published.scores)
+        for name, reason in self.left_out.items():
+            print(f"Left out: {name}: {reason}.")
+        print(f"Report: {self.workdir / 'report.html'}")
+
+
+def versions() -> dict[str, str]:
+    """Of all that scores depend on."""
     return {
-        **parts,
-        "seconds/total": sum(parts.values()),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {jax.device_count()} {jax.devices()[0].device_kind}",
+        "blip2_jax": __version__,
+        **{name: metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def costs(models, done: Sequence[tuple[tasks.Task, Any]], seconds: float) -> dict[str, float]:
+    """Seconds of each part over all its restarts, and the most host memory of any of them.
+
+    Parts are the runs that were evaluated and the data that `blip2 prepare` made for them.
+    """
+    parts = {"prepare": Path(done[0][0].dataset.data.dir)} if done else {}
+    parts |= {Path(source).name: Path(source) for source in models}
+    known = {name: read_done(folder) for name, folder in parts.items()}
+    known = {name: of for name, of in known.items() if of is not None}
+    took = {f"seconds/{name}": of["seconds"] for name, of in known.items() if "seconds" in of}
+    took["seconds/evaluate"] = seconds
+    memory = [of.get("peak_memory_gb", 0.0) for of in known.values()]
+    return {
+        **took,
+        "seconds/total": sum(took.values()),
         "peak_memory_gb": max([distributed.peak_memory_gb(), *memory]),
     }
 
 
-def report(workdir: Path, config, metrics, predictions, test: Examples, loaded) -> None:
+def read_done(folder: Path) -> dict[str, Any] | None:
+    path = folder / "done.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+# ------------------------------------------------------------------------------------- the page
+
+
+def page(result: Result, model: Blip2 | None) -> None:
     """Writes report.html."""
-    captions, answers = predictions.get("captions", {}), predictions.get("vqa", {})
-    by_row: dict[int, list[dict]] = {}
-    for question in test.questions:
-        said = answers.get(question["id"])
-        if said is not None:
-            right = vqa.answer_accuracy(said, [question["answer"]] * 10) > 0.5
-            by_row.setdefault(question["row"], []).append(
-                {**question, "prediction": said, "correct": right}
-            )
-    shown = np.random.default_rng(config.seed).permutation(len(test.ids))
-    examples = [
-        {
-            "image": test.images[row],
-            "reference": test.captions[row][0],
-            "caption": captions.get(test.ids[row]),
-            "correct": world.facts_correct(captions.get(test.ids[row], ""), test.scenes[row]),
-            "questions": by_row.get(row, []),
-        }
-        for row in shown[: config.report.examples]
-    ]
-    last = list(loaded.values())[-1]
+    config = result.config
+    shown = list(pictures(result.done, config.seed))
+    attention = []
     some = shown[: config.report.attention]
-    attention = [
-        {"image": test.images[row], "attention": maps, "text": test.captions[row][0]}
-        for row, maps in zip(some, last.attention_maps(test.images[some]), strict=True)
-    ]
-    runs = [Path(w) for w in dict.fromkeys(config.models[task] for task in TASKS)]
-    names = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
+    if some and model is not None:
+        maps = model.attention_maps([example["image"] for example in some])
+        attention = [
+            {"image": example["image"], "attention": maps[i], "text": example.get("reference")}
+            for i, example in enumerate(some)
+        ]
+    runs = [Path(source) for source in dict.fromkeys(result.sources.values())]
+    logs = {run.name: run / "metrics.jsonl" for run in runs}
     write_report(
-        workdir / "report.html",
-        title="BLIP-2 in the embedded world",
-        metrics=metrics,
-        curves={
-            run.name: read_jsonl(run / "metrics.jsonl")
-            for run in runs
-            if (run / "metrics.jsonl").is_file()
-        },
-        examples=examples,
+        result.workdir / "report.html",
+        title=config.title or f"BLIP-2: {config.name}",
+        metrics=result.metrics,
+        curves={name: read_jsonl(log) for name, log in logs.items() if log.is_file()},
+        examples=shown,
         attention=attention,
-        timings={k.removeprefix("seconds/"): v for k, v in metrics.items() if "seconds/" in k},
-        versions={
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {jax.device_count()} {jax.devices()[0].device_kind}",
-            "blip2_jax": __version__,
-            **{name: metadata.version(name) for name in names},
+        timings={
+            name.removeprefix("seconds/"): value
+            for name, value in result.metrics.items()
+            if name.startswith("seconds/")
         },
+        versions=versions(),
         config=cli.config_to_json(config),
+        summary=" ".join(f"{name} is left out: {why}." for name, why in result.left_out.items()),
     )
 
 
-def print_table(metrics: dict[str, Any]) -> None:
-    """All scores, one a line, with their baselines beside them."""
-    print(f"\n{'':<40}{'score':>10}{'blind':>10}")
+def pictures(done, seed: int) -> Iterator[dict[str, Any]]:
+    """Some images of each data set, with all that was said about them."""
+    by_dataset: dict[int, list[tuple[tasks.Task, dict[int, dict]]]] = {}
+    for task, rows in done:
+        by_dataset.setdefault(id(task.dataset), []).append((task, rows))
+    for group in by_dataset.values():
+        dataset = group[0][0].dataset
+        count = max(task.config.examples for task, _ in group)
+        for number in np.random.default_rng(seed).permutation(len(dataset))[:count].tolist():
+            try:
+                image = np.asarray(transforms.decode_image(dataset.source[number]["image"]))
+            except RecordError:
+                continue
+            record = dataset.records[number]
+            example: dict[str, Any] = {"image": image, "questions": []}
+            if record["captions"]:
+                example["reference"] = record["captions"][0]
+            for _, rows in group:
+                row = rows.get(number, {})
+                if "caption" in row:
+                    example["caption"] = row["caption"]
+                    if "scene" in record:
+                        scene = world.scene_from_json(record["scene"])
+                        example["correct"] = world.facts_correct(row["caption"], scene)
+                for question, said in zip(
+                    dataset.questions(number), row.get("answers", ()), strict=False
+                ):
+                    example["questions"].append(answered(question, said))
+            yield example
+
+
+def answered(question: Mapping[str, Any], said: str) -> dict[str, Any]:
+    """A question of the page: right if most annotators would say so; unknown without answers."""
+    answers = question.get("answers") or [question.get("answer")]
+    if not answers or not answers[0]:
+        return {"question": question["question"], "prediction": said}
+    answers = answers * vqa.ANNOTATORS if len(answers) == 1 else answers
+    return {
+        "question": question["question"],
+        "answer": max(answers, key=answers.count),
+        "prediction": said,
+        "correct": vqa.answer_accuracy(said, answers) > 0.5,
+    }
+
+
+def print_table(metrics: Mapping[str, Any], published: Mapping[str, float]) -> None:
+    """All scores, one a line, with their baselines and what was published beside them."""
+    print(f"\n{'':<44}{'score':>10}{'blind':>10}" + (f"{'paper':>10}" if published else ""))
+    published = {name: value / 100 for name, value in flat(published).items()}
     for name, value in metrics.items():
         if name.endswith("_blind") or not isinstance(value, float) or name.startswith("seconds/"):
             continue
-        blind = metrics.get(f"{name}_blind")
-        print(f"{name:<40}{value:>10.3f}" + (f"{blind:>10.3f}" if blind is not None else ""))
+        blind, paper = metrics.get(f"{name}_blind"), published.get(name)
+        line = f"{name:<44}{value:>10.3f}"
+        line += f"{'':>10}" if blind is None else f"{blind:>10.3f}"
+        print((line + ("" if paper is None else f"{paper:>10.3f}")).rstrip())
+
+
+def flat(scores: Mapping[str, Any]) -> dict[str, float]:
+    """{"task": {"metric": x}} -> {"task/metric": x}."""
+    return {f"{task}/{name}": x for task, some in scores.items() for name, x in some.items()}
 
 
 if __name__ == "__main__":

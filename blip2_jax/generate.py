@@ -34,6 +34,8 @@ from blip2_jax.inference.decode import Decoding
 from blip2_jax.inference.images import ImageError, open_image
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.pretrained import load
+from blip2_jax.runtime import journal
+from blip2_jax.runtime.journal import Journal
 
 NUMBERS = {
     "num_beams": "width of the beam search; 1: greedy",
@@ -89,7 +91,8 @@ def generate(args: argparse.Namespace) -> int:
     options = {name: value for name, value in options.items() if value is not None}
     request = {"model": args.model, "prompt": args.prompt, "question": args.question, **options}
     output = Path(args.output) if args.output else None
-    done = read_done(output, request) if output else set()
+    rows = journal.read(output, request, "blip2 generate") if output else []
+    done = {row["image"] for row in rows}
     left = [name for name in names if name not in done]
     if done:
         print(f"{output}: {len(names) - len(left)} of {len(names)} images were done before.")
@@ -107,16 +110,15 @@ def generate(args: argparse.Namespace) -> int:
     if args.stream:
         return stream(model, left, args, options)
     failed = 0
-    with open(output, "a") if output else contextlib.nullcontext(sys.stdout) as file:
-        if output and not done:
-            file.write(json.dumps({"request": request}) + "\n")
+    with Journal(output, request) if output else contextlib.nullcontext() as lines:
         bar = tqdm(total=len(left), unit=" images", disable=None if output else True)
         for batch in _batches(left, args.batch_size):
             rows = describe(model, batch, args, options)
             failed += sum("error" in row for row in rows)
-            for row in rows:
-                print(_line(row, args.json or output is not None), file=file)
-            file.flush()
+            if lines is not None:
+                lines.write(rows)
+            else:
+                print("\n".join(_line(row, args.json) for row in rows), flush=True)
             bar.update(len(batch))
         bar.close()
     if failed:
@@ -194,28 +196,6 @@ def find_images(given: Sequence[str]) -> list[str]:
             raise ValueError(f"--image={name}: no such image, or a folder without any.")
         found |= dict.fromkeys(matches)
     return list(found)
-
-
-def read_done(output: Path, request: dict[str, Any]) -> set[str]:
-    """Images that the file has a line for; a last line that was cut off is removed.
-
-    Raises:
-      ValueError: the file holds the answers to another request, or something else.
-    """
-    if not output.exists() or not output.stat().st_size:
-        return set()
-    whole = output.read_text()
-    kept = whole[: whole.rfind("\n") + 1]
-    try:
-        first, *rows = map(json.loads, kept.splitlines())
-        before, names = first["request"], {row["image"] for row in rows}
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{output} was not written by blip2 generate; name another.") from error
-    if before != request:
-        raise ValueError(f"{output} was written by another request, {before}; name another file.")
-    if kept != whole:
-        output.write_text(kept)
-    return names
 
 
 if __name__ == "__main__":

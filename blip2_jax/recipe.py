@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from blip2_jax import cli
 from blip2_jax.data import tokenizers
 from blip2_jax.inference.pipeline import Blip2
-from blip2_jax.models import blip2, opt, vit
+from blip2_jax.models import blip2, lora, opt, vit
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime import optim
@@ -72,6 +72,39 @@ class Recipe:
         """Side of the images, in pixels; 0 for a language model, which has none."""
         return getattr(getattr(self.model_config, "vit", self.model_config), "image_size", 0)
 
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A global batch as the loader makes it (`data/examples.py`), placed on the mesh."""
+        config, sizes, data = self.config, self.model_config, self.config.data
+        words = lambda length, *names: dict.fromkeys(names, ((length,), jnp.int32))  # noqa: E731
+        arrays: dict[str, tuple[tuple[int, ...], Any]] = {}
+        if self.image_size:
+            arrays["image"] = (self.image_size, self.image_size, 3), jnp.uint8
+        if config.stage.name == "pretrain_vit":
+            for name in config.stage.labels:
+                arrays |= words(sizes.grid**2, name)
+        elif config.stage.name == "pretrain_lm":
+            arrays |= words(data.llm_length, "llm_ids", "llm_mask")
+            arrays["llm_weights"] = (data.llm_length,), jnp.float32
+        else:
+            arrays["image_id"] = (), jnp.int32
+            if config.stage.name == "stage1" or sizes.qformer_reads_prompt:
+                arrays |= words(data.text_length, "text_ids", "text_mask")
+            if config.stage.name == "stage2":
+                arrays |= words(data.llm_length, "llm_ids", "llm_mask", "llm_labels")
+        place = meshes.batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=place)
+            for name, (shape, dtype) in arrays.items()
+        }
+
+    def lower_step(self) -> jax.stages.Lowered:
+        """The train step, traced for the mesh's devices, which need not be there."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return self.train_step.lower(
+            self.abstract_state, self.abstract_frozen, self.abstract_batch, key
+        )
+
     def init_state(self, key: jax.Array) -> State:
         """Fresh parameters and optimizer state, made on the devices that hold them."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
@@ -88,6 +121,11 @@ class Recipe:
                 abstract = self.abstract_state["params"][key]
                 params[key] = huggingface.load(source, sizes, abstract)
         return {**state, "params": params}
+
+    def whole(self, frozen: Params, params: Params) -> Params:
+        """All parameters of the model, with low-rank paths folded into the weights."""
+        sizes = self.config.model.llm.lora
+        return lora.fold({**frozen, **params}, rank=sizes.rank, alpha=sizes.alpha)
 
     def load_frozen(self) -> tuple[Params, dict[str, str]]:
         """Reads the frozen towers, and checks their fingerprints.
@@ -160,7 +198,10 @@ def make_module(config: ConfigDict, sizes: Any, *, rngs: nnx.Rngs) -> nnx.Module
         return vit.PatchClassifier(sizes, dict(config.stage.labels), dtype=dtype, rngs=rngs)
     if isinstance(sizes, opt.OPTConfig):
         return opt.OPTAlone(sizes, dtype=dtype, rngs=rngs)
-    return blip2.make_model(sizes, dtype=dtype, rngs=rngs)
+    model = blip2.make_model(sizes, dtype=dtype, rngs=rngs)
+    if sizes.llm is not None and config.model.llm.lora.rank:
+        lora.add(model, **config.model.llm.lora, rngs=rngs)
+    return model
 
 
 def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
@@ -184,10 +225,15 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
             f"{devices} devices of the mesh's data and fsdp axes{many}; take a multiple."
         )
     sizes = model_config(config)
+    if (lora.PART in config.trainable) != bool(config.model.llm.lora.rank):
+        raise ValueError(
+            f"Low-rank adaptation takes both: `{lora.PART}` in config.trainable and a rank "
+            f"in config.model.llm.lora.rank, which is {config.model.llm.lora.rank}."
+        )
 
     def params_of(key: jax.Array) -> Params:
         module = make_module(config, sizes, rngs=nnx.Rngs(key))
-        return nnx.to_pure_dict(nnx.state(module))
+        return lora.apart(nnx.to_pure_dict(nnx.state(module)))
 
     def trainable_of(key: jax.Array) -> Params:
         return states.split_by_keys(params_of(key), config.trainable)[0]
@@ -231,17 +277,28 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
         abstract_frozen=frozen,
         init_params=trainable_of,
         train_step=jax.jit(
-            functools.partial(stage.train_step, spec=spec),
+            _on_mesh(stage.train_step, spec),
             in_shardings=(shardings, frozen_shardings, batch, everywhere),
             out_shardings=(shardings, everywhere),
             donate_argnums=0,
         ),
         eval_step=jax.jit(
-            functools.partial(stage.eval_step, spec=spec),
+            _on_mesh(stage.eval_step, spec),
             in_shardings=(shardings["params"], frozen_shardings, batch),
             out_shardings=everywhere,
         ),
     )
+
+
+def _on_mesh(step: Callable[..., Any], spec: Spec) -> Callable[..., Any]:
+    """A stage's step, traced with the mesh in context: models hold their activations to it."""
+
+    @functools.wraps(step)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(spec.mesh.abstract_mesh):
+            return step(*args, spec=spec)
+
+    return traced
 
 
 def _finished(workdir: Path) -> dict[str, Any]:
@@ -291,14 +348,34 @@ def load_run(
             f"{workdir} was trained on towers {fingerprints}, here are {found}. "
             "Install the towers it was trained on."
         )
+    return _blip2(run, run.whole(frozen, params), dtype, batch_size, str(workdir))
+
+
+def blip2_of(run: Recipe, params: Params, frozen: Params, *, batch_size: int = 32) -> Blip2:
+    """The BLIP-2 model of a run that is being trained; leaves its parameters as they are."""
+    return _blip2(run, all_params(run, params, frozen), None, batch_size, run.config.name)
+
+
+def all_params(run: Recipe, params: Params, frozen: Params) -> Params:
+    """Trained and frozen parameters for a `Blip2`, which takes the language model's apart."""
+    whole = run.whole(frozen, params)
+    if "llm" in whole:
+        places = jax.tree.map(lambda x: x.sharding, whole["llm"])
+        copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=places)
+        whole["llm"] = copy(whole["llm"])
+    return whole
+
+
+def _blip2(run: Recipe, params: Params, dtype: Any, batch_size: int, source: str) -> Blip2:
     data, llm = run.config.data, run.config.model.llm
+    words = data.llm_tokenizer or llm.source
     return Blip2(
         run.model_config,
-        {**frozen, **params},
+        params,
         dtype=jnp.dtype(dtype or run.config.dtype),
         mesh=run.mesh,
         qformer_tokenizer=tokenizers.load(data.qformer_tokenizer),
-        llm_tokenizer=tokenizers.load(data.llm_tokenizer or llm.source) if llm.source else None,
+        llm_tokenizer=tokenizers.load(words) if words else None,
         batch_size=batch_size,
-        source=str(workdir),
+        source=source,
     )

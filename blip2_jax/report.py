@@ -43,7 +43,7 @@ LABELS = {
     "stage2": "Stage 2: generative learning",
 }
 BASELINES = {"_blind": "no image", "_chance": "chance", "_shuffled": "wrong images"}
-_NOT_SCORES = re.compile(r"seconds/|.*(_gb|/candidates|/candidate_texts)$")
+_NOT_SCORES = re.compile(r"seconds/|.*(_gb|/candidates|/candidate_texts|/unreadable)$")
 _INK, _LINE = "#010203", "#040506"  # stand-ins, replaced by the page's own colors
 _CURVE_COLORS = ("#0f8b8d", "#e08e0b", "#6c6fe0", "#d6487e", "#7a8699", "#5a9e3a")
 _CIDER_MOST = 10.0  # of CIDEr-D, whose scale is not 0..1
@@ -98,7 +98,7 @@ def write_report(
         "report.html.j2",
         title=title,
         summary=summary,
-        headlines=[rows[name] for name in HEADLINES if name in rows],
+        headlines=_headlines(rows),
         groups=_groups(rows),
         other={k: _plain(v) for k, v in metrics.items() if k not in rows and not _is_baseline(k)},
         curves=_draw_curves(curves),
@@ -221,6 +221,13 @@ def score_rows(metrics: Mapping[str, float | str]) -> dict[str, dict]:
             "better": gain is not None and gain > 0,
         }
     return rows
+
+
+def _headlines(rows: Mapping[str, dict]) -> list[dict]:
+    """Those of the embedded world, or the first score of every group."""
+    first = {name.partition("/")[0]: name for name in reversed(rows)}
+    chosen = [name for name in HEADLINES if name in rows] or list(first.values())[::-1]
+    return [rows[name] for name in chosen]
 
 
 def _is_baseline(name: str) -> bool:

@@ -8,16 +8,17 @@ The same command continues a run that was killed, from its last checkpoint: same
 randomness, same numbers. Every key that --config.KEY=VALUE can set is in configs/default.py.
 It leaves with 0 when the run is finished, with 42 when it was told to stop (SIGTERM) and has saved
 itself, and with 1 and a message when it cannot go on; the last checkpoint is whole in each case.
-The workdir receives checkpoints/, metrics.jsonl, tensorboard/, config.json, and, at the end,
-done.json.
+The workdir receives metrics.jsonl (what is computed), timing.jsonl (rates, waiting
+for data, MFU, goodput), tensorboard/, checkpoints/ and, at the end, done.json;
+--config.profile.steps=5 records a trace of five steps in profile/.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import math
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,14 @@ from tqdm import tqdm
 
 from blip2_jax import cli, recipe
 from blip2_jax.data import loader, sources
+from blip2_jax.evaluate import DuringTraining
 from blip2_jax.runtime import distributed, jobs, mesh
+from blip2_jax.runtime.bad_steps import BadSteps
 from blip2_jax.runtime.checkpoint import Checkpointer
+from blip2_jax.runtime.clock import Clock
 from blip2_jax.runtime.distributed import PREEMPTED
-from blip2_jax.runtime.metrics import MetricsWriter, Progress
+from blip2_jax.runtime.metrics import MetricsWriter, Profiler, Progress
+from blip2_jax.stages.flops import flops_per_sample
 from blip2_jax.stages.step import Params, State
 from blip2_jax.weights import bert, checkpoint
 
@@ -46,7 +51,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(config, workdir: Path) -> int:
     """Runs a recipe to its end; returns the exit code."""
-    started = time.monotonic()
     distributed.initialize(config.distributed, config.faults.peer_timeout)
     distributed.setup_compilation_cache()
     with (
@@ -54,7 +58,7 @@ def train(config, workdir: Path) -> int:
         distributed.Watchdog(config.faults.step_timeout) as watchdog,
         _alone_in(workdir),
     ):
-        return _train(config, workdir, started, preemption, watchdog)
+        return _train(config, workdir, preemption, watchdog)
 
 
 def _alone_in(workdir: Path):
@@ -69,7 +73,12 @@ def _alone_in(workdir: Path):
     )
 
 
-def _train(config, workdir: Path, started: float, preemption, watchdog) -> int:
+def _train(
+    config: ConfigDict,
+    workdir: Path,
+    preemption: distributed.Preemption,
+    watchdog: distributed.Watchdog,
+) -> int:
     done = workdir / "done.json"
     identity = {"recipe": config.name, "config": json.loads(cli.config_to_json(config))}
     if done.is_file():
@@ -83,8 +92,10 @@ def _train(config, workdir: Path, started: float, preemption, watchdog) -> int:
     identity["fingerprints"] = fingerprints
     source = loader.make_source(config, config.data.split)
     identity["data"] = sources.identity(source)  # other records would be other batches
+    flops = sum(part.total for part in flops_per_sample(config, run.model_config).values())
+    clock = Clock(examples=config.data.batch_size, flops=flops)
     if distributed.is_first_process():
-        print(_describe(run, fingerprints))
+        print(describe(run, fingerprints, flops))
 
     with Checkpointer(
         workdir / "checkpoints",
@@ -92,11 +103,10 @@ def _train(config, workdir: Path, started: float, preemption, watchdog) -> int:
         keep_every=config.checkpoint.keep_every,
     ) as checkpointer:
         # A checkpoint of this run; else another run's parameters; else fresh ones.
-        seconds_before = 0.0
         restored = checkpointer.restore_newest(run.abstract_state, expect=identity)
         if restored is not None:
             state, extra = restored
-            seconds_before = extra["seconds"]
+            clock.resume(seconds=extra["seconds"], useful=extra["useful_seconds"])
             print(f"Resuming at step {int(state['step'])} of {config.steps}.")
         else:
             state = run.load_trained_towers(run.init_state(jax.random.key(config.seed)))
@@ -109,23 +119,28 @@ def _train(config, workdir: Path, started: float, preemption, watchdog) -> int:
                 state = start_from(state, config, fingerprints)
 
         def save(state: State) -> None:
-            seconds = seconds_before + time.monotonic() - started
-            checkpointer.save(int(state["step"]), state, {**identity, "seconds": seconds})
+            times = {"seconds": clock.seconds, "useful_seconds": clock.useful}
+            with clock.aside():
+                checkpointer.save(int(state["step"]), state, {**identity, **times})
 
-        bad_steps = BadSteps(config, source, int(state["step"]), int(state["bad_steps"]))
+        bad_steps = BadSteps(
+            step=int(state["step"]),
+            count=int(state["bad_steps"]),
+            most=config.faults.most_bad_steps,
+            records=functools.partial(loader.record_numbers, source, config),
+        )
         state, stopped = loop(
-            run, state, frozen, workdir, save, preemption, watchdog, source, bad_steps
+            run, state, frozen, workdir, save, preemption, watchdog, source, clock, bad_steps
         )
         save(state)
     if bad_steps.too_many:
-        raise FloatingPointError(bad_steps.message(int(state["step"])))
+        raise FloatingPointError(bad_steps.message())
     if stopped and distributed.is_first_process():
         print(f"Asked to stop: saved step {int(state['step'])}. The same command resumes.")
     if stopped:
         return PREEMPTED
     if distributed.is_first_process():
-        seconds = seconds_before + time.monotonic() - started
-        cost = {"seconds": seconds, "peak_memory_gb": distributed.peak_memory_gb()}
+        cost = {"seconds": clock.seconds, "peak_memory_gb": distributed.peak_memory_gb()}
         done.write_text(json.dumps({**identity, **cost}, indent=2) + "\n")
     return 0
 
@@ -135,11 +150,12 @@ def loop(
     state: State,
     frozen: Params,
     workdir: Path,
-    save,
-    preemption,
-    watchdog,
-    source,
-    bad_steps: "BadSteps",
+    save: Callable[[State], None],
+    preemption: distributed.Preemption,
+    watchdog: distributed.Watchdog,
+    source: Any,
+    clock: Clock,
+    bad_steps: BadSteps,
 ) -> tuple[State, bool]:
     """Steps from `state` to the config's last step.
 
@@ -147,21 +163,32 @@ def loop(
       The last state, and whether the run was asked to stop before its end.
     """
     config = run.config
-    step = int(state["step"])
+    first = step = int(state["step"])
     # Made in place: a key cannot be sent to the devices of other hosts.
     make_key = jax.jit(jax.random.key, static_argnums=0, out_shardings=mesh.replicated(run.mesh))
     key = make_key(config.seed)
     metrics: dict[str, Any] = {}
+    scores = DuringTraining(run, frozen, config.eval.tasks) if config.eval.tasks else None
     with (
         loader.train_batches(config, run.image_size, start_step=step, source=source) as batches,
         MetricsWriter(workdir, restored_step=step) as writer,
         Progress(config.steps, initial=step, label=config.name) as progress,
+        Profiler(
+            workdir, first=first + config.profile.after, steps=config.profile.steps
+        ) as profiler,
     ):
-        since, since_step, waited = time.monotonic(), step, 0.0
         ahead = batches.ahead(lambda batch: mesh.global_batch(batch, run.mesh))
+        train_step = None
         # All hosts look at the same numbers: they leave after the same step.
         while step < config.steps and not bad_steps.too_many:
-            state, metrics = run.train_step(state, frozen, next(ahead), key)
+            batch = next(ahead)
+            if train_step is None:
+                train_step = run.train_step.lower(state, frozen, batch, key).compile()
+                if distributed.is_first_process():
+                    print(_memory(train_step))
+                clock.start()
+            profiler.before(step, metrics)
+            state, metrics = train_step(state, frozen, batch, key)
             step += 1
             watchdog.step_done()
             bad_steps.add(metrics["bad_steps"])
@@ -171,19 +198,16 @@ def loop(
                 # Of a bad step; JSON has no word for them.
                 numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
                 bad_steps.look()
-                now = time.monotonic()
-                rate = (step - since_step) * config.data.batch_size / (now - since)
-                wait = (batches.wait_seconds - waited) / (now - since)  # share of the time
-                since, since_step, waited = now, step, batches.wait_seconds
-                if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
-                    numbers |= evaluate_losses(run, state["params"], frozen)
-                    since = time.monotonic()
                 # Not among the metrics: a resumed run counts what it has met itself.
-                timing = {
-                    "examples_per_second": rate,
-                    "data_wait": wait,
-                    "data/skipped": batches.skipped.count,
-                }
+                timing = clock.read(step - first, batches.wait_seconds)
+                timing["data/skipped"] = batches.skipped.count
+                if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
+                    with clock.aside():
+                        numbers |= evaluate_losses(run, state["params"], frozen)
+                every = config.eval.tasks_every
+                if scores and (step == config.steps or (every and step % every == 0)):
+                    with clock.aside():
+                        numbers |= scores(state["params"])
                 writer.write(step, numbers, timing=timing)
                 progress.update(0, loss=numbers.get("loss", math.nan))
             if preemption.should_stop(step):
@@ -193,56 +217,6 @@ def loop(
         bad_steps.look()
         batches.skipped.report()
     return state, step < config.steps
-
-
-class BadSteps:
-    """Steps whose loss or gradient was not finite; the step itself leaves the parameters alone.
-
-    Counts stay on the device until someone looks, so that no step waits for the one before.
-
-    Args:
-      config: `faults.most_bad_steps` bounds them.
-      source: the records, to name those of a bad step.
-      step: steps done before.
-      count: bad ones among them.
-    """
-
-    def __init__(self, config, source, step: int, count: int):
-        self._config, self._source = config, source
-        self._step, self._count = step, count
-        self._waiting: list[jax.Array] = []
-
-    @property
-    def too_many(self) -> bool:
-        """Whether the run must stop, as far as someone has looked."""
-        return self._count > self._config.faults.most_bad_steps
-
-    def add(self, count: jax.Array) -> None:
-        """Takes the count after one more step, int32[], without waiting for it."""
-        self._waiting.append(count)
-
-    def look(self) -> None:
-        """Reports the bad ones of the steps that were added since the last look."""
-        counts, self._waiting = jax.device_get(self._waiting), []
-        for count in counts:
-            if count > self._count and distributed.is_first_process():
-                records = loader.record_numbers(self._source, self._config, self._step)
-                tqdm.write(
-                    f"Step {self._step + 1}: loss or gradient not finite; left out. Its records in "
-                    f"{self._config.data.split}: {records}",
-                    file=sys.stderr,
-                )
-            self._step, self._count = self._step + 1, int(count)
-
-    def message(self, step: int) -> str:
-        """What a run that must stop says."""
-        return (
-            f"{self._count} steps with a loss or gradient that is not finite, more than "
-            f"config.faults.most_bad_steps={self._config.faults.most_bad_steps}; they changed no "
-            f"parameter, and the run is saved at step {step}. Look at the records above. To go on, "
-            "allow more of them; or start anew with a lower config.optim.peak_lr or with "
-            "config.optim.clip_norm=1.0."
-        )
 
 
 def evaluate_losses(run: recipe.Recipe, params: Params, frozen: Params) -> dict[str, float]:
@@ -292,21 +266,48 @@ def _from_run(params: Params, workdir: Path, fingerprints: dict[str, str]):
         return checkpointer.restore_params_into(params)
 
 
-def _describe(run: recipe.Recipe, fingerprints: dict[str, str]) -> str:
-    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
-    lines = [
-        f"{run.config.name}: {run.config.steps} steps of {run.config.data.batch_size} on "
-        f"{run.mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(run.mesh.shape)}",
-        *(
-            f"  trained  {key:<20} {count(tree):>14,}"
-            for key, tree in run.abstract_state["params"].items()
-        ),
-        *(
-            f"  frozen   {key:<20} {count(tree):>14,}  {fingerprints[key]}"
-            for key, tree in run.abstract_frozen.items()
-        ),
+def describe(run: recipe.Recipe, fingerprints: dict[str, str], flops: float) -> str:
+    """The table that a run starts with: every part, its parameters, and what a device holds."""
+    config, state = run.config, run.abstract_state
+    held = lambda tree: f"{_size(mesh.bytes_per_device(tree)):>10}"  # noqa: E731
+    parts = [("trained", key, tree, "") for key, tree in state["params"].items()]
+    parts += [
+        ("frozen", key, tree, fingerprints[key][:16]) for key, tree in run.abstract_frozen.items()
     ]
-    return "\n".join(lines)
+    rows = [
+        f"  {kind:<10}{key:<22}{sum(x.size for x in jax.tree.leaves(tree)):>15,}"
+        f"{held(tree)}  {note}".rstrip()
+        for kind, key, tree, note in parts
+    ]
+    return "\n".join(
+        [
+            f"{config.name}: {config.steps} steps of {config.data.batch_size} on {run.mesh.size} "
+            f"{jax.devices()[0].device_kind} device(s), mesh {dict(run.mesh.shape)}",
+            f"  {'':<32}{'parameters':>15}{'a device':>10}  fingerprint",
+            *rows,
+            f"  {'optimizer':<47}{held(state['opt_state'])}",
+            f"  {_size(flops, 'FLOPs')} an example",
+        ]
+    )
+
+
+def _size(number: float, unit: str = "B") -> str:
+    """1.23 GB for 1.23e9."""
+    text = tqdm.format_sizeof(number, unit)
+    return text.replace(text.lstrip("0123456789."), " " + text.lstrip("0123456789."))
+
+
+def _memory(train_step: jax.stages.Compiled) -> str:
+    """What the compiler says that the step needs on a device, beside what the device has."""
+    found = train_step.memory_analysis()
+    if found is None:
+        return "  memory: this backend's compiler does not say"
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    has = f", which has {_size(limit)}" if limit else ""
+    return (
+        f"  a step needs {_size(found.argument_size_in_bytes)} for what it is given and "
+        f"{_size(found.temp_size_in_bytes)} to work in, on each device{has}"
+    )
 
 
 if __name__ == "__main__":

@@ -115,6 +115,9 @@ def get_config() -> ConfigDict:
             # LAVIS leaves the frozen LLM in training mode, so its dropout (0.1) is on; the paper
             # does not say. 0 here: a frozen model is a fixed function.
             "dropout": 0.0,
+            # Low-rank paths beside the frozen weights, in the layers named; 0: none. They are the
+            # part `llm_lora`, to be named in `trainable`.
+            "lora": {"rank": 0, "alpha": 16.0, "targets": ("q_proj", "v_proj")},
             "sinusoid": 0.0,  # pretrain_lm: amplitude of sinusoidal positions at the start
             "remat": "none",
         }
@@ -189,6 +192,12 @@ def get_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict({"every": 1000, "keep_last": 2, "keep_every": 0})
     config.log = ConfigDict({"every": 50})
-    # Losses on `data.eval_split`; 0: never. `batches` 0: all of it.
-    config.eval = ConfigDict({"every": 0, "batches": 0, "batch_size": 64})
+    # A trace of so many steps in workdir/profile, after the first few of this start; 0: none.
+    config.profile = ConfigDict({"after": 10, "steps": 0})
+    # Losses on `data.eval_split`; 0: never. `batches` 0: all of it. `tasks`: an evaluation too
+    # ("configs/eval/X.py:ARG", see there; its models are not used), every `tasks_every` steps and
+    # at the end; its scores go into metrics.jsonl as eval/NAME.
+    config.eval = ConfigDict(
+        {"every": 0, "batches": 0, "batch_size": 64, "tasks": "", "tasks_every": 0}
+    )
     return config

@@ -3,6 +3,7 @@
   python launch/benchmark.py load --folder=/tmp/opt-2.7b     read full-size weights as bfloat16
   python launch/benchmark.py generate --folder=/tmp/middle   caption images
   python launch/benchmark.py bfloat16 --folder=/tmp/middle   how near bfloat16 stays
+  python launch/benchmark.py train [--device=gpu]            the train step of both stages
 
 load: writes a random-valued folder of the very layout of Salesforce/blip2-opt-2.7b (15 GB float32,
 shard by shard; kept for the next time), then reads it as bfloat16 here and with transformers'
@@ -17,6 +18,11 @@ float32; median of five after a warm-up.
 bfloat16: logits of that model for 8 images with 32 tokens of text each, in bfloat16, here and with
 transformers, against transformers' float32: the largest error as a share of the largest logit, the
 mean error likewise, and the share of positions whose likeliest token stays the same.
+
+train: the compiled step of stage 1 and of stage 2 beside the same step in PyTorch, on random
+weights, with dropout and AdamW: on a CPU in float32 with ViT-B, BERT-base and an OPT of 125M, with
+--device=gpu in bfloat16 at full size (ViT-g, OPT-2.7B); samples/s, their ratio, and MFU where the
+chip's rate is known. Median of five steps after two.
 """
 
 import argparse
@@ -27,6 +33,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import benchmark_train
 
 SEED = 0
 
@@ -367,6 +375,8 @@ def main() -> None:
     rounding = commands.add_parser("bfloat16", help="how near bfloat16 stays")
     rounding.add_argument("--folder", required=True, help="as for generate")
     rounding.set_defaults(run=bfloat16)
+    training = commands.add_parser("train", help="train steps, beside PyTorch")
+    benchmark_train.add_arguments(training)
     args = parser.parse_args()
     args.run(args)
 

@@ -1,5 +1,8 @@
 """Every published recipe builds, abstractly, with as many trained parameters as published."""
 
+import runpy
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -48,3 +51,13 @@ def test_a_recipe_builds_with_the_published_number_of_parameters(name, published
 def test_an_unknown_variant_says_what_there_is():
     with pytest.raises(ValueError, match=r"stage2.*|takes FILE.py:\{vitg,vitl\}-\{opt2.7b,"):
         cli.load_config("configs/stage2.py:vitg-gpt4-paper")
+
+
+def test_the_readmes_table_of_the_paper_is_made_from_the_configs():
+    root = Path(__file__).parent.parent
+    rows = list(runpy.run_path(str(root / "launch" / "paper_table.py"))["rows"]())
+    assert len(rows) == 2 + 6 + 3 + 3 + 2  # the rows of tables 2, 3, 4 and 5
+    readme = (root / "README.md").read_text()
+    if rows[0] not in readme:
+        pytest.skip("the README has no table of the paper's rows")
+    assert "\n".join(rows) in readme, "paste what python launch/paper_table.py prints"

@@ -186,6 +186,13 @@ def test_baselines_are_found_by_name_and_retrieval_has_its_chance():
     assert rows["retrieval/text_to_image_r5"]["baseline"] == "5.0%"
 
 
+def test_other_evaluations_have_the_first_score_of_each_task_on_top(tmp_path):
+    metrics = {"nocaps/cider": 1.2, "nocaps/spice": 0.15, "okvqa/accuracy": 0.4}
+    text = write(tmp_path, metrics=metrics | {"okvqa/unreadable": 2})
+    top = text[text.index('class="card headline"') : text.index("In detail")]
+    assert "1.20" in top and "40.0%" in top and "15.0%" not in top and "200.0%" not in text
+
+
 def test_chance_with_several_texts_per_image_is_that_of_drawing():
     metrics = {"r/image_to_text_r5": 0.5, "r/candidates": 20, "r/candidate_texts": 100}
     rng = np.random.default_rng(0)

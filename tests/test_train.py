@@ -1,5 +1,6 @@
 """The training command from outside: resume after any end, refuse what does not belong together."""
 
+import itertools
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from flax import nnx
 
 import blip2_jax
 import tests.tiny as tiny
-from blip2_jax import cli, prepare, recipe, train
+from blip2_jax import cli, evaluate, prepare, recipe, train
 from blip2_jax.data import loader
 from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.vit import ViT, ViTConfig
@@ -267,9 +268,7 @@ def test_bad_steps_are_reported_with_their_records_and_bounded(
     for step in (3, 5):
         records = loader.record_numbers(source, config, step - 1)
         assert len(records) == 8
-        assert (
-            f"Step {step}: loss or gradient not finite; left out. Its records in train: " in errors
-        )
+        assert f"Step {step}: loss or gradient not finite; left out. Its records: " in errors
         assert str(records) in errors
     counts = [line["bad_steps"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
     assert counts == [0, 0, 1, 1, 2]
@@ -290,13 +289,49 @@ def test_two_runs_in_one_workdir_are_refused(world, tmp_path):
 
 
 def test_a_clock_that_jumps_changes_nothing(whole, world, tmp_path, monkeypatch):
-    """The wall clock goes backwards by a day at every look: rates and seconds stay sensible."""
-    jumps = iter(range(10**9))
-    real = time.time
-    monkeypatch.setattr(time, "time", lambda: real() - 86400 * next(jumps))
+    """The date is set back by a day in the middle: rates and seconds stay sensible."""
+    looks, real = itertools.count(), time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 86400 * (next(looks) > 100))
     assert run(flags(world), tmp_path / "run") == 0
     monkeypatch.undo()
     assert_same(result(tmp_path / "run"), result(whole))
     timing = read_jsonl(tmp_path / "run" / "timing.jsonl")
     assert all(line["examples_per_second"] > 0 for line in timing)
     assert 0 < json.loads((tmp_path / "run" / "done.json").read_text())["seconds"] < 600
+
+
+def test_scores_during_training_are_those_of_the_evaluation_afterwards(world, tmp_path):
+    """Of the parameters as they are; the frozen towers stay usable, and training the same."""
+    stage, scores = "stage2", "scores=('cider', 'bleu4'), tokenizer='fallback'"
+    file = tmp_path / "scores.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "from configs.eval.default import get_config as default, task\n"
+        "def get_config():\n"
+        "    config = default()\n"
+        "    config.batch_size = 4\n"
+        f"    config.tasks = ConfigDict({{'x': task('captioning', 'tfds', 'test', "
+        f"'{world}/data', {scores})}})\n"
+        "    return config\n"
+    )
+    changes = {"eval.tasks": str(file), "eval.tasks_every": 4, "steps": 8, "eval.every": 0}
+    config = flags(world, stage, **changes)
+    assert run(config, tmp_path / "run") == 0
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    scored = {line["step"]: line for line in lines if "eval/x/cider" in line}
+    assert sorted(scored) == [4, 8]
+    words = [f"--config={file}", f"--workdir={tmp_path}/scores", f"--model={tmp_path}/run"]
+    assert evaluate.main(words) == 0
+    after = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    last = {name: value for name, value in scored[8].items() if name.startswith("eval/x/")}
+    assert last == {f"eval/{name}": after[name] for name in (n.removeprefix("eval/") for n in last)}
+    assert run(flags(world, stage, **{"steps": 8, "eval.every": 0}), tmp_path / "plain") == 0
+    assert result(tmp_path / "plain")[1] == [
+        {name: value for name, value in line.items() if not name.startswith("eval/x/")}
+        for line in lines
+    ]
+    with pytest.raises(ValueError, match="has no head for x .captioning. of .*scores.py"):
+        run(flags(world, "stage1", **changes), tmp_path / "wrong")
+    wrong = {**changes, "eval.tasks": str(tmp_path / "none.py")}
+    with pytest.raises(ValueError, match="There is no config file"):
+        run(flags(world, stage, **wrong), tmp_path / "wrong")

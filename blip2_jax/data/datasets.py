@@ -35,6 +35,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "laion": ("*.tar",),
 }
 NAMES = tuple(FILES)
+LOOKED_AT = 20  # rows, to find out where the images are
 IMAGE_FOLDERS = ("", "images", "flickr30k_images", "flickr30k-images", "val")
 YEARS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 
@@ -61,7 +62,7 @@ def open_dataset(
     if path.endswith(".tar"):
         return sources.open_files(path)
     rows = rows_of(name, path, split)
-    first = list(itertools.islice(rows, 1))
+    first = list(itertools.islice(rows, LOOKED_AT))
     images = images or _image_folder(folder, first)
     return lists.ListSource(itertools.chain(first, rows), images, split=split, form=form)
 
@@ -87,13 +88,13 @@ def find(name: str, folder: str, split: str) -> str:
 
 
 def _image_folder(folder: str, first: list) -> str:
-    """The folder that the first row's image is in."""
-    row = first[0] if first and isinstance(first[0], dict) else {}
-    image = lists.normalize(row)["image"]
+    """The folder that the images of the first rows, or some of them, are in."""
+    images = [lists.normalize(row)["image"] for row in first if isinstance(row, dict)]
     fs, root = files.filesystem(folder)
-    for place in IMAGE_FOLDERS if image else ():
-        if fs.exists(files.join(files.join(root, place) if place else root, image)):
-            return files.join(folder, place) if place else folder
+    for image in filter(None, images):
+        for place in IMAGE_FOLDERS:
+            if fs.exists(files.join(files.join(root, place) if place else root, image)):
+                return files.join(folder, place) if place else folder
     return folder
 
 
@@ -133,6 +134,8 @@ def _vqa_rows(path: str) -> Rows:
     fs, inner = files.filesystem(other)
     found = _load(other)["annotations"] if fs.exists(inner) else []
     answers = {annotation["question_id"]: annotation for annotation in found}
+    if found:
+        _check_same_questions(questions, answers, path, other)
     # v2_OpenEnded_mscoco_test-dev2015_questions.json asks about the images of test2015.
     split = path.rsplit("mscoco_", 1)[-1].removesuffix("_questions.json").replace("-dev", "")
     for question in questions:
@@ -146,6 +149,23 @@ def _vqa_rows(path: str) -> Rows:
             "answers": known.get("answers", []),
             **{key: known[key] for key in ("question_type", "answer_type") if key in known},
         }
+
+
+def _check_same_questions(questions: list, answers: dict, path: str, other: str) -> None:
+    """Holds questions and annotations to one version and split; scores of a part would mislead."""
+    asked = {question["question_id"]: question["image_id"] for question in questions}
+    strange = [key for key in asked if key not in answers]
+    strange += [key for key in answers if key not in asked]
+    both = [key for key in asked if key in answers]
+    strange += [key for key in both if answers[key].get("image_id", asked[key]) != asked[key]]
+    if strange:
+        some = ", ".join(map(str, strange[:5]))
+        raise ValueError(
+            f"{other} is of another version or split than {path}: of {len(asked)} questions and "
+            f"{len(answers)} annotations, {len(strange)} ids are in one file alone or are of "
+            f"another image ({some}{', ...' if len(strange) > 5 else ''}). Take both files from "
+            "one release, or move the annotations away to predict without scores."
+        )
 
 
 def _gqa_rows(path: str) -> Rows:

@@ -25,7 +25,7 @@ MOST_BYTES = 256 << 20  # of one image file
 IMAGE = ("image", "image_path", "filepath", "file_name", "filename", "path", "img_path", "img")
 IMAGE_ID = ("image_id", "img_id", "imageId", "cocoid", "id")
 CAPTION = ("captions", "caption", "sentences", "texts", "text")
-QUESTION_KEYS = ("question_id", "question_type", "answer_type", "dataset")
+QUESTION_KEYS = ("question_id", "question_type", "answer_type", "dataset", "choices")
 
 Row = dict[str, Any]
 
@@ -346,12 +346,16 @@ class ListSource:
             raise RecordError(f"path leaves the image folder {self.images}", image)
         return path
 
-    def __getitem__(self, index: int) -> Row:
+    def row(self, index: int) -> Row:
+        """A record with the path of its image, which is not read."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")  # which ends a `for` loop
         number = self._row(index)
         row = self._rows[number]
         if self._field:
             row[self._field] = [row[self._field][self._entry_of[index]]]
-        path = self._path(row["image"])
-        return {**row, "image": files.read(path, MOST_BYTES), "image_number": number}
+        return {**row, "image": self._path(row["image"]), "image_number": number}
+
+    def __getitem__(self, index: int) -> Row:
+        row = self.row(index)
+        return {**row, "image": files.read(row["image"], MOST_BYTES)}

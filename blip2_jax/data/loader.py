@@ -15,14 +15,14 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import jax
 import numpy as np
 
-from blip2_jax.data import sources
+from blip2_jax.data import sources, transforms
 from blip2_jax.data.examples import Example, ExampleOf, make_example
 from blip2_jax.data.faults import RecordError, Skipped
 
@@ -135,21 +135,25 @@ def heldout_batches(config, image_size: int, *, host: Host | None = None) -> Bat
 
 
 def scored_batches(
-    config, image_size: int, *, split: str = "", host: Host | None = None
+    source: Any, image_size: int, batch_size: int, *, rows: Sequence[int], threads: int = 16
 ) -> Batches:
-    """Every record of a split once, for scores: padded to whole batches, the same number on every
-    host.
+    """The images of some records, in their order, for scores.
 
-    Batches have `index` int32[B], the record's number, and `valid` bool[B]: false where a row is
-    padding or stands for a record that cannot be read.
+    Args:
+      source: records.
+      image_size: side of the images, in pixels; resized as in the published evaluations.
+      batch_size: rows of every batch; the last is padded.
+      rows: record numbers: those that are left to do, or a host's share of them.
+      threads: that decode.
+
+    Returns:
+      Batches of `image` uint8[B, H, W, 3], `index` int32[B], the record's number, and `valid`
+      bool[B]: false where a row is padding or its image cannot be read.
     """
-    source = make_source(config, split or config.data.eval_split)
-    size = config.eval.batch_size
-    read = Scored(source, make_example(config, image_size, train=False))
-    dataset = grain.MapDataset.range(-(-len(source) // size) * size).seed(0).random_map(read)
-    return Batches(
-        _start((host or Host.this()).share(dataset, size), config), _skipped(source, config)
-    )
+    rows = list(rows)
+    padded = -(-len(rows) // batch_size) * batch_size
+    dataset = grain.MapDataset.range(padded).seed(0).random_map(Scored(source, image_size, rows))
+    return Batches(_read(dataset.batch(batch_size), threads), Skipped(len(source)))
 
 
 def record_numbers(source: Any, config, step: int) -> list[int]:
@@ -180,11 +184,15 @@ def _start(dataset: grain.MapDataset, config) -> grain.IterDataset:
         if not flags.FLAGS.is_parsed():  # Grain's workers ask for flags, wherever we run
             flags.FLAGS.mark_as_parsed()
         threads = -(-threads // workers)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
-    iterable = dataset.to_iter_dataset(options)
+    iterable = _read(dataset, threads)
     if workers:
         iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iterable
+
+
+def _read(dataset: grain.MapDataset, threads: int) -> grain.IterDataset:
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
+    return dataset.to_iter_dataset(options)
 
 
 # ------------------------------------------------------------------------------------- sources
@@ -217,21 +225,12 @@ class _Section:
 
 
 def _source(config, data, split: str, training: bool) -> Any:
-    if data.source == "tfds":
-        return sources.TfdsSource(data.dir, split)
-    if data.source == "files":
-        if not training and "{split}" not in data.dir and not sources.is_prepared(data.dir):
+    if data.source == "files" and not training:
+        if "{split}" not in data.dir and not sources.is_prepared(data.dir):
             raise ValueError(
                 f"config.data.dir {data.dir!r} is the same for {config.data.split!r} and "
                 f"{split!r}. Write {{split}} where the two differ, or set eval.every to 0."
             )
-        return sources.open_files(
-            data.dir,
-            images=data.images,
-            split=split,
-            form=data.form,
-            index_folder=data.index_dir,
-        )
     if data.source in STORIES:
         if training:
             count = config.steps * data.batch_size
@@ -239,6 +238,21 @@ def _source(config, data, split: str, training: bool) -> Any:
         count = max(1, config.eval.batches) * config.eval.batch_size
         # Others than those trained on, all hard, and all with what the answers follow from.
         return sources.StorySource("described_stories", count, 1)
+    return open_source(data, split)
+
+
+def open_source(data, split: str) -> Any:
+    """The records that a config's section names by `source`, `dir`, `images`, `form`, `index_dir`.
+
+    Raises:
+      ValueError: there is no such source, or nothing that can be read.
+    """
+    if data.source == "tfds":
+        return sources.TfdsSource(data.dir, split)
+    if data.source == "files":
+        return sources.open_files(
+            data.dir, images=data.images, split=split, form=data.form, index_folder=data.index_dir
+        )
     from blip2_jax.data import datasets
 
     if data.source in datasets.NAMES:
@@ -310,20 +324,29 @@ class Reader:
 
 
 class Scored(Reader):
-    """(record number, rng) -> example with `index` and `valid`; replaces nothing."""
+    """(number, rng) -> image of the record `rows[number]`, `index`, `valid`; replaces nothing."""
+
+    def __init__(self, source: Any, image_size: int, rows: Sequence[int]):
+        super().__init__(source, self._image)
+        self.image_size, self.rows = image_size, rows
+
+    def _image(self, record: dict, index: int, rng: np.random.Generator) -> Example:
+        del index, rng
+        image = transforms.decode_image(record["image"])
+        return {"image": transforms.resize(image, self.image_size)}
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
-        index, faults = int(index), []
-        valid = index < len(self.source)
+        faults = []
+        example = {"image": np.zeros((self.image_size, self.image_size, 3), np.uint8)}
+        row = self.rows[index] if index < len(self.rows) else -1
+        valid = row >= 0
         if valid:
             try:
-                example = self.read(index, rng)
+                example = self.read(row, rng)
             except RecordError as error:
-                faults.append((index, error.reason, error.where))
+                faults.append((row, error.reason, error.where))
                 valid = False
-        if not valid:  # anything of the right shape
-            example = {k: v for k, v in super().__call__(0, rng).items() if k != FAULTS}
-        marks = {"index": np.int32(index), "valid": np.bool_(valid), FAULTS: _note(faults)}
+        marks = {"index": np.int32(row), "valid": np.bool_(valid), FAULTS: _note(faults)}
         return {**example, **marks}
 
 

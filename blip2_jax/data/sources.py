@@ -134,6 +134,16 @@ def identity(source: Any) -> dict[str, Any]:
     return {**found, "digest": source.digest()} if hasattr(source, "digest") else found
 
 
+def facts(source: Any, index: int) -> dict[str, Any]:
+    """A record without its image, which is not read where that can be avoided.
+
+    Raises:
+      RecordError: the record cannot be read.
+    """
+    record = source.row(index) if hasattr(source, "row") else source[index]
+    return {key: value for key, value in record.items() if key != "image"}
+
+
 def place(source: Any, index: int) -> str:
     """A record's place, for reports."""
     try:

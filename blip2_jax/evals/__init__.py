@@ -1,7 +1,7 @@
 """How good it is: (predictions, ground truth) -> named metrics, as fractions of 1 unless said.
 
-Nothing here knows a model: `vqa` and `captioning` take texts by id, `retrieval` takes score
-matrices and a callable for the image-text matching logits.
+Nothing here knows a model: `vqa` and `captioning` take texts by id, `retrieval` takes scores of
+pairs. `submissions` writes and reads the files of evaluation servers.
 """
 
 from collections.abc import Hashable, Iterable

@@ -1,8 +1,9 @@
-"""Captions against references: CIDEr-D, BLEU, ROUGE-L and, where Java is, METEOR.
+"""Captions against references: CIDEr-D, BLEU, ROUGE-L and, where Java is, METEOR and SPICE.
 
 The scorers are those of `pycocoevalcap` (the COCO caption evaluation), one by one: its own
-`COCOEvalCap.evaluate` also runs SPICE, which downloads its models. Scales are the scorers' own:
-BLEU and ROUGE-L are 0..1, CIDEr-D is 0..10; papers print all of them times 100.
+`COCOEvalCap.evaluate` always runs SPICE, which downloads its models. Here nothing is downloaded:
+`left_out` says which scores cannot be had on this machine, and why. Scales are the scorers' own:
+CIDEr-D is 0..10, all others are 0..1; papers print all of them times 100.
 
 CIDEr-D weighs n-grams by how many of the *evaluated* images have them in a reference. A part of
 a split therefore scores differently from the whole split, and a single image always scores 0.
@@ -25,10 +26,12 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.spice.spice import Spice
 
 from blip2_jax.evals import check_ids
 
 TOKENIZERS = ("auto", "ptb", "fallback")
+SCORES = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor", "spice")
 
 # What the COCO evaluation drops after tokenizing. Texts are in lower case by then, so brackets
 # ("-lrb-") are in fact never dropped; scores are published with that, and so it stays.
@@ -125,28 +128,52 @@ def has_java() -> bool:
     return shutil.which("java") is not None
 
 
+def left_out(scores: Sequence[str]) -> dict[str, str]:
+    """Why some of `scores` cannot be computed on this machine, by name; empty if all can.
+
+    Raises:
+      ValueError: a score that does not exist.
+    """
+    unknown = sorted(set(scores) - set(SCORES))
+    if unknown:
+        raise ValueError(f"No caption score {', '.join(unknown)}; known: {', '.join(SCORES)}.")
+    reasons = {}
+    for name in ("meteor", "spice"):
+        if name in scores and not has_java():
+            reasons[name] = "needs Java: install a JRE"
+    folder = find_spec("pycocoevalcap.spice").submodule_search_locations[0]
+    models = [f"stanford-corenlp-3.6.0{end}.jar" for end in ("", "-models")]
+    missing = [jar for jar in models if not os.path.exists(os.path.join(folder, "lib", jar))]
+    if "spice" in scores and missing:
+        reasons["spice"] = (
+            f"needs {' and '.join(missing)} (of stanford-corenlp-full-2015-12-09.zip) in "
+            f"{os.path.join(folder, 'lib')}" + ("" if has_java() else ", and Java")
+        )
+    return reasons
+
+
 def caption_metrics(
     predictions: Mapping[Hashable, str],
     references: Mapping[Hashable, Sequence[str]],
     *,
+    scores: Sequence[str] = SCORES[:6],
     tokenizer: str = "auto",
-    meteor: bool = False,
 ) -> dict[str, float | str]:
     """The COCO caption scores.
 
     Args:
       predictions: one caption by image id.
       references: one or more captions by image id.
+      scores: which of `SCORES`. METEOR 1.5 takes seconds per hundred images, SPICE more.
       tokenizer: see `tokenize`.
-      meteor: also METEOR 1.5, which needs Java and takes seconds per hundred images.
 
     Returns:
-      {"cider", "bleu1", ..., "bleu4", "rouge_l"[, "meteor"]: float, "tokenizer": str}.
+      {score: float, ..., "tokenizer": str}.
 
     Raises:
       ValueError: predictions for unknown ids or missing ones (the first few are named), an image
-        without references.
-      RuntimeError: METEOR or the PTB tokenizer was asked for and there is no Java.
+        without references, an unknown score.
+      RuntimeError: what was asked for is not to be had here (see `left_out`).
     """
     check_ids(predictions, references, "images")
     for key, texts in references.items():
@@ -155,8 +182,8 @@ def caption_metrics(
                 f"Image {key!r} has no usable references ({texts!r}): give a list of captions of "
                 "which at least one is not empty."
             )
-    if meteor and not has_java():
-        raise RuntimeError("METEOR needs Java: install a JRE, or leave METEOR out.")
+    for name, reason in left_out(scores).items():
+        raise RuntimeError(f"{name.upper()} {reason}, or leave it out.")
 
     ids = list(references)
     counts = [len(references[key]) for key in ids]
@@ -166,15 +193,20 @@ def caption_metrics(
     results = {key: [tokens[i]] for i, key in enumerate(ids)}
     truths = {key: [next(rest) for _ in range(n)] for key, n in zip(ids, counts, strict=True)}
 
-    bleu, _ = Bleu(4).compute_score(truths, results, verbose=0)
-    metrics = {
-        "cider": Cider().compute_score(truths, results)[0],
-        **{f"bleu{n}": score for n, score in enumerate(bleu, 1)},
-        "rouge_l": Rouge().compute_score(truths, results)[0],
+    scorers = {
+        "cider": lambda: Cider().compute_score(truths, results)[0],
+        "rouge_l": lambda: Rouge().compute_score(truths, results)[0],
+        "meteor": lambda: Meteor().compute_score(truths, results)[0],
+        "spice": lambda: Spice().compute_score(truths, results)[0],
     }
-    if meteor:
-        metrics["meteor"] = Meteor().compute_score(truths, results)[0]
-    return {name: float(score) for name, score in metrics.items()} | {"tokenizer": used}
+    bleu: Sequence[float] = ()
+    if any(name.startswith("bleu") for name in scores):
+        bleu, _ = Bleu(4).compute_score(truths, results, verbose=0)
+    metrics: dict[str, float | str] = {}
+    for name in scores:
+        value = bleu[int(name[-1]) - 1] if name.startswith("bleu") else scorers[name]()
+        metrics[name] = float(value)
+    return metrics | {"tokenizer": used}
 
 
 def facts_metrics(

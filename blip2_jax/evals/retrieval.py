@@ -2,69 +2,88 @@
 
 BLIP-2's published protocol (section 4.4 and its released code): the contrastive similarity (ITC)
 of all pairs picks k candidates per query, ITM reads each candidate pair jointly, and the final
-score is ITM logit + ITC cosine; pairs that are no candidates score -100.
+score is ITM logit + ITC cosine; all pairs that are no candidates share the last place.
+
+Images may be shared out over processes: each gives the rows of its own images, and a `gather`
+that stacks an array of all processes. Ties count against the model: a wrong candidate with the
+same score stands in front. A rank is the number of wrong candidates in front.
 """
 
 from collections.abc import Callable
 
 import numpy as np
-from tqdm import tqdm
 
 from blip2_jax.evals import _few
 
 RANKS = (1, 5, 10)
-NOT_A_CANDIDATE = -100.0
-K_COCO = 128  # candidates per query, as published for COCO and Flickr30K
 
-ItmFn = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Gather = Callable[[np.ndarray], np.ndarray]  # x of each process -> [processes, *x.shape]
 
 
-def recall_metrics(
-    scores_i2t: np.ndarray, text_to_image: np.ndarray, *, scores_t2i: np.ndarray | None = None
-) -> dict[str, float]:
-    """Recall at 1, 5 and 10 both ways.
+def alone(x: np.ndarray) -> np.ndarray:
+    """The `Gather` of a single process."""
+    return x[None]
 
-    An image may have several texts: from image to text, the best ranked of them counts. Ties
-    count against the model: a wrong candidate with the same score stands in front.
 
-    Args:
-      scores_i2t: float[N_img, N_txt], higher is more alike; each image ranks the texts in its row.
-      text_to_image: int[N_txt], the image that each text belongs to.
-      scores_t2i: float[N_txt, N_img], each text ranks the images in its row; by default the
-        transpose of `scores_i2t`. `rerank` gives both.
+def recalls(image_ranks: np.ndarray, text_ranks: np.ndarray) -> dict[str, float]:
+    """Recall at 1, 5 and 10 both ways, from ranks.
 
     Returns:
       {"image_to_text_r1", "..._r5", "..._r10", "text_to_image_r1", ...: 0..1,
-      "candidates": N_img, "candidate_texts": N_txt}.
+      "candidates": number of images, "candidate_texts": number of texts}.
+    """
+    ways = {"image_to_text": image_ranks, "text_to_image": text_ranks}
+    found = {f"{way}_r{k}": float(np.mean(rank < k)) for way, rank in ways.items() for k in RANKS}
+    return found | {"candidates": len(image_ranks), "candidate_texts": len(text_ranks)}
+
+
+def check_owner(owner: np.ndarray, images: int) -> np.ndarray:
+    """Holds that every text belongs to an image and every image has a text.
+
+    Args:
+      owner: int[M], the image that each text belongs to.
+      images: number of images, N.
 
     Raises:
-      ValueError: shapes that do not fit, scores that are not numbers, an image without a text.
+      ValueError: a number out of range, or images without a text.
     """
-    scores_i2t, owner = np.asarray(scores_i2t), np.asarray(text_to_image)
-    images, texts = _check(scores_i2t, "scores_i2t")
-    if owner.shape != (texts,) or owner.min() < 0 or owner.max() >= images:
-        values = _few(owner.ravel().tolist())
+    owner = np.asarray(owner)
+    if owner.ndim != 1 or not len(owner) or owner.min() < 0 or owner.max() >= images:
         raise ValueError(
-            f"text_to_image must be int[{texts}] with values from 0 and below {images} for scores "
-            f"of shape {scores_i2t.shape}; got shape {owner.shape}, values {values}."
+            f"The owners of texts must be numbers from 0 and below {images}, one a text; got "
+            f"shape {owner.shape}, values {_few(owner.ravel().tolist())}."
         )
     without = sorted(set(range(images)) - set(owner.tolist()))
     if without:
         raise ValueError(f"{len(without)} images have no text ({_few(without)}): leave them out.")
-    scores_t2i = scores_i2t.T if scores_t2i is None else np.asarray(scores_t2i)
-    if _check(scores_t2i, "scores_t2i") != (texts, images):
-        raise ValueError(f"scores_t2i is {scores_t2i.shape}, expected {(texts, images)}.")
+    return owner
 
-    ranks = {
-        "image_to_text": np.array([_rank(scores_i2t[i], owner == i) for i in range(images)]),
-        "text_to_image": np.array(
-            [_rank(scores_t2i[t], np.arange(images) == owner[t]) for t in range(texts)]
-        ),
-    }
-    recalls = {
-        f"{way}_r{k}": float(np.mean(rank < k)) for way, rank in ranks.items() for k in RANKS
-    }
-    return recalls | {"candidates": images, "candidate_texts": texts}
+
+def ranks(
+    scores: np.ndarray, rows: np.ndarray, owner: np.ndarray, gather: Gather = alone
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks both ways of all pairs' scores; an image's best ranked text counts.
+
+    Args:
+      scores: float[n, M], of this process's images with all texts; higher is more alike.
+      rows: int[n], the numbers of these images.
+      owner: int[M], the image that each text belongs to.
+      gather: see the module's text.
+
+    Returns:
+      int[n], of these images; int[M], of all texts.
+    """
+    _check(scores, "scores")
+    image_ranks = np.array([_rank(s, owner == row) for s, row in zip(scores, rows, strict=True)])
+    # What each text scores with its own image, which one of the processes holds.
+    own = np.full(len(owner), -np.inf, np.float32)
+    for s, row in zip(scores, rows, strict=True):
+        own[owner == row] = s[owner == row]
+    own = gather(own).max(axis=0)
+    wrong = np.zeros(len(owner), np.int64)
+    for s, row in zip(scores, rows, strict=True):
+        wrong += (s >= own) & (owner != row)
+    return image_ranks.astype(np.int64), gather(wrong).sum(axis=0)
 
 
 def _rank(scores: np.ndarray, right: np.ndarray) -> int:
@@ -72,76 +91,102 @@ def _rank(scores: np.ndarray, right: np.ndarray) -> int:
     return int(np.count_nonzero(scores[~right] >= scores[right].max()))
 
 
-def _check(scores: np.ndarray, name: str) -> tuple[int, int]:
-    if scores.ndim != 2 or 0 in scores.shape:
+def _check(scores: np.ndarray, name: str) -> None:
+    if scores.ndim != 2 or not scores.shape[1]:
         raise ValueError(f"{name} must be a non-empty matrix, got shape {scores.shape}.")
     if np.isnan(scores).any():
         raise ValueError(f"{name} has {int(np.isnan(scores).sum())} entries that are NaN.")
-    return scores.shape
 
 
-def rerank(
-    itc: np.ndarray,
-    itm_fn: ItmFn,
-    k: int = K_COCO,
-    *,
-    batch_size: int = 64,
-    progress: bool = True,
+def candidates(
+    itc: np.ndarray, rows: np.ndarray, k: int, gather: Gather = alone
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of both directions after ITM has read each query's `k` best candidates.
-
-    A pair that is a candidate in both directions is read once.
+    """The pairs that ITM is to read: candidates of an image, of a text, or of both; each once.
 
     Args:
-      itc: float[N_img, N_txt], cosine of each pair, the maximum over the queries.
-      itm_fn: (image_idx int32[b], text_idx int32[b]) -> float[b], the ITM logit of class
-        "match", mean over the queries. `b` is always `batch_size` (the last batch is padded with
-        pair (0, 0)), so that it compiles once. Pairs come sorted by image.
-      k: candidates per query; more than there are means all.
-      batch_size: pairs per call.
-      progress: shows a progress bar.
+      itc: float[n, M], cosines of this process's images with all texts.
+      rows: int[n], the numbers of these images, ascending.
+      k: candidates per query; more than there are means all. Among equals the first ones.
+      gather: see the module's text.
 
     Returns:
-      (scores_i2t float32[N_img, N_txt], scores_t2i float32[N_txt, N_img]), for `recall_metrics`.
+      Index into `rows` and number of the text, int[P] each, of the pairs of these images, in
+      their order.
     """
-    itc = np.asarray(itc, np.float32)
     _check(itc, "itc")
-    if k < 1 or batch_size < 1:
-        raise ValueError(f"k and batch_size must be at least 1, got k={k}, {batch_size=}.")
-    per_image, per_text = _top(itc, k), _top(itc.T, k).T  # bool[N_img, N_txt]
-    image_idx, text_idx = np.nonzero(per_image | per_text)
-    logits = _batched(itm_fn, image_idx, text_idx, batch_size, progress)
-    final = np.full(itc.shape, NOT_A_CANDIDATE, np.float32)
-    final[image_idx, text_idx] = logits + itc[image_idx, text_idx]
-    scores_i2t = np.where(per_image, final, np.float32(NOT_A_CANDIDATE))
-    scores_t2i = np.where(per_text, final, np.float32(NOT_A_CANDIDATE)).T
-    return scores_i2t, scores_t2i
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}.")
+    wanted = np.zeros(itc.shape, bool)
+    for scores, marks in zip(itc, wanted, strict=True):
+        marks[_best(scores, k)] = True
+    # Of each text the best images here, then the best of all processes' best.
+    texts, most = itc.shape[1], int(gather(np.array(len(rows))).max())
+    best = np.full((texts, min(k, most)), -np.inf, np.float32)
+    image = np.full(best.shape, np.iinfo(np.int32).max, np.int32)
+    for text in range(texts):
+        here = _best(itc[:, text], k)
+        best[text, : len(here)], image[text, : len(here)] = itc[here, text], rows[here]
+    best = np.concatenate(list(gather(best)), axis=1)
+    image = np.concatenate(list(gather(image)), axis=1)
+    place = {int(row): i for i, row in enumerate(rows)}
+    for text in range(texts):
+        for column in np.lexsort((image[text], -best[text]))[:k]:
+            at = place.get(int(image[text, column]))
+            if at is not None:
+                wanted[at, text] = True
+    return np.nonzero(wanted)
 
 
-def _top(scores: np.ndarray, k: int) -> np.ndarray:
-    """bool, true at each row's `k` highest; among equals the first ones."""
-    chosen = np.zeros(scores.shape, bool)
-    for row, marks in zip(scores, chosen, strict=True):
-        marks[np.argsort(-row, kind="stable")[:k]] = True
-    return chosen
+def _best(scores: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the `k` highest; among equals the first ones."""
+    return np.argsort(-scores, kind="stable")[:k]
 
 
-def _batched(
-    itm_fn: ItmFn, image_idx: np.ndarray, text_idx: np.ndarray, batch_size: int, progress: bool
-) -> np.ndarray:
-    pairs = len(image_idx)
-    padding = (0, -pairs % batch_size)
-    image_idx = np.pad(image_idx, padding).astype(np.int32)
-    text_idx = np.pad(text_idx, padding).astype(np.int32)
-    logits = np.empty(len(image_idx), np.float32)
-    with tqdm(total=pairs, desc="ITM re-ranking", unit="pair", disable=not progress) as bar:
-        for start in range(0, pairs, batch_size):
-            batch = slice(start, start + batch_size)
-            found = np.asarray(itm_fn(image_idx[batch], text_idx[batch]), np.float32)
-            if found.shape != (batch_size,):
-                raise ValueError(f"itm_fn gave shape {found.shape}, expected ({batch_size},).")
-            logits[batch] = found
-            bar.update(min(batch_size, pairs - start))
-    if np.isnan(logits[:pairs]).any():
-        raise ValueError("itm_fn gave logits that are NaN: check the model's weights and dtype.")
-    return logits[:pairs]
+def reranked(
+    image: np.ndarray,
+    text: np.ndarray,
+    itc: np.ndarray,
+    itm: np.ndarray,
+    owner: np.ndarray,
+    images: int,
+    k: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks both ways after ITM has read the candidates.
+
+    Args:
+      image, text: int[P], the pairs of `candidates`, of all images.
+      itc: float32[P], their cosines.
+      itm: float32[P], their ITM logits of class "match", mean over the queries.
+      owner: int[M], the image that each text belongs to.
+      images: N.
+      k: as for `candidates`.
+
+    Returns:
+      int[N], of the images; int[M], of the texts. A query whose right answer is no candidate
+      ranks behind all wrong ones.
+
+    Raises:
+      ValueError: an ITM logit is NaN.
+    """
+    if np.isnan(itm).any():
+        raise ValueError("ITM logits are NaN: check the model's weights and dtype.")
+    owner, texts = np.asarray(owner), len(owner)
+    final = itc.astype(np.float32) + itm.astype(np.float32)
+    right = owner[text] == image
+    wrong_texts = texts - np.bincount(owner, minlength=images)
+    image_ranks = _grouped(image, text, itc, final, right, k, wrong_texts)
+    text_ranks = _grouped(text, image, itc, final, right, k, np.full(texts, images - 1))
+    return image_ranks, text_ranks
+
+
+def _grouped(query, other, itc, final, right, k: int, last: np.ndarray) -> np.ndarray:
+    """Rank of each query's best right candidate among its k best by ITC; `last` without one."""
+    order = np.lexsort((other, -itc, query))
+    query, final, right = query[order], final[order], right[order]
+    kept = np.arange(len(query)) - np.searchsorted(query, query) < k
+    query, final, right = query[kept], final[kept], right[kept]
+    best = np.full(len(last), -np.inf, np.float32)
+    np.maximum.at(best, query[right], final[right])
+    in_front = ~right & (final >= best[query])
+    counted = np.bincount(query[in_front], minlength=len(last))
+    return np.where(np.isneginf(best), last, counted)

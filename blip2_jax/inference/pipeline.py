@@ -14,22 +14,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from blip2_jax.data import tokenizers
 from blip2_jax.inference import decode, images
 from blip2_jax.inference.decode import Decoding, Prompt
-from blip2_jax.inference.defaults import DEFAULTS
+from blip2_jax.inference.defaults import DEFAULTS, Task
 from blip2_jax.models.blip2 import Blip2Config, Blip2Stage1, Blip2Stage2, make_model
 from blip2_jax.models.layers import unstack
 from blip2_jax.models.opt import OPTConfig
 from blip2_jax.models.t5 import T5Config
-from blip2_jax.runtime.mesh import batch_sharding
+from blip2_jax.runtime.mesh import batch_sharding, replicated
 
 log = logging.getLogger(__name__)
 
 SHORTEST = 8  # tokens that texts are padded to at least
+MOST_RANKED = 512  # tokens of a prompt with one of its candidates
 SEED = 0
 
 
@@ -51,7 +53,8 @@ class Blip2:
       params: all its parameters, nested dicts of arrays. The language model's are taken apart
         layer by layer, which is how decoding reads them; do not use them afterwards.
       dtype: what is computed in; None: what the queries are in.
-      mesh: the devices that hold `params`; None: those they are on, one batch on all of them.
+      mesh: the devices that hold `params`; None: those they are on, one batch on all of them. Of
+        a mesh over several processes all must call the same methods with the same arguments.
       qformer_tokenizer, llm_tokenizer: see `data.tokenizers`; None where the model has no use.
       batch_size: images, texts or pairs that are computed at once, at most.
       source: where the model is from, for messages.
@@ -71,15 +74,17 @@ class Blip2:
     ):
         if config.llm is not None:
             config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, scan=False))
-            params = {**params, "llm": unstack(params["llm"])}
-        self.config, self.params, self.mesh, self.source = config, params, mesh, source
+        self.config, self.mesh, self.source = config, mesh, source
+        self.use(params)
         self.qformer_tokenizer, self.llm_tokenizer = qformer_tokenizer, llm_tokenizer
         self.batch_size = batch_size
-        dtype = params["query_tokens"].dtype if dtype is None else dtype
-        make = lambda: make_model(config, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+        self.dtype = jnp.dtype(params["query_tokens"].dtype if dtype is None else dtype)
+        make = lambda: make_model(config, dtype=self.dtype, rngs=nnx.Rngs(0))  # noqa: E731
         graph, abstract = nnx.split(nnx.eval_shape(make))
         missing = nnx.to_pure_dict(abstract).keys() - params.keys()
         self._has_match = not missing & {"itm_head", "vision_proj", "text_proj"}
+
+        everywhere = None if mesh is None else replicated(mesh)
 
         def compiled(function: Callable, **static: Any) -> Callable:
             def call(params, *arrays, **options):
@@ -92,17 +97,47 @@ class Blip2:
         self._embed_texts = compiled(lambda model, ids, mask: model.embed_text(ids, mask))
         self._embed_pairs = compiled(_embed_pairs)
         self._match_pairs = compiled(_match_pairs)
-        self._image_keys = compiled(_image_keys)
-        self._match = compiled(lambda model, kv, ids, mask: model.match(kv, ids, mask))
+        self._similarities = compiled(_similarities)
+        self._image_keys = compiled(_image_keys, out_shardings=everywhere)
+        self._match = compiled(_match)
         self._maps = compiled(lambda model, pixels: model.attention_maps(pixels))
-        static = {"static_argnames": ("how", "eos_ids", "pad_id", "seen")}
+        self._see = compiled(lambda model, pixels, *text: model.visual_prompt(pixels, text or None))
+        self._loglikelihood = compiled(_loglikelihood)
+        static = {"static_argnames": ("how", "eos_ids", "pad_id")}
         self._generate = compiled(_generate, **static)
         self._begin = compiled(_begin, **static)
         self._advance = compiled(_advance, **static)
 
+    def use(self, params: dict[str, Any] | None) -> None:
+        """Takes other parameters of the same shapes, as those of a run that goes on; None: none.
+
+        What was compiled stays. The language model's are taken apart, as in `Blip2`.
+        """
+        if params is not None and self.config.llm is not None:
+            params = {**params, "llm": unstack(params["llm"])}
+        self.params = params
+
     def can(self, task: str) -> bool:
-        """Whether this model has the heads for "retrieval", "captioning" or "vqa"."""
-        return (self.config.llm is None) == (task == "retrieval")
+        """Whether this model has the heads for "retrieval", "captioning", "vqa" or "ranking"."""
+        if task == "retrieval":
+            return self.config.llm is None and self._has_match
+        return self.config.llm is not None
+
+    def settings(self, task: str, *, prompt: str | None = None, **changes: Any) -> Task:
+        """The prompt and the decoding that a call with these options has.
+
+        Args:
+          task: "caption", "answer" or "generate".
+          prompt: instead of the family's published one.
+          **changes: fields of `Decoding`, instead of the family's published ones.
+
+        Raises:
+          ValueError, TypeError: options that do not exist or do not go together.
+        """
+        default = DEFAULTS[self.family, task]
+        return Task(
+            default.prompt if prompt is None else prompt, _changed(default.decoding, changes)
+        )
 
     # ------------------------------------------------------------------- stage 1: understanding
 
@@ -137,11 +172,27 @@ class Blip2:
         return self._over_pairs(self._embed_pairs, pictures, texts, skip_unreadable, truncate)
 
     def similarity(
-        self, pictures: Any, texts: Sequence[str] | str, *, truncate: int | None = None
+        self,
+        pictures: Any,
+        texts: Sequence[str] | str | np.ndarray,
+        *,
+        truncate: int | None = None,
     ) -> np.ndarray:
-        """ITC: cosine of every image's best query with every text, float32[N, M]."""
-        queries = self.embed_images(pictures)
-        return np.einsum("nqp,mp->nmq", queries, self.embed_texts(texts, truncate=truncate)).max(-1)
+        """ITC: cosine of every image's best query with every text, float32[N, M].
+
+        Args:
+          pictures: N images.
+          texts: M texts, or what `embed_texts` made of them.
+          truncate: see `Blip2`.
+        """
+        self._need_stage1("similarity")
+        pictures = _need_some(images.as_list(pictures))
+        if not isinstance(texts, np.ndarray):
+            texts = self.embed_texts(texts, truncate=truncate)
+        everywhere = None if self.mesh is None else replicated(self.mesh)
+        features = jax.device_put(texts, everywhere)
+        run = lambda params, pixels: self._similarities(params, pixels, features)  # noqa: E731
+        return self._over(run, len(pictures), self._pixels(pictures))
 
     def match(
         self,
@@ -169,21 +220,50 @@ class Blip2:
         self._need_stage1("match")
         return self._over_pairs(self._match_pairs, pictures, texts, skip_unreadable, truncate)
 
-    def pair_scorer(self, pictures: Any, texts: Sequence[str]) -> Callable:
-        """A function (image indices, text indices) -> ITM logits, float32[B, 2].
+    def tokenize(
+        self, texts: Sequence[str], *, truncate: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Texts as the Q-Former reads them, of one length: ids and mask, int32[N, T]."""
+        ids, mask = self._words(_need_some(_texts(texts)), truncate)(0, len(texts))
+        return ids, mask
 
-        Each image is encoded once; what the Q-Former's cross-attention reads of it is kept.
+    def match_candidates(
+        self,
+        pictures: Any,
+        words: tuple[np.ndarray, np.ndarray],
+        image_index: np.ndarray,
+        text_index: np.ndarray,
+    ) -> np.ndarray:
+        """ITM logits of class "match" of some pairs: float32[P].
+
+        Each image is encoded once, and what the Q-Former's cross-attention reads of it stays on
+        the devices until its pairs are scored, for no more images at once than `batch_size`.
+
+        Args:
+          pictures: N images.
+          words: of M texts, from `tokenize`.
+          image_index, text_index: int[P], which image and which text each pair is made of;
+            `image_index` in ascending order.
         """
         self._need_stage1("match")
         pictures = images.as_list(pictures)
-        keys = self._over(self._image_keys, len(pictures), self._pixels(pictures))
-        ids, mask = self._words(_texts(texts), None)(0, len(texts))
-
-        def score(image_index: np.ndarray, text_index: np.ndarray) -> np.ndarray:
-            kv = jax.tree.map(lambda x: np.moveaxis(x[image_index], 0, 1), keys)
-            return np.asarray(self._match(self.params, kv, ids[text_index], mask[text_index]))
-
-        return score
+        if (np.diff(image_index) < 0).any():
+            raise ValueError("Pairs must come in the order of their images.")
+        ids, mask = words
+        size = 4 * self.batch_size  # of pairs: they share images, and are cheaper
+        logits = np.empty(len(image_index), np.float32)
+        for first in range(0, len(pictures), self.batch_size):
+            some = pictures[first : first + self.batch_size]
+            pixels = self._pixels(some)(0, len(some))
+            keys = self._image_keys(self.params, *self._placed(pixels, self._bucket(len(some))))
+            start, stop = np.searchsorted(image_index, [first, first + len(some)])
+            for at in range(start, stop, size):
+                rows = slice(at, min(at + size, stop))
+                texts = text_index[rows]
+                arrays = [(image_index[rows] - first).astype(np.int32), ids[texts], mask[texts]]
+                found = self._match(self.params, keys, *self._placed(arrays, self._rows(size)))
+                logits[rows] = _fetch(found)[: len(texts), 1]
+        return logits
 
     # ----------------------------------------------------------------------- stage 2: generation
 
@@ -197,7 +277,7 @@ class Blip2:
         """
         self._need_llm("caption")
         pictures = images.as_list(pictures)
-        prompt = DEFAULTS[self.family, "caption"].prompt if prompt is None else prompt
+        prompt = self.settings("caption", prompt=prompt).prompt
         return self._write("caption", pictures, [prompt] * len(pictures), **options)
 
     def answer(
@@ -210,6 +290,8 @@ class Blip2:
     ) -> list[Any]:
         """One answer a question, zero-shot.
 
+        An image that is given several times, as the same object, is encoded once a batch.
+
         Args:
           pictures: N images, or one for all questions; None answers blind.
           questions: N questions.
@@ -217,15 +299,55 @@ class Blip2:
           **options: as `generate` takes.
         """
         self._need_llm("answer")
+        return self._write("answer", pictures, self._asked(questions, prompt), **options)
+
+    def rank(
+        self,
+        pictures: Any,
+        questions: Sequence[str] | str,
+        candidates: Sequence[Sequence[str]],
+        *,
+        prompt: str | None = None,
+        progress: str = "",
+    ) -> list[np.ndarray]:
+        """How likely each candidate answer is, as InstructBLIP ranks them (LAVIS `predict_class`).
+
+        Args:
+          pictures: N images, or one for all questions.
+          questions: N questions.
+          candidates: of each question, one or more answers.
+          prompt, progress: see `answer`.
+
+        Returns:
+          N of float32[C_i]: log-probability of each candidate, its end token included, summed over
+          its tokens.
+        """
+        self._need_llm("rank")
+        prompts = self._asked(questions, prompt)
+        pictures, prompts = _paired(pictures, prompts)
+        if len(candidates) != len(prompts) or not all(map(len, candidates)):
+            raise ValueError(
+                f"{len(candidates)} lists of candidates for {len(prompts)} questions; give as "
+                "many, none of them empty."
+            )
+        owner = np.repeat(np.arange(len(prompts)), [len(some) for some in candidates])
+        answers = [answer for some in candidates for answer in some]
+        arrays = self._answer_arrays(
+            [pictures[i] for i in owner], [prompts[i] for i in owner], answers
+        )
+        scores = self._over(self._loglikelihood, len(owner), arrays, progress)
+        return np.split(scores, np.cumsum([len(some) for some in candidates])[:-1])
+
+    def _asked(self, questions: Sequence[str] | str, prompt: str | None) -> list[str]:
+        """Questions in their prompt."""
         questions = _texts(questions)
         empty = [i for i, question in enumerate(questions) if not question.strip()]
         if empty:
             raise ValueError(f"Question {empty[0]} is empty.")
-        prompt = DEFAULTS[self.family, "answer"].prompt if prompt is None else prompt
+        prompt = self.settings("answer", prompt=prompt).prompt
         if "{}" not in prompt:
             raise ValueError(f"The prompt {prompt!r} has no {{}} for the question.")
-        prompts = [prompt.replace("{}", question) for question in questions]
-        return self._write("answer", pictures, prompts, **options)
+        return [prompt.replace("{}", question) for question in questions]
 
     def generate(
         self, pictures: Any | None, prompts: Sequence[str] | str = "", **options: Any
@@ -262,7 +384,7 @@ class Blip2:
         arrays = self._prompt_arrays([picture], [prompt], how, truncate, None)(0, 1)
         arrays = self._placed(arrays, self._bucket(1))
         fixed = {"how": how, "eos_ids": self.eos_ids, "pad_id": self.pad_id}
-        state = self._begin(self.params, *arrays, jax.random.key(SEED), seen=True, **fixed)
+        state = self._begin(self.params, *arrays, jax.random.key(SEED), **fixed)
         said = ""
         while True:
             ended = bool(state.done[0, 0]) or int(state.step) >= how.max_new_tokens
@@ -332,7 +454,7 @@ class Blip2:
         progress: str = "",
         **changes: Any,
     ) -> list[Any]:
-        how = _changed(DEFAULTS[self.family, task].decoding, changes)
+        how = self.settings(task, **changes).decoding
         pictures, prompts = _paired(pictures, prompts)
         _need_some(prompts)
         skipped: dict[int, str] | None = {} if skip_unreadable else None
@@ -343,7 +465,6 @@ class Blip2:
             how=how,
             eos_ids=self.eos_ids,
             pad_id=self.pad_id,
-            seen=pictures is not None,
         )
         tokens, scores = self._over(run, len(prompts), arrays, progress)
         if not (scores > decode.NEVER / 2).all():
@@ -363,7 +484,7 @@ class Blip2:
         return [None if skipped and i in skipped else text for i, text in enumerate(results)]
 
     def _prompt_arrays(self, pictures, prompts, how: Decoding, truncate, skipped) -> Callable:
-        """Reader of rows of a generation: row numbers, prompts, the Q-Former's texts, pixels."""
+        """Reader of rows of a generation: row numbers, prompts, what is seen."""
         tokenizer = self.llm_tokenizer
         side = "right" if isinstance(self.config.llm, T5Config) else "left"
         rows = tokenizers.tokenize(tokenizer, prompts, truncate)
@@ -377,18 +498,78 @@ class Blip2:
                     f"{how.max_new_tokens} to write that makes {needed}, and the language model "
                     f"has {room} positions. Shorten it, or pass truncate=N."
                 )
-        words = None
-        if self.config.qformer_reads_prompt and pictures is not None:
-            words = self._words(prompts, truncate)
-        pixels = None if pictures is None else self._pixels(pictures, skipped=skipped)
+        seen = None
+        if pictures is not None:
+            seen = self._visual_prompts(pictures, prompts, truncate, skipped)
 
-        def read(start: int, stop: int) -> list[np.ndarray]:
+        def read(start: int, stop: int) -> list[Any]:
             length = _power_of_two(max(map(len, rows[start:stop])), SHORTEST)
             ids, mask = tokenizers.pad_rows(tokenizer, rows[start:stop], length, side=side)
             arrays = [np.arange(start, stop, dtype=np.int32), ids, mask]
-            arrays += words(start, stop) if words is not None else []
-            arrays += pixels(start, stop) if pixels is not None else []
-            return arrays
+            return arrays if seen is None else [*arrays, seen(start, stop)]
+
+        return read
+
+    def _answer_arrays(self, pictures, prompts, answers) -> Callable:
+        """Reader of rows of a ranking: ids, mask and labels as in training, and what is seen."""
+        seen = self._visual_prompts(pictures, prompts, None, None)
+        tokenizer = self.llm_tokenizer
+        room = getattr(self.config.llm, "max_position_embeddings", None) or MOST_RANKED
+        room = min(room - self.config.qformer.num_query_tokens, MOST_RANKED)
+        end = "\n" if isinstance(self.config.llm, OPTConfig) else ""
+
+        def encode(row: int) -> tuple[np.ndarray, ...]:
+            prompt, answer = prompts[row], answers[row]
+            if isinstance(self.config.llm, T5Config):
+                return tokenizers.encode_prefix(tokenizer, [prompt], [answer], room)
+            return tokenizers.encode_captions(tokenizer, [answer], room, prompt, end)
+
+        def read(start: int, stop: int) -> list[Any]:
+            rows = [encode(row) for row in range(start, stop)]
+            ids, mask, labels = map(np.concatenate, zip(*rows, strict=True))
+            longest = int(max(mask.sum(axis=1).max(), (labels >= 0).sum(axis=1).max()))
+            if longest == room:
+                raise ValueError(
+                    f"A prompt with one of its candidates has {room} tokens or more, which is all "
+                    "there is room for. Shorten it."
+                )
+            length = min(_power_of_two(longest, SHORTEST), room)
+            return [ids[:, :length], mask[:, :length], labels[:, :length], seen(start, stop)]
+
+        return read
+
+    def _visual_prompts(self, pictures, prompts, truncate, skipped: dict | None) -> Callable:
+        """Reader of what the language model sees: float[rows of the program, Q, D].
+
+        Rows that show the same image (and, where the Q-Former reads the prompt, say the same) are
+        computed once.
+        """
+        words = self._words(prompts, truncate) if self.config.qformer_reads_prompt else None
+
+        def read(start: int, stop: int) -> jax.Array:
+            some = list(pictures[start:stop])  # held, so that each has an identity of its own
+            first: dict[Any, int] = {}
+            keys = [
+                (id(picture), prompts[start + i] if words else "") for i, picture in enumerate(some)
+            ]
+            for i, key in enumerate(keys):
+                first.setdefault(key, i)
+            size = self.config.vit.image_size
+            faults: dict[int, str] | None = None if skipped is None else {}
+            shown = [
+                images.load_batch([some[i]], size, first=start + i, skip=faults)
+                for i in first.values()
+            ]
+            for i, key in enumerate(keys if faults else ()):
+                if start + first[key] in faults:
+                    skipped[start + i] = faults[start + first[key]]
+            arrays = [np.concatenate(shown)]
+            if words:
+                arrays += [array[list(first.values())] for array in words(start, stop)]
+            seen = self._see(self.params, *self._placed(arrays, self._bucket(len(first))))
+            place = {key: row for row, key in enumerate(first)}
+            index = np.array([place[key] for key in keys], np.int32)
+            return _take(seen, *self._placed([index], self._bucket(stop - start)))
 
         return read
 
@@ -456,7 +637,7 @@ class Blip2:
             for start in range(0, count, self.batch_size):
                 stop = min(start + self.batch_size, count)
                 arrays = self._placed(read(start, stop), self._bucket(stop - start))
-                result = jax.device_get(function(self.params, *arrays))
+                result = _fetch(function(self.params, *arrays))
                 results.append(jax.tree.map(lambda x: x[: stop - start], result))  # noqa: B023
                 bar.update(stop - start)
         whole = jax.tree.map(lambda *xs: np.concatenate(xs), *results)
@@ -468,19 +649,39 @@ class Blip2:
 
     def _bucket(self, count: int) -> int:
         """Rows of the program that computes `count` rows."""
-        size = min(_power_of_two(count), self.batch_size)
+        return self._rows(min(_power_of_two(count), self.batch_size))
+
+    def _rows(self, size: int) -> int:
+        """The next number of rows that divides over the devices."""
         if self.mesh is None:
             return size
         share = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return -(-size // share) * share
 
-    def _placed(self, arrays: Sequence[np.ndarray], size: int) -> list[jax.Array]:
+    def _placed(self, arrays: Sequence[Any], size: int) -> list[jax.Array]:
         """Rows filled up to `size` by repeating the first, on the devices."""
         filled = [
             np.concatenate([x, np.repeat(x[:1], size - len(x), axis=0)]) if len(x) < size else x
             for x in arrays
         ]
-        return jax.device_put(filled, None if self.mesh is None else batch_sharding(self.mesh))
+        if self.mesh is None:
+            return jax.device_put(filled)
+        place = batch_sharding(self.mesh)
+        if place.is_fully_addressable:
+            return jax.device_put(filled, place)
+        return [  # of a mesh over several processes, each puts its own part
+            x
+            if isinstance(x, jax.Array)
+            else jax.make_array_from_callback(x.shape, place, lambda part, x=x: x[part])
+            for x in filled
+        ]
+
+
+def _fetch(result: Any) -> Any:
+    """Arrays of the devices as NumPy's, whole on every process."""
+    if all(x.is_fully_addressable for x in jax.tree.leaves(result)):
+        return jax.device_get(result)
+    return multihost_utils.process_allgather(result, tiled=True)
 
 
 def _report(skipped: dict[int, str] | None) -> None:
@@ -551,18 +752,31 @@ def _match_pairs(model: Blip2Stage1, pixels, ids, mask) -> jax.Array:
     return model.match(image_kv, ids, mask)
 
 
+def _similarities(model: Blip2Stage1, pixels: jax.Array, features: jax.Array) -> jax.Array:
+    """Cosines of B images, by their best queries, with M texts: float32[B, M]."""
+    queries = _embed_images(model, pixels)
+    return jnp.einsum("bqp,mp->bqm", queries, features, precision="highest").max(axis=1)
+
+
 def _image_keys(model: Blip2Stage1, pixels: jax.Array) -> Any:
-    """Cross-attention keys and values with the batch first: two of float[B, groups, H, N, K]."""
-    image_kv = model.qformer.image_keys_values(model.encode_images(pixels))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), image_kv)
+    """What cross-attention reads of images: two of float[groups, B, H, N, K]."""
+    return model.qformer.image_keys_values(model.encode_images(pixels))
 
 
-def _prompt(model: Blip2Stage2, row, ids, mask, arrays: Sequence[jax.Array], seen: bool) -> Prompt:
-    """Image and text, as the language model reads them; `arrays`: see `_prompt_arrays`."""
+def _match(model: Blip2Stage1, image_kv: Any, image_index, ids, mask) -> jax.Array:
+    """ITM logits of pairs, float32[P, 2]; `image_index` int32[P] into `image_kv`."""
+    return model.match(jax.tree.map(lambda x: x[:, image_index], image_kv), ids, mask)
+
+
+@jax.jit
+def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
+    return rows[index]
+
+
+def _prompt(model: Blip2Stage2, row, ids, mask, seen: Sequence[jax.Array]) -> Prompt:
+    """Image, float[B, Q, D] or nothing, and text, as the language model reads them."""
     embeds, whole = model.llm.embed(ids), mask
-    if seen:
-        *text, pixels = arrays
-        visual = model.visual_prompt(pixels, tuple(text) or None)
+    for visual in seen:
         embeds = jnp.concatenate([visual, embeds.astype(visual.dtype)], axis=1)
         whole = jnp.pad(mask, ((0, 0), (visual.shape[1], 0)), constant_values=1)
     start = getattr(model.config.llm, "decoder_start_id", None)
@@ -571,16 +785,29 @@ def _prompt(model: Blip2Stage2, row, ids, mask, arrays: Sequence[jax.Array], see
     return Prompt(embeds, whole, ids, mask, row)
 
 
-def _generate(model: Blip2Stage2, row, ids, mask, *arrays, key, how, eos_ids, pad_id, seen):
-    prompt = _prompt(model, row, ids, mask, arrays, seen)
+def _generate(model: Blip2Stage2, row, ids, mask, *seen, key, how, eos_ids, pad_id):
+    prompt = _prompt(model, row, ids, mask, seen)
     return decode.decode(model.llm, prompt, how, eos_ids=eos_ids, pad_id=pad_id, key=key)
 
 
-def _begin(model: Blip2Stage2, row, ids, mask, *arrays, how, eos_ids, pad_id, seen):
-    *arrays, key = arrays
-    prompt = _prompt(model, row, ids, mask, arrays, seen)
+def _begin(model: Blip2Stage2, row, ids, mask, *arrays, how, eos_ids, pad_id):
+    *seen, key = arrays
+    prompt = _prompt(model, row, ids, mask, seen)
     return decode.begin(model.llm, prompt, how, eos_ids=eos_ids, pad_id=pad_id, key=key)
 
 
 def _advance(model: Blip2Stage2, state, key, *, how, eos_ids, pad_id):
     return decode.advance(model.llm, state, how, eos_ids=eos_ids, pad_id=pad_id, key=key)
+
+
+def _loglikelihood(model: Blip2Stage2, ids, mask, labels, visual) -> jax.Array:
+    """Sum over the labels' tokens of their log-probability, float32[B]; arrays as in training."""
+    learned = labels >= 0
+    targets = jnp.where(learned, labels, 0)
+    if isinstance(model.config.llm, T5Config):
+        real = learned.astype(mask.dtype)
+        logits = model.language_logits(visual, targets, real, prefix=(ids, mask))
+    else:
+        logits = model.language_logits(visual, ids, mask)
+    each = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    return jnp.where(learned, each, 0.0).sum(axis=1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from blip2_jax.models import qformer, vit
-from blip2_jax.models.layers import layer_norm, linear, normal
+from blip2_jax.models.layers import Linear, layer_norm, linear, normal
 from blip2_jax.models.llama import Llama, LlamaConfig
 from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.qformer import (
@@ -242,7 +242,7 @@ class Blip2Stage2(Blip2):
         return self.llm.score(prompt, prompt_mask, ids, mask, key=key)
 
 
-def _head(d_in: int, d_out: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
+def _head(d_in: int, d_out: int, dtype: Any, rngs: nnx.Rngs) -> Linear:
     """A linear layer as wide as LAVIS starts its heads: torch's default, of variance 1 / (3 d)."""
     return linear(d_in, d_out, std=(3 * d_in) ** -0.5, dtype=dtype, rngs=rngs)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -43,6 +43,8 @@ AXES = (
     (r"mlp/(gate|up)/kernel$", ("embed", "mlp")),
     (r"mlp/down/kernel$", ("mlp", "embed")),
     (r"lm_head/kernel$", ("embed", "vocab")),
+    (r"lora_a$", ("embed", None)),
+    (r"lora_b$", (None, "heads")),
     (r"relative_bias/embedding$", (None, "heads")),
     (r"embed_tokens/embedding$|word_embeddings/embedding$", ("vocab", "embed")),
     (r"embed_positions/embedding$|position_embeddings/embedding$", (None, "embed")),
@@ -54,6 +56,49 @@ KeysValues = tuple[jax.Array, jax.Array]
 normal = nnx.initializers.normal
 
 
+def split_batch(x: jax.Array, axes: tuple[str, ...] = ("data", "fsdp")) -> jax.Array:
+    """Holds the first axis, the batch, to the mesh's axes of the batch; the others stay free.
+
+    Left to itself, XLA may split activations the way their weights are split, and give every
+    device the whole batch. Without a mesh in context (`recipe.build` sets it) this does nothing.
+    """
+    if get_abstract_mesh().empty:
+        return x
+    free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *free))
+
+
+class Linear(nnx.Linear):
+    """A linear layer of a batch; weights come to where the rows are, not the other way round."""
+
+    lora_scale = 0.0  # see `models.lora`, which also adds lora_a and lora_b
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = super().__call__(x)
+        if self.lora_scale:
+            a, b = (p[...].astype(y.dtype) for p in (self.lora_a, self.lora_b))
+            y = y + self.lora_scale * (x.astype(y.dtype) @ a @ b)
+        return split_batch(y)
+
+
+class Embed(nnx.Embed):
+    """An embedding table; what is looked up for a batch, int32[B, T], lies where its rows are.
+
+    Each device reads its part of the table's width for the rows of its `fsdp` group; then these
+    change places. Said in one step, XLA would give every device all rows.
+    """
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        x = super().__call__(ids)
+        return split_batch(split_batch(x, ("data",))) if ids.ndim > 1 else x
+
+
+def vocabulary_scores(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    """Scores of every token: float[B, T, D] and the output matrix [D, V] -> float32[B, T, V]."""
+    table = table.astype(hidden.dtype)
+    return split_batch(jnp.einsum("btd,dv->btv", hidden, table, preferred_element_type=jnp.float32))
+
+
 def linear(
     d_in: int,
     d_out: int,
@@ -62,9 +107,9 @@ def linear(
     std: float = 0.02,
     dtype: Any = None,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Linear:
     """A linear layer with N(0, std) weights and zero bias, computed in `dtype`."""
-    return nnx.Linear(d_in, d_out, use_bias=bias, kernel_init=normal(std), dtype=dtype, rngs=rngs)
+    return Linear(d_in, d_out, use_bias=bias, kernel_init=normal(std), dtype=dtype, rngs=rngs)
 
 
 def layer_norm(width: int, *, eps: float, dtype: Any = None, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -356,11 +401,12 @@ class Stack(nnx.Module):
 
         def body(carry, layer):
             params, x, key = layer
-            return step(nnx.merge(graph, params), carry, (x, key))
+            carry, y = step(nnx.merge(graph, params), carry, (x, key))
+            return jax.tree.map(split_batch, carry), y
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(body, carry, (params, xs, keys))
+        return jax.lax.scan(body, jax.tree.map(split_batch, carry), (params, xs, keys))
 
     def together(self, *xs: Any) -> Any:
         """Several per-layer values as one, for `xs` of a call."""

@@ -17,6 +17,7 @@ from flax import nnx
 from blip2_jax.models.language import DecoderOnly, segments
 from blip2_jax.models.layers import (
     Attention,
+    Embed,
     GatedMLP,
     KeysValues,
     Segment,
@@ -24,6 +25,7 @@ from blip2_jax.models.layers import (
     linear,
     normal,
     rms_norm,
+    vocabulary_scores,
 )
 
 
@@ -130,7 +132,7 @@ class Llama(DecoderOnly):
 
     def __init__(self, config: LlamaConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config = config
-        self.embed_tokens = nnx.Embed(
+        self.embed_tokens = Embed(
             config.vocab_size,
             config.hidden_size,
             embedding_init=normal(0.02),
@@ -183,6 +185,4 @@ class Llama(DecoderOnly):
             if self.config.tied_head
             else self.lm_head.kernel[...]
         )
-        return jnp.einsum(
-            "btd,dv->btv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        return vocabulary_scores(hidden, table)

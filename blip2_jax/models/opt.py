@@ -16,6 +16,7 @@ from blip2_jax.models.language import DecoderOnly, segments
 from blip2_jax.models.layers import (
     MLP,
     Attention,
+    Embed,
     KeysValues,
     Segment,
     Stack,
@@ -23,6 +24,7 @@ from blip2_jax.models.layers import (
     layer_norm,
     normal,
     split_key,
+    vocabulary_scores,
 )
 
 LAYER_NORM_EPS = 1e-5  # torch's default; OPT's config has no key for it
@@ -91,7 +93,7 @@ class OPT(DecoderOnly):
 
     def __init__(self, config: OPTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config = config
-        embed = lambda rows, init: nnx.Embed(  # noqa: E731
+        embed = lambda rows, init: Embed(  # noqa: E731
             rows, config.hidden_size, embedding_init=init, dtype=dtype, rngs=rngs
         )
         self.embed_tokens = embed(config.vocab_size, normal(0.02))
@@ -135,12 +137,7 @@ class OPT(DecoderOnly):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Next-token scores through the tied head: float[B, T, D] -> float32[B, T, V]."""
-        return jnp.einsum(
-            "btd,vd->btv",
-            hidden,
-            self.embed_tokens.embedding[...].astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return vocabulary_scores(hidden, self.embed_tokens.embedding[...].T)
 
 
 class OPTAlone(nnx.Module):

@@ -28,6 +28,7 @@ from blip2_jax.models.layers import (
     ACTIVATIONS,
     MLP,
     Attention,
+    Embed,
     KeysValues,
     Stack,
     causal_mask,
@@ -36,6 +37,7 @@ from blip2_jax.models.layers import (
     linear,
     normal,
     split_key,
+    vocabulary_scores,
 )
 
 AXES = (
@@ -184,7 +186,7 @@ class QFormer(nnx.Module):
         self.config, self.text = config, text
         if text:
             init = normal(config.initializer_range)
-            embed = lambda rows: nnx.Embed(  # noqa: E731
+            embed = lambda rows: Embed(  # noqa: E731
                 rows, config.hidden_size, embedding_init=init, dtype=dtype, rngs=rngs
             )
             self.word_embeddings = embed(config.vocab_size)
@@ -265,11 +267,10 @@ class LMHead(nnx.Module):
         self.norm = layer_norm(width, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,)))
 
-    def __call__(self, hidden: jax.Array, word_embeddings: nnx.Embed) -> jax.Array:
+    def __call__(self, hidden: jax.Array, word_embeddings: Embed) -> jax.Array:
         """float[B, T, D] -> float32[B, T, V]."""
         x = self.norm(ACTIVATIONS["gelu"](self.dense(hidden)))
-        table = word_embeddings.embedding[...].astype(x.dtype)
-        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+        logits = vocabulary_scores(x, word_embeddings.embedding[...].T)
         return logits + self.bias[...].astype(jnp.float32)
 
 

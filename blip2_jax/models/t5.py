@@ -19,6 +19,7 @@ from flax import nnx
 from blip2_jax.models.language import Memory, own_only
 from blip2_jax.models.layers import (
     Attention,
+    Embed,
     GatedMLP,
     KeysValues,
     Segment,
@@ -29,6 +30,7 @@ from blip2_jax.models.layers import (
     normal,
     rms_norm,
     split_key,
+    vocabulary_scores,
     write,
 )
 
@@ -128,7 +130,7 @@ class T5(nnx.Module):
     def __init__(self, config: T5Config, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config = config
         width = config.hidden_size
-        embed = lambda rows, d: nnx.Embed(  # noqa: E731
+        embed = lambda rows, d: Embed(  # noqa: E731
             rows, d, embedding_init=normal(0.02), dtype=dtype, rngs=rngs
         )
         norm = lambda: rms_norm(width, eps=config.rms_norm_eps, dtype=dtype, rngs=rngs)  # noqa: E731
@@ -151,7 +153,7 @@ class T5(nnx.Module):
         """Token embeddings of either side: int32[B, T] -> float[B, T, D]."""
         return self.embed_tokens(ids)
 
-    def _bias(self, table: nnx.Embed, num_queries: int, num_keys: int, both_ways: bool):
+    def _bias(self, table: Embed, num_queries: int, num_keys: int, both_ways: bool):
         """Relative positions' part of the scores: float32[H, T, S]."""
         c = self.config
         buckets = relative_buckets(
@@ -286,6 +288,4 @@ class T5(nnx.Module):
         table = self.embed_tokens.embedding[...].T if c.tied_head else self.lm_head.kernel[...]
         if c.scale_logits:
             hidden = hidden * c.hidden_size**-0.5
-        return jnp.einsum(
-            "btd,dv->btv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        return vocabulary_scores(hidden, table)

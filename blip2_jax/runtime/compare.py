@@ -9,6 +9,7 @@ EXECUTION = frozenset(
         "config.distributed",
         "config.faults",
         "config.mesh",
+        "config.profile",
         "config.data.threads",
         "config.data.workers",
         "config.data.index_dir",

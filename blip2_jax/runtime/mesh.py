@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -52,7 +51,7 @@ def make_mesh(config_mesh: Mapping[str, int], devices: Sequence[Any] | None = No
         of the number of TPU slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = _mesh_sizes(config_mesh, len(devices))
+    sizes = mesh_sizes(config_mesh, len(devices))
     num_slices = _num_slices(devices)
     if num_slices == 1:
         types = (AxisType.Auto,) * len(AXES)
@@ -60,7 +59,7 @@ def make_mesh(config_mesh: Mapping[str, int], devices: Sequence[Any] | None = No
     return Mesh(_hybrid_grid(sizes, num_slices, devices), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _mesh_sizes(config_mesh: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
+def mesh_sizes(config_mesh: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
     """The three axis sizes, with the -1 filled in."""
     sizes = dict(config_mesh)
     if sorted(sizes) != sorted(AXES):
@@ -130,44 +129,6 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.A
 def num_batch_shards(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-
-
-def take_rows(x: jax.Array, index: jax.Array, mesh: Mesh) -> jax.Array:
-    """`x[index]` along the batch, without the whole of x on any device.
-
-    Left to itself, XLA gathers all of x everywhere. Here the shards go round in a ring, and each
-    device keeps the rows it wants as they pass; one shard more than its own is all it ever holds.
-
-    Args:
-      x: [B, ...], laid out as `batch_sharding`.
-      index: int32[B], rows of the global batch.
-      mesh: the mesh.
-
-    Returns:
-      [B, ...], laid out as x. Differentiable in x.
-    """
-    shards = num_batch_shards(mesh)
-    if shards == 1:
-        return x[index]
-
-    def local(x: jax.Array, index: jax.Array) -> jax.Array:
-        here, rows = jax.lax.axis_index(BATCH_AXES), len(x)
-        ring = [(i, (i + 1) % shards) for i in range(shards)]
-
-        def step(carry, turn):
-            passing, found = carry
-            at = index - (here - turn) % shards * rows  # place in the shard that is passing
-            wanted = (at >= 0) & (at < rows)
-            wanted = wanted.reshape(-1, *[1] * (x.ndim - 1))
-            found = jnp.where(wanted, passing[jnp.clip(at, 0, rows - 1)], found)
-            return (jax.lax.ppermute(passing, BATCH_AXES, ring), found), None
-
-        (_, found), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), jnp.arange(shards))
-        return found
-
-    batch = PartitionSpec(BATCH_AXES)
-    moved = jax.shard_map(local, mesh=mesh, in_specs=(batch, batch), out_specs=batch)
-    return moved(x, index)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -302,6 +263,14 @@ def placement_summary(placements: Sequence[Placement], mesh: Mesh) -> str:
     ]
     lines += [f"  {p.path} {list(p.shape)}: {note}" for p in placements for note in p.notes]
     return "\n".join(lines)
+
+
+def bytes_per_device(abstract_tree: Any) -> int:
+    """What a device holds of a tree of arrays, or of `jax.ShapeDtypeStruct`s with shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+        for x in jax.tree.leaves(abstract_tree)
+    )
 
 
 def flatten_with_names(tree: Any) -> list[tuple[str, Any]]:

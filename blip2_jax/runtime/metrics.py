@@ -136,6 +136,40 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
 
 
+class Profiler:
+    """Records some steps for TensorBoard's and XProf's trace viewers, into `workdir/profile`.
+
+    Args:
+      workdir: the run's folder.
+      first: number of the first step to record, counted from 0.
+      steps: how many; 0: none.
+    """
+
+    def __init__(self, workdir: str | Path, first: int, steps: int):
+        self._folder = str(Path(workdir) / "profile")
+        self._first, self._last = first, first + steps
+        self._on = False
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._on:
+            jax.profiler.stop_trace()
+
+    def before(self, step: int, results: Any) -> None:
+        """Call before each step with its number and the results of the one before."""
+        on = self._first <= step < self._last
+        if on == self._on:
+            return
+        jax.block_until_ready(results)  # nothing of the steps before or after is in the trace
+        if on:
+            jax.profiler.start_trace(self._folder)
+        else:
+            jax.profiler.stop_trace()
+        self._on = on
+
+
 class Progress:
     """A bar on a terminal, and a plain line now and then where output goes to a file.
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from blip2_jax.models.blip2 import Blip2Stage1
+from blip2_jax.runtime import exchange
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.stages import losses
 from blip2_jax.stages.step import Batch, Metrics, Params, Spec, State, update
@@ -41,9 +42,13 @@ def loss_fn(
     features = model.image_features(batch["image"], k_vit)
     image_kv = _keys_values(model, features)
     queries, past = model.query_image(image_kv, k_image)
+    # Every device compares its own images with all texts, which are small; images stay.
+    texts = jax.lax.with_sharding_constraint(
+        model.embed_text(ids, mask, k_text), meshes.replicated(spec.mesh)
+    )
     itc, image_to_text, text_to_image = losses.itc_loss(
         model.project_image(queries),
-        model.embed_text(ids, mask, k_text),
+        texts,
         model.temp[...],
         same,
         label_smoothing=options.label_smoothing,
@@ -55,7 +60,7 @@ def loss_fn(
     if meshes.num_batch_shards(spec.mesh) == 1:
         hard_kv = jax.tree.map(lambda x: x[:, hard_image], image_kv)
     else:
-        hard_kv = _keys_values(model, meshes.take_rows(features, hard_image, spec.mesh))
+        hard_kv = _keys_values(model, exchange.take_rows(features, hard_image, spec.mesh))
     itm, itm_accuracy = _itm(model, image_kv, hard_kv, hard_text, ids, mask, k_itm)
     itg = _itg(model, past, ids, mask, options, k_itg)
 
@@ -82,16 +87,19 @@ def _keys_values(model: Blip2Stage1, features: jax.Array):
 def _itm(model, image_kv, hard_kv, hard_text, ids, mask, key):
     """Matching, with a hard negative image for each text and a hard negative text for each image.
 
-    The batch of three: (text, its image), (text, hard image), (hard text, image); the first third
-    matches.
+    Three rows for each pair, next to each other so that none travels: (text, its image), which
+    match, (text, hard image) and (hard text, image).
     """
-    three_kv = jax.tree.map(
-        lambda x, hard: jnp.concatenate([x, hard, x], axis=1), image_kv, hard_kv
-    )
-    three_ids = jnp.concatenate([ids, ids, ids[hard_text]])
-    three_mask = jnp.concatenate([mask, mask, mask[hard_text]])
+
+    def three(*rows, axis=0):
+        x = jnp.stack(rows, axis=axis + 1)
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+    three_kv = jax.tree.map(lambda x, hard: three(x, hard, x, axis=1), image_kv, hard_kv)
+    three_ids = three(ids, ids, ids[hard_text])
+    three_mask = three(mask, mask, mask[hard_text])
     logits = model.match(three_kv, three_ids, three_mask, key)
-    labels = (jnp.arange(3 * len(ids)) < len(ids)).astype(jnp.int32)
+    labels = (jnp.arange(len(logits)) % 3 == 0).astype(jnp.int32)
     accuracy = (logits.argmax(axis=-1) == labels).mean(dtype=jnp.float32)
     return losses.cross_entropy(logits, labels).mean(), accuracy
 

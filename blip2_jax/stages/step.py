@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
+from blip2_jax.models import lora
 from blip2_jax.runtime.optim import apply_gradients
 
 Params = dict[str, Any]  # nested dict of arrays; top-level keys name towers and parts
@@ -47,7 +48,7 @@ class Spec:
         both = params.keys() & frozen.keys()
         if both:
             raise ValueError(f"Trained and frozen at once: {', '.join(sorted(both))}.")
-        return nnx.merge(self.graph, {**frozen, **params})
+        return nnx.merge(self.graph, lora.together({**frozen, **params}))
 
 
 LossFn = Callable[..., tuple[jax.Array, Metrics]]

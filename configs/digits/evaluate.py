@@ -5,11 +5,15 @@ blip2 evaluate --config=configs/digits/evaluate.py --workdir=runs/quickstart
 
 from ml_collections import ConfigDict
 
+from configs.eval.default import get_config as default
+from configs.eval.default import task
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
+    config = default()
     config.name = "digits-evaluate"
-    config.seed = 0
+    config.title = "BLIP-2 in the embedded world"
+    config.batch_size = 50
     # Which run each task evaluates: as published, retrieval is stage 1's, the others stage 2's.
     config.models = ConfigDict(
         {
@@ -21,10 +25,29 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(
         {"dir": "runs/quickstart/data", "split": "test", "held_out_split": "held_out"}
     )
-    config.batch_size = 50
-    config.retrieval = ConfigDict({"candidates": 100, "rerank": 16})
-    # Fields of `inference.decode.Decoding`; greedy, where the published rows take five beams.
-    config.captioning = ConfigDict({"decoding": {"num_beams": 1, "max_new_tokens": 30}})
-    config.vqa = ConfigDict({"form": "official", "decoding": {"num_beams": 1, "max_new_tokens": 6}})
-    config.report = ConfigDict({"examples": 24, "attention": 4})
+    # Greedy, where the published rows take five beams; texts as the world writes them.
+    greedy = {"num_beams": 1, "min_new_tokens": 1, "length_counts": "generated"}
+    questions = {"blind": True, "clean_text": False, "forms": ("official",)}
+    answers = {**questions, "decoding": {**greedy, "max_new_tokens": 6}}
+    config.tasks = ConfigDict(
+        {
+            "retrieval": task(
+                "retrieval", "tfds", "test",
+                rerank=16, captions=1, group=100, clean_text=False, truncate=0,
+            ),
+            "caption": task(
+                "captioning", "tfds", "test",
+                blind=True, scores=("cider", "bleu4", "rouge_l"), decoding=greedy, examples=24,
+            ),
+            "vqa": task("vqa", "tfds", "test", **answers),
+            "vqa_held_out": task("vqa", "tfds", "held_out", **answers, examples=0),
+        }
+    )  # fmt: skip
+    for name, section in config.tasks.items():
+        kind = {"retrieval": "retrieval", "caption": "captioning"}.get(name, "vqa")
+        split = "held_out_split" if name == "vqa_held_out" else "split"
+        section.model = config.models.get_ref(kind)
+        section.data.update(
+            {"dir": config.data.get_ref("dir"), "split": config.data.get_ref(split)}
+        )
     return config

@@ -195,17 +195,18 @@ def test_what_a_source_leaves_out_counts_towards_the_share(tmp_path):
 
 
 def test_scores_leave_out_what_is_broken_and_replace_nothing(broken):
-    changed = ConfigDict(broken.to_dict())
-    changed.eval.batch_size = 4
-    with loader.scored_batches(changed, 16, split="train") as batches:
+    source = loader.make_source(broken, "train")
+    with loader.scored_batches(source, 16, 4, rows=range(len(source))) as batches:
         found = list(batches)
+        skipped = batches.skipped
     valid = np.concatenate([b["valid"] for b in found])
     index = np.concatenate([b["index"] for b in found])
-    total = len(loader.make_source(changed, "train"))
-    assert index.tolist() == list(range(len(valid))) and not valid[total:].any()
+    total = len(source)
+    assert index[:total].tolist() == list(range(total)) and not valid[total:].any()
     known = {"duplicated key", "archive cut short", "not JSON"}  # left out from the start
     started = sum(ALL[reason] for reason in known) + 2  # and two of the empty files
-    assert total - valid.sum() == sum(ALL.values()) - started
+    cleaned = 1  # a caption of which only training's cleaning leaves nothing
+    assert total - valid.sum() == sum(ALL.values()) - started - cleaned == skipped.count
 
 
 def test_counting():

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import tests.data.made as made
 import tests.tiny as tiny
 from blip2_jax import cli, prepare
-from blip2_jax.data import loader
+from blip2_jax.data import loader, transforms
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +199,13 @@ def test_batches_are_the_same_for_any_number_of_workers_and_any_resume(mixed):
         assert_same(take(changed, 8 - start, start), one[start:])
 
 
+def test_batches_are_the_same_for_several_hosts_with_several_workers(mixed):
+    one = take(mixed, 8)
+    changed = ConfigDict(mixed.to_dict())
+    changed.data.workers = 2
+    assert_same(whole([share(changed, 5, index, 2, 3) for index in range(2)]), one[3:])
+
+
 def test_the_shares_of_a_mixture_are_exact_in_the_long_run(mixed):
     """3 to 1, and every part's records once before any of them twice."""
     ids = np.concatenate([b["image_id"] for b in take(mixed, 10)])
@@ -222,16 +229,21 @@ def test_captions_are_drawn_at_random_and_cleaned(folder):
             assert one.setdefault(int(number), row.tobytes()) == row.tobytes()
 
 
-def test_scores_see_every_record_once_on_any_number_of_hosts(folder):
-    config = make_config(folder)  # 10 records in batches of 4
-    for count in (1, 2, 4):
-        seen, lengths = [], set()
-        for index in range(count):
-            with loader.scored_batches(config, 16, host=loader.Host(index, count)) as batches:
-                found = list(batches)
-            lengths.add(len(found))
-            seen += [i for b in found for i in b["index"][b["valid"]].tolist()]
-        assert sorted(seen) == list(range(10)) and lengths == {3}
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_scores_see_the_rows_asked_for_once_and_in_order(folder, batch_size):
+    config = make_config(folder)
+    source = loader.make_source(config, "train")
+    rows = [7, 0, 3, 9, 1]
+    with loader.scored_batches(source, 16, batch_size, rows=rows) as batches:
+        found = list(batches)
+    assert {len(b["index"]) for b in found} == {batch_size}
+    valid = np.concatenate([b["valid"] for b in found])
+    index = np.concatenate([b["index"] for b in found])
+    images = np.concatenate([b["image"] for b in found])
+    assert index[valid].tolist() == rows and valid.sum() == 5
+    for row, image in zip(index[valid], images[valid], strict=True):
+        whole = transforms.resize(transforms.decode_image(source[int(row)]["image"]), 16)
+        np.testing.assert_array_equal(image, whole)
 
 
 def test_batches_go_ahead_to_the_device_in_order(folder):

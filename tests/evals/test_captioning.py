@@ -166,7 +166,10 @@ def test_without_java_the_result_says_fallback(monkeypatch):
     metrics = captioning.caption_metrics({1: "a dog"}, {1: ["a dog"]})
     assert metrics["tokenizer"] == "fallback"
     with pytest.raises(RuntimeError, match="METEOR needs Java"):
-        captioning.caption_metrics({1: "a dog"}, {1: ["a dog"]}, meteor=True)
+        captioning.caption_metrics({1: "a dog"}, {1: ["a dog"]}, scores=["meteor"])
+    missing = captioning.left_out(captioning.SCORES)
+    assert missing.keys() == {"meteor", "spice"} and "Java" in missing["spice"]
+    assert captioning.left_out(["cider", "bleu4"]) == {}
     with pytest.raises(RuntimeError, match="install a JRE"):
         captioning.tokenize(["a dog"], tokenizer="ptb")
 
@@ -184,7 +187,7 @@ def test_java_that_does_not_run_is_reported_and_replaced(monkeypatch, tmp_path):
 @needs_java
 def test_meteor_only_when_asked_for_and_nothing_is_printed(capfd):
     predictions, references = {1: "a dog runs", 2: ""}, {1: ["a dog ran"], 2: ["the cat"]}
-    metrics = captioning.caption_metrics(predictions, references, meteor=True)
+    metrics = captioning.caption_metrics(predictions, references, scores=["meteor"])
     assert 0.1 < metrics["meteor"] < 0.9 and metrics["tokenizer"] == "ptb"
     assert "meteor" not in captioning.caption_metrics(predictions, references)
     assert capfd.readouterr() == ("", "")
@@ -199,6 +202,20 @@ def test_facts_share_asks_the_callable_about_every_caption():
     assert captioning.facts_metrics(captions, scenes, world.facts_correct) == {
         "facts_correct": 0.75
     }
+
+
+def test_spice_says_which_models_it_needs_and_downloads_nothing(monkeypatch):
+    def no_network(*args):
+        raise AssertionError("nothing may be downloaded")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    reasons = captioning.left_out(["spice"])
+    if reasons:  # where the models are, there is nothing to say
+        assert "stanford-corenlp-3.6.0-models.jar" in reasons["spice"]
+        with pytest.raises(RuntimeError, match="SPICE needs"):
+            captioning.caption_metrics({1: "a"}, {1: ["a"]}, scores=["spice"])
+    with pytest.raises(ValueError, match="No caption score clair; known: cider"):
+        captioning.left_out(["cider", "clair"])
 
 
 @pytest.mark.parametrize(

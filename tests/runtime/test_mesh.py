@@ -30,26 +30,6 @@ def test_a_batch_is_split_over_data_and_fsdp():
     np.testing.assert_array_equal(batch["x"], rows)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)], ids=str)
-def test_rows_taken_in_a_ring_are_those_taken_at_once(sizes):
-    """Values bit for bit, gradients too, and no device is ever given the whole."""
-    mesh = mesh_lib.make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
-    place = mesh_lib.batch_sharding(mesh)
-    rng = np.random.default_rng(0)
-    x = jax.device_put(rng.normal(size=(16, 5, 3)).astype(np.float32), place)
-    weights = rng.normal(size=(16, 5, 3)).astype(np.float32)
-    for index in (rng.integers(0, 16, 16), np.zeros(16, int), np.arange(16)[::-1].copy()):
-        index = jax.device_put(index.astype(np.int32), place)
-        take = jax.jit(lambda x, i: mesh_lib.take_rows(x, i, mesh), out_shardings=place)
-        np.testing.assert_array_equal(take(x, index), np.asarray(x)[np.asarray(index)])
-        loss = lambda x, i: (mesh_lib.take_rows(x, i, mesh) * weights).sum()  # noqa: E731
-        want = np.zeros_like(weights)
-        np.add.at(want, np.asarray(index), weights)
-        np.testing.assert_allclose(jax.jit(jax.grad(loss))(x, index), want, atol=1e-5)
-    program = take.lower(x, index).compile().as_text()
-    assert "all-gather" not in program
-
-
 def shape(*dims):
     return jax.ShapeDtypeStruct(dims, jnp.float32)
 

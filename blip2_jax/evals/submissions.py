@@ -1,0 +1,69 @@
+"""Files that evaluation servers take, written and read.
+
+vqa        [{"question_id": 262148000, "answer": "red"}, ...]       VQAv2, OK-VQA
+gqa        [{"questionId": "201307251", "prediction": "red"}, ...]  GQA
+captions   [{"image_id": 391895, "caption": "a man rides"}, ...]    COCO, NoCaps
+"""
+
+import json
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+FIELDS = {
+    "vqa": ("question_id", "answer"),
+    "gqa": ("questionId", "prediction"),
+    "captions": ("image_id", "caption"),
+}
+
+
+def official_ids(ids: Iterable[Hashable]) -> dict[Hashable, Any]:
+    """The numbers that COCO and NoCaps give their images, by the ids of a data set.
+
+    An id may be that number, as text, or a file's path: LAVIS's lists of COCO have nothing else
+    ("val2014/COCO_val2014_000000391895.jpg" -> 391895). Ids of which two would get the same number,
+    or that hold none, stay what they are.
+    """
+    ids = list(ids)
+    numbers = []
+    for key in ids:
+        found = re.findall(r"\d+", Path(str(key)).stem)
+        numbers.append(int(found[-1]) if found else None)
+    if None in numbers or len(set(numbers)) < len(ids):
+        return {key: key for key in ids}
+    return dict(zip(ids, numbers, strict=True))
+
+
+def write(path: Path, kind: str, predictions: Mapping[Hashable, str]) -> None:
+    """Writes texts by official id; `kind` is one of `FIELDS`."""
+    key, value = FIELDS[kind]
+    rows = [{key: number, value: text} for number, text in predictions.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+
+
+def read(path: Path, kind: str) -> dict[Hashable, str]:
+    """The inverse of `write`.
+
+    Raises:
+      ValueError: the file is not of this kind, or has an id twice.
+    """
+    key, value = FIELDS[kind]
+    wanted = f'a list of {{"{key}": ..., "{value}": text}}'
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no file {path}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}. Wanted is {wanted}.") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds a {type(rows).__name__}; wanted is {wanted}.")
+    found: dict[Hashable, str] = {}
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or key not in row or not isinstance(row.get(value), str):
+            raise ValueError(f"{path}, entry {number} is {str(row)[:80]}; wanted is {wanted}.")
+        if row[key] in found:
+            raise ValueError(f"{path} has {key} {row[key]!r} twice.")
+        found[row[key]] = row[value]
+    return found

@@ -1,0 +1,87 @@
+"""Where the time of a run goes: examples a second, FLOPs utilisation, waiting for data, goodput.
+
+All times are of a clock that only goes forward: a machine whose date is set changes nothing.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import jax
+
+from blip2_jax.runtime import chips
+
+
+class Clock:
+    """The clock of one process of a run.
+
+    Goodput is the share of a run's time, all its processes since they started, that went into
+    steps which count: not into starting, compiling, waiting for data, evaluating or saving, nor
+    into steps that were lost in a crash.
+
+    Args:
+      examples: in a step.
+      flops: of one example in a step (`stages.flops`).
+    """
+
+    def __init__(self, *, examples: int, flops: float):
+        self._examples, self._flops = examples, flops
+        self._chip = chips.of_device_kind(jax.devices()[0].device_kind)
+        self._started = time.monotonic()
+        self._useful = 0.0
+        self._since = self._steps = self._waited = self._aside = 0.0
+
+    def resume(self, *, seconds: float, useful: float) -> None:
+        """Adds what earlier processes of the run needed, as their last checkpoint says."""
+        self._started -= seconds
+        self._useful += useful
+
+    @property
+    def seconds(self) -> float:
+        """Of the run, all its processes together."""
+        return time.monotonic() - self._started
+
+    @property
+    def useful(self) -> float:
+        """Of these, what went into steps that count."""
+        return self._useful
+
+    def start(self) -> None:
+        """The first step is compiled and about to begin."""
+        self._since = time.monotonic()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time that is no step's: an evaluation, a checkpoint."""
+        began = time.monotonic()
+        yield
+        self._aside += time.monotonic() - began
+
+    def read(self, step: int, waited: float) -> dict[str, float]:
+        """What to log of the steps since the last reading.
+
+        Args:
+          step: steps that this process has done; all their results are there.
+          waited: seconds that it has waited for data.
+
+        Returns:
+          `examples_per_second`, of all chips and of one; `data_wait`, a share of the time;
+          `goodput`; and `mfu` on chips with a row in `runtime.chips`: the share of their stated
+          bfloat16 FLOP/s that the model's own FLOPs make, rematerialization not counted.
+        """
+        now = time.monotonic()
+        seconds = max(now - self._since - self._aside, 1e-9)
+        wait = min(waited - self._waited, seconds)
+        rate = (step - self._steps) * self._examples / seconds
+        self._useful += seconds - wait
+        self._since, self._steps, self._waited, self._aside = now, step, waited, 0.0
+        found = {
+            "examples_per_second": rate,
+            "examples_per_second_per_chip": rate / jax.device_count(),
+            "data_wait": wait / seconds,
+            "goodput": self._useful / self.seconds,
+        }
+        if self._chip is not None:
+            peak = self._chip.peak_flops * jax.device_count()
+            found["mfu"] = rate * self._flops / peak
+        return found

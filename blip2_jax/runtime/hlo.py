@@ -1,0 +1,462 @@
+"""What a compiled program does, read from its text: collectives and matrix products.
+
+XLA's own `cost_analysis` counts the body of a loop once. Here everything counts as often as it
+runs: a scan over 39 layers counts 39 times. A loop whose number of trips is decided at run time
+counts once; there is one, the rounds of `exchange.take_rows`, which all together move what one
+round has room for.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4, "c64": 64, "c128": 128}
+
+
+class Collective(NamedTuple):
+    """One collective of a program, with all the times that a step runs it.
+
+    Attributes:
+      kind: "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all" or
+        "collective-permute".
+      axes: the mesh axes along which data moves.
+      devices: that take part in each group.
+      times: how often a step runs it.
+      sent: bytes that a chip sends in a step, on average, by a ring.
+      crosses_slices: whether they go through the network between slices.
+      name: the operation of the model that it belongs to.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    devices: int
+    times: int
+    sent: float
+    crosses_slices: bool
+    name: str
+
+
+class Program(NamedTuple):
+    """What one chip does in one run of a program.
+
+    Attributes:
+      collectives: each one.
+      flops: of matrix products.
+      open_loops: loops whose trips are decided at run time, counted once.
+    """
+
+    collectives: list[Collective]
+    flops: float
+    open_loops: int
+
+
+def read(text: str, mesh_shape: Mapping[str, int], num_slices: int = 1) -> Program:
+    """Reads a compiled program.
+
+    Args:
+      text: of `jax.stages.Compiled.as_text()`.
+      mesh_shape: axis name -> size, in the order of the mesh's axes.
+      num_slices: TPU slices, which the first axis crosses. The program is one slice's then; what
+        passes between slices is sent by the host.
+    """
+    first, *others = mesh_shape.items()
+    mesh_shape = {first[0]: first[1] // num_slices, **dict(others)}
+    computations, entry = _parse(text)
+    starts = _starts(computations)
+    started = {channel for channels in starts.values() for channel in channels}
+    found: dict[tuple, Collective] = {}
+    flops, open_loops = 0.0, 0
+    for run in _walk(computations, entry, 1, entry):
+        for op in computations[run.name].values():
+            if op.opcode == "while" and run.open_loop(op):
+                open_loops += 1
+            elif op.opcode in ("convolution", "dot"):
+                flops += run.times * _matmul_flops(op, computations[run.name])
+            elif collective := _collective(op, computations[run.name], run, mesh_shape, num_slices):
+                channel = _channel(op)
+                if channel in started and channel not in starts.get(run.name, ()):
+                    continue  # on its way
+                key = (run.inside, collective.kind, channel or op.name)
+                found.setdefault(key, collective)
+    return Program(list(found.values()), flops, open_loops)
+
+
+def _channel(op: "_Op") -> str:
+    found = re.search(r"channel_id=(\d+)", op.attributes)
+    return found.group(1) if found else ""
+
+
+def _starts(computations: Mapping[str, "_Computation"]) -> dict[str, set[str]]:
+    """Computations that set an asynchronous collective going -> the channels they use.
+
+    On TPUs a collective goes on in pieces, each fused with other work and possibly in another loop,
+    and each piece is written as the whole collective, with its channel. Only the start counts.
+    """
+    return {
+        name: {_channel(op) for op in ops.values() if op.opcode in KINDS}
+        for name, ops in computations.items()
+        if any("AsyncCollectiveStart" in op.attributes for op in ops.values())
+    }
+
+
+# ----------------------------------------------------------------------------------- the text
+
+
+@dataclasses.dataclass(frozen=True)
+class _Op:
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    argument: str  # what stands between the parentheses: the value of a constant
+    root: bool
+
+    def called(self, key: str) -> str:
+        found = re.search(rf"\b{key}=%([\w.\-]+)", self.attributes)
+        return found.group(1) if found else ""
+
+
+_Computation = dict[str, _Op]
+_HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{\s*$")
+_LINE = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = ")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+
+
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+    """Computations by name, each a dict of its operations by name; and the entry's name."""
+    computations: dict[str, _Computation] = {}
+    entry, current = "", {}
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header.group(2), {})
+            if header.group(1):
+                entry = header.group(2)
+        elif start := _LINE.match(line):
+            rest = re.sub(r"/\*.*?\*/", "", line[start.end() :])
+            end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+            shape, rest = rest[:end], rest[end:].lstrip()
+            opcode, _, _ = rest.partition("(")
+            close = _closing(rest, len(opcode))
+            argument = rest[len(opcode) + 1 : close]
+            operands = tuple(re.findall(r"%([\w.\-]+)", argument))
+            name, root = start.group(2), bool(start.group(1))
+            op = _Op(name, shape, opcode, operands, rest[close + 1 :], argument, root)
+            current[name] = op
+    if not entry:
+        raise ValueError("This is not the text of an XLA program: it has no ENTRY computation.")
+    return computations, entry
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if depth == 0:
+            return place
+    raise ValueError(f"A parenthesis does not close: {text[start : start + 80]}")
+
+
+def num_bytes(shape: str) -> float:
+    """Of an array or of a tuple of them, as XLA writes shapes."""
+    total = 0.0
+    for kind, dims in _ARRAY.findall(shape):
+        bits = BITS.get(kind) or int((re.search(r"\d+", kind) or [0])[0])
+        total += bits / 8 * math.prod(_dims(dims))
+    return total
+
+
+def _dims(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]
+
+
+# ------------------------------------------------------------------------------ what is run
+
+
+class _Run(NamedTuple):
+    """A computation that runs `times` in a step; `inside` is the call that it is fused into."""
+
+    name: str
+    times: int
+    inside: str
+    trips: Mapping[str, int | None]
+
+    def open_loop(self, loop: _Op) -> bool:
+        return self.trips[loop.name] is None
+
+
+def _walk(
+    computations: Mapping[str, _Computation], name: str, times: int, inside: str
+) -> Iterator[_Run]:
+    """Every computation that runs, as often as it is called; of a condition, all branches."""
+    ops = computations[name]
+    loops = [op for op in ops.values() if op.opcode == "while"]
+    trips = {op.name: _trips(op, ops, computations) for op in loops}
+    yield _Run(name, times, inside, trips)
+    for op in ops.values():
+        own = f"{inside}/{op.name}"
+        if op.opcode == "while":
+            count = 1 if trips[op.name] is None else trips[op.name]
+            yield from _walk(computations, op.called("body"), times * count, own)
+        elif op.opcode == "conditional":
+            for branch in re.findall(r"%([\w.\-]+)", op.attributes.partition("metadata")[0]):
+                if branch in computations:
+                    yield from _walk(computations, branch, times, own)
+        elif called := op.called("calls") or (op.opcode == "call" and op.called("to_apply")):
+            yield from _walk(computations, called, times, own if op.opcode == "call" else inside)
+
+
+def _trips(loop: _Op, ops: _Computation, computations) -> int | None:
+    """How often a counted loop runs; None where that is decided at run time."""
+    condition = computations[loop.called("condition")]
+    body = computations[loop.called("body")]
+    test = next(op for op in condition.values() if op.root)
+    test, condition = _unfused(test, condition, computations)
+    if test.opcode != "compare" or "direction=LT" not in test.attributes:
+        return None
+    start = ops.get(loop.operands[0])
+
+    def initially(index: int) -> int | None:
+        if start is None or start.opcode != "tuple":
+            return None
+        return _constant(start.operands[index], ops)
+
+    counter = _element(test.operands[0], condition)
+    limit = _constant(test.operands[1], condition)
+    if limit is None and (place := _element(test.operands[1], condition)) is not None:
+        limit = initially(place)
+    if counter is None or limit is None:
+        return None
+    first = initially(counter)
+    root = next(op for op in body.values() if op.root)
+    step = None
+    if root.opcode == "tuple":
+        step = _step(root.operands[counter], counter, body, computations)
+    if first is None or not step:
+        return None
+    return max(0, math.ceil((limit - first) / step))
+
+
+def _unfused(op: _Op, ops: _Computation, computations) -> tuple[_Op, _Computation]:
+    """The root of a fusion in place of the fusion, its parameters being the fusion's operands."""
+    if op.opcode != "fusion":
+        return op, ops
+    inner = dict(computations[op.called("calls")])
+    for name, part in list(inner.items()):
+        if part.opcode == "parameter":
+            inner[name] = dataclasses.replace(
+                part, opcode="copy", operands=(op.operands[int(part.argument)],)
+            )
+    root = next(part for part in inner.values() if part.root)
+    return root, {**ops, **inner}
+
+
+def _source(name: str, ops: _Computation) -> _Op | None:
+    """Through what changes no value."""
+    op = ops.get(name)
+    while op is not None and op.opcode in ("copy", "bitcast", "convert", "reshape"):
+        op = ops.get(op.operands[0])
+    return op
+
+
+def _element(name: str, ops: _Computation) -> int | None:
+    """The index in the loop's tuple, of what is taken from it."""
+    op = _source(name, ops)
+    if op is None or op.opcode != "get-tuple-element":
+        return None
+    found = re.search(r"index=(\d+)", op.attributes)
+    return int(found.group(1)) if found else None
+
+
+def _constant(name: str, ops: _Computation) -> int | None:
+    op = _source(name, ops)
+    if op is not None and op.opcode == "constant" and re.fullmatch(r"-?\d+", op.argument):
+        return int(op.argument)
+    return None
+
+
+def _step(name: str, counter: int, ops: _Computation, computations) -> int | None:
+    """What a turn of the loop adds to its counter."""
+    op = _source(name, ops)
+    if op is None:
+        return None
+    op, ops = _unfused(op, ops, computations)
+    if op.opcode != "add":
+        return None
+    for here, other in (op.operands, op.operands[::-1]):
+        if _element(here, ops) == counter:
+            return _constant(other, ops)
+    return None
+
+
+# --------------------------------------------------------------------------- matrix products
+
+
+def _matmul_flops(op: _Op, ops: _Computation) -> float:
+    """Two a multiplication. TPU programs write all products as convolutions."""
+    left, right = (_dims(_ARRAY.search(ops[name].shape).group(2)) for name in op.operands[:2])
+    out = _dims(_ARRAY.search(op.shape).group(2))
+    if op.opcode == "dot":
+        found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
+        return 2.0 * math.prod(out) * math.prod(left[i] for i in _dims(found.group(1)))
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
+    of_left, of_right, of_out = labels.groups()
+    inputs = right[of_right.index("i")]
+    flops = 2.0 * out[of_out.index("b")] * out[of_out.index("f")] * inputs
+    for number, axis in enumerate(axis for axis in sorted(of_out) if axis.isdigit()):
+        flops *= _taps(
+            left[of_left.index(axis)],
+            right[of_right.index(axis)],
+            out[of_out.index(axis)],
+            _window(op.attributes, number),
+        )
+    return flops
+
+
+def _window(attributes: str, number: int) -> dict[str, int]:
+    """Stride, dilations and low padding of one spatial axis."""
+    window = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(part.split("=") for part in window.group(1).split() if "=" in part)
+    pick = lambda key, default: fields[key].split("x")[number] if key in fields else default  # noqa: E731
+    return {
+        "stride": int(pick("stride", "1")),
+        "low": int(pick("pad", "0_0").split("_")[0]),
+        "lhs": int(pick("lhs_dilate", "1")),
+        "rhs": int(pick("rhs_dilate", "1")),
+    }
+
+
+def _taps(size: int, kernel: int, out: int, window: Mapping[str, int]) -> int:
+    """Pairs (output, kernel position) that meet an element, not padding or a hole of dilation.
+
+    A batched product is written as a convolution in which each output meets exactly one.
+    """
+    place = np.arange(out)[:, None] * window["stride"] - window["low"]
+    place = place + np.arange(kernel)[None, :] * window["rhs"]
+    inside = (place >= 0) & (place <= (size - 1) * window["lhs"]) & (place % window["lhs"] == 0)
+    return int(inside.sum())
+
+
+# ------------------------------------------------------------------------------- collectives
+
+KINDS = (
+    "ragged-all-to-all", "all-gather", "all-reduce", "reduce-scatter", "all-to-all",
+    "collective-permute", "collective-broadcast",
+)  # fmt: skip
+
+
+def _collective(
+    op: _Op, ops: _Computation, run: _Run, mesh_shape: Mapping[str, int], num_slices: int
+) -> Collective | None:
+    kind = op.opcode.removesuffix("-start")
+    sizes = [num_bytes(ops[name].shape) for name in op.operands]
+    between = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes)
+    if kind == "send" and between:
+        kind, size = between.group(1).lower().replace("_", "-"), num_slices
+        axes = (next(iter(mesh_shape)),)
+        sizes = sizes[:1]  # the other operand is a token
+    elif kind in KINDS:
+        members, size = _groups(op.attributes, math.prod(mesh_shape.values()))
+        places = np.unravel_index(members, tuple(mesh_shape.values()))
+        axes = tuple(
+            name for name, at in zip(mesh_shape, places, strict=True) if len(np.unique(at)) > 1
+        )
+    else:
+        return None
+    if size == 1:
+        return None  # nobody to talk to
+    # Gradients are summed and split in one: XLA for TPU writes it as a fusion of an all-reduce.
+    if kind == "all-reduce" and "all-reduce-scatter" in run.name:
+        kind = "reduce-scatter"
+    once = {
+        "all-gather": sum(sizes) * (size - 1),
+        "all-reduce": 2 * sum(sizes) * (size - 1) / size,
+        # What a chip sends is what it holds: its rows, of which the round may have room for more.
+        "ragged-all-to-all": min(sizes[:2], default=0) * (size - 1) / size,
+        "collective-permute": sum(sizes),
+    }.get(kind, sum(sizes) * (size - 1) / size)
+    named = re.search(r'op_name="([^"]*)"', op.attributes)
+    return Collective(
+        kind=kind,
+        axes=axes,
+        devices=size,
+        times=run.times,
+        sent=once * run.times,
+        crosses_slices=bool(between),
+        name=named.group(1) if named else "",
+    )
+
+
+def _groups(attributes: str, devices: int) -> tuple[list[int], int]:
+    """Members of one group, and how many there are; of a permutation, a sender and receiver."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
+        moving = [(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs.group(1)) if a != b]
+        if not moving:
+            return [], 1
+        return list(moving[0]), len({place for pair in moving for place in pair})
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        members = _dims(listed.group(1))
+        return members, len(members)
+    if iota := re.search(
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
+    ):
+        shape, of, order = iota.groups()
+        ids = np.arange(devices).reshape(_dims(of))
+        ids = ids.transpose(_dims(order)) if order else ids
+        members = ids.reshape(_dims(shape))[0].tolist()
+        return members, len(members)
+    if named := re.search(r"replica_groups=mesh\[(.*?)\](.*?)\{([^}]*)\}", attributes):
+        return _named_group(*named.groups(), devices)
+    if "replica_groups={}" in attributes:
+        return list(range(devices)), devices
+    raise ValueError(f"Replica groups that are not known: {attributes[:200]}")
+
+
+def _named_group(axes: str, order: str, over: str, devices: int) -> tuple[list[int], int]:
+    """Groups as axes of a mesh of the compiler's own: mesh['a'=2,'b'=8] {'b'}, also 'b':(2)4."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+    ids = np.arange(devices)
+    if given := re.search(r"device_ids=\(?\[([\d,]+)\](?:<=\[([\d,]+)\])?T?\(?([\d,]+)?", order):
+        shape, of, transposed = given.groups()
+        ids = ids.reshape(_dims(of or shape))
+        ids = ids.transpose(_dims(transposed)) if transposed else ids
+    ids = ids.reshape(tuple(sizes.values()))
+    wanted = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", over)
+    # A part 'b':(pre)size of an axis: its index is pre * size * rest, of which the middle moves.
+    picks = [np.array([0])] * len(sizes)
+    for name, before, size in wanted:
+        place = list(sizes).index(name)
+        if size:
+            rest = sizes[name] // (int(before) * int(size))
+            extra = np.arange(int(size)) * rest
+            picks[place] = np.unique(np.add.outer(picks[place], extra))
+        else:
+            picks[place] = np.arange(sizes[name])
+    members = ids[np.ix_(*picks)].ravel().tolist()
+    return members, len(members)
+
+
+def by_kind(collectives: Sequence[Collective]) -> list[Collective]:
+    """Those of a kind on the same axes as one, the most bytes first."""
+    sums: dict[tuple, list[Collective]] = collections.defaultdict(list)
+    for c in collectives:
+        sums[(c.kind, c.axes, c.devices, c.crosses_slices)].append(c)
+    merged = [
+        Collective(
+            kind,
+            axes,
+            devices,
+            sum(c.times for c in parts),
+            sum(c.sent for c in parts),
+            crosses,
+            "",
+        )
+        for (kind, axes, devices, crosses), parts in sums.items()
+    ]
+    return sorted(merged, key=lambda c: -c.sent)

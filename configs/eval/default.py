@@ -1,0 +1,129 @@
+"""Every key that an evaluation has, with what it means.
+
+An evaluation is a short file beside this one: it takes these defaults, names its tasks, and gives
+each what is special about it. A task's keys are set from the command line by its name:
+`--config.tasks.vqav2_val.decoding.num_beams=1`.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "evaluate"
+    config.title = ""  # of the page; "": made from the name
+    config.seed = 0  # of which images the page shows
+    config.distributed = False  # several hosts (or BLIP2_DISTRIBUTED=1): call jax.distributed
+
+    # What is evaluated, unless a task names its own; --model=SRC goes before both. A run's
+    # workdir, a Hugging Face folder or hub name, a native folder or a LAVIS .pth, for which the
+    # towers' own folders or files are named too.
+    config.model = ""
+    config.vit = ""
+    config.llm = ""
+    config.qformer_tokenizer = ""
+    config.llm_tokenizer = ""
+    config.dtype = ""  # what is computed in; "": as stored
+    # The mesh over the devices of one host; -1 once: all that the others leave. Every host holds
+    # the model and takes its share of the images.
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    config.batch_size = 32  # images, questions or texts that are computed at once, on one host
+    config.threads = 16  # that read and decode images, on one host
+
+    config.tasks = ConfigDict()  # by name; see `task` below
+    # Pictures with attention maps on the page, and of what model they are made: the last task's.
+    config.report = ConfigDict({"attention": 4})
+    # What was published for this model: the table of the paper, its row, the scores in its scale
+    # (by the names that metrics have here), and where the weights are public ("": nowhere).
+    config.published = ConfigDict({"table": "", "row": "", "weights": "", "scores": ConfigDict()})
+    return config
+
+
+def task(kind: str, source: str, split: str, folder: str = "", **changes: Any) -> ConfigDict:
+    """A task with its defaults, which are the paper's.
+
+    Args:
+      kind: vqa, captioning, retrieval or ranking.
+      source: "coco", "vqav2", ... (`data/datasets.py`), "files" or "tfds".
+      split: as the data set calls it.
+      folder: of the data; "": data/SOURCE.
+      **changes: keys of this task, `decoding` as a dict of those that differ.
+    """
+    config = ConfigDict({"task": kind, "model": ""})
+    config.data = ConfigDict(
+        {
+            "source": source,
+            "dir": folder or f"data/{source}",
+            "images": "",  # folder of the images that lists name; "": the list's own
+            "split": split,
+            "form": "image",  # a record an image, with all its captions and questions
+            "index_dir": "",  # where indexes of tars are kept; "": beside them, or in the cache
+            "first": 0,  # only so many records, from the first on; 0: all
+            # Share of images that may be missing or unreadable; they are left out of the scores,
+            # and reported. Published scores leave out none.
+            "most_unreadable": 0.0,
+        }
+    )
+    config.examples = 12  # of its images on the page
+    if kind == "retrieval":
+        config.update(
+            {
+                "rerank": 128,  # candidates per query that ITM reads (LAVIS: k_test)
+                "captions": 0,  # of an image, from the first on; 0: all
+                "clean_text": True,  # LAVIS's `blip_caption` on every text
+                "truncate": 35,  # tokens of a text (LAVIS); 0: none, and too long is an error
+                "group": 0,  # score within groups of so many images, and average; 0: all at once
+            }
+        )
+    else:
+        # What stands before the text, {} for the question; None: what is published for the model's
+        # family (`blip2 generate --help`).
+        config.prompt = None
+    if kind in ("vqa", "captioning"):
+        config.truncate = 0  # tokens of a prompt; 0: none. LAVIS cuts OPT's at 32
+        config.blind = False  # the same without the image too, as a baseline
+    decoding = {
+        "num_beams": 5,
+        "max_new_tokens": 30,
+        "min_new_tokens": 8,
+        "length_penalty": 1.0,
+        "length_counts": "generated",  # or prompt: see `inference.decode.Decoding`
+        "repetition_penalty": 1.0,
+    }
+    if kind == "captioning":
+        config.decoding = ConfigDict(decoding)
+        # Those that this machine cannot compute are left out, and the result says why.
+        config.scores = ("cider", "bleu4", "meteor", "rouge_l", "spice")
+        config.by = ""  # a field of the records to score by, too: "domain" of NoCaps
+        config.tokenizer = "auto"  # ptb (Java), fallback, or auto: ptb where Java is
+    if kind in ("vqa", "ranking"):
+        config.update(
+            {
+                "clean_text": True,  # LAVIS's `blip_question` on every question
+                "metric": "vqa",  # vqa: accuracy over ten annotators; exact: GQA's
+                # Of the VQA accuracy (evals/vqa): the first is the score, others stand beside it.
+                "forms": ("lavis", "official"),
+                "lemmatize": False,  # predictions, with spaCy: OK-VQA's published scores
+            }
+        )
+    if kind == "vqa":
+        config.decoding = ConfigDict(decoding)
+        # As the published scores were made (paper, section 4.1; transformers of its time).
+        config.decoding.update(
+            {
+                "max_new_tokens": 10,
+                "min_new_tokens": 1,
+                "length_penalty": -1.0,
+                "length_counts": "prompt",
+            }
+        )
+    if kind == "ranking":
+        config.candidates = ()  # answers to choose from; (): each question's own `choices`
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            config[name].update(value)
+        else:
+            config[name] = value
+    return config

@@ -1,0 +1,85 @@
+"""One train step of each stage and each family of LLMs, on any mesh; also on several hosts.
+
+As a program it runs on one host of several and writes what it found:
+    python tests/stages/families.py FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from blip2_jax import recipe
+from blip2_jax.runtime import distributed
+from blip2_jax.runtime import mesh as meshes
+from tests import tiny
+
+# config.json of a language model: sizes are all that is read of it here.
+LLMS = {
+    "opt": {"model_type": "opt", "ffn_dim": 32, "do_layer_norm_before": True},
+    "llama": {"model_type": "llama", "intermediate_size": 32, "num_key_value_heads": 1},
+    "t5": {
+        "model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2,
+        "num_decoder_layers": 2, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+        "decoder_start_token_id": 0,
+    },
+}  # fmt: skip
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+FAMILIES = ("stage1", *LLMS)
+MESHES = ((8, 1, 1), (2, 2, 2), (4, 1, 2), (1, 8, 1))
+
+
+def config(family: str, folder: Path) -> ConfigDict:
+    """A tiny config with dropout; `folder` receives the language model's config.json."""
+    c = tiny.config("stage1" if family == "stage1" else "stage2")
+    c.model.qformer.dropout = 0.1
+    if family != "stage1":
+        sizes = SIZES if family != "t5" else {}
+        place = folder / family
+        place.mkdir(parents=True, exist_ok=True)
+        both = {"vocab_size": 40, "max_position_embeddings": 32, "word_embed_proj_dim": 16}
+        (place / "config.json").write_text(json.dumps({**both, **sizes, **LLMS[family]}))
+        c.model.llm.source = str(place)
+    return c
+
+
+def step(c: ConfigDict, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """The loss and all gradients of the compiled step, whole, on every host.
+
+    Gradients are read where the optimizer keeps them: its first moment after one step.
+    """
+    c.mesh.update(dict(zip(meshes.AXES, sizes, strict=True)))
+    devices = jax.devices()[: int(np.prod(sizes))]
+    run = recipe.build(c, meshes.make_mesh(c.mesh, devices))
+    key = jax.jit(lambda: jax.random.key(1), out_shardings=meshes.replicated(run.mesh))()
+    start = jax.jit(lambda: jax.random.key(0), out_shardings=meshes.replicated(run.mesh))()
+    share = lambda x: np.split(x, jax.process_count())[jax.process_index()]  # noqa: E731
+    batch = meshes.global_batch(jax.tree.map(share, tiny.batch(c)), run.mesh)
+    state, metrics = run.train_step(run.init_state(start), tiny.frozen(run), batch, key)
+    (moments,) = (s.mu for s in jax.tree.leaves(state["opt_state"], is_leaf=_has_mu) if _has_mu(s))
+    whole = jax.jit(lambda x: x, out_shardings=meshes.replicated(run.mesh))
+    found = jax.device_get(whole({"loss": metrics["loss"], "grads": moments}))
+    grads = {
+        name: x / (1 - c.optim.betas[0]) for name, x in meshes.flatten_with_names(found["grads"])
+    }
+    return {"loss": found["loss"], **grads}
+
+
+def _has_mu(x) -> bool:
+    return hasattr(x, "mu")
+
+
+def main(folder: Path) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    distributed.initialize()
+    for family in FAMILIES:
+        found = step(config(family, folder / str(jax.process_index())), (2, 2, 2))
+        if distributed.is_first_process():
+            np.savez(folder / f"{family}.npz", **found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

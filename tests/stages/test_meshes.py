@@ -1,0 +1,72 @@
+"""The step is the same step on any number of devices and hosts, for both stages and all LLMs."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blip2_jax.runtime import distributed
+from tests.stages import families
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one device finds, by family."""
+    folder, found = tmp_path_factory.mktemp("alone"), {}
+
+    def of(family: str):
+        if family not in found:
+            found[family] = families.step(families.config(family, folder), (1, 1, 1))
+        return found[family]
+
+    return of
+
+
+def assert_same(found, expected):
+    """Equal to 1e-5, of the largest number in each array."""
+    assert found.keys() == expected.keys()
+    for name, want in expected.items():
+        scale = max(float(np.abs(want).max()), 1e-3)
+        np.testing.assert_allclose(found[name], want, rtol=0, atol=1e-5 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("sizes", families.MESHES, ids=str)
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_loss_and_gradients_do_not_depend_on_the_mesh(family, sizes, alone, tmp_path):
+    found = families.step(families.config(family, tmp_path), sizes)
+    assert sum(np.abs(x).max() > 1e-4 for x in found.values()) > 20  # they are no zeros
+    assert_same(found, alone(family))
+
+
+def test_loss_and_gradients_do_not_depend_on_the_number_of_hosts(alone, tmp_path):
+    """Two hosts with four devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    root = Path(__file__).parents[2]
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=4"),
+        distributed.ENABLE: "1",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    command = [sys.executable, families.__file__, str(tmp_path)]
+    hosts = [
+        subprocess.Popen(
+            command, env=environment | {"JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
+    try:
+        errors = [host.communicate(timeout=600)[1] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert [host.returncode for host in hosts] == [0, 0], errors
+    for family in families.FAMILIES:
+        assert_same(np.load(tmp_path / f"{family}.npz"), alone(family))
