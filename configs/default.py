@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
             # Steps with a loss or gradient that is not finite: each is left out and reported with
             # its records; one more than this in the whole run stops it, saved.
             "most_bad_steps": 0,
+            "start_timeout": 300,  # seconds in which all processes must have come together
             "peer_timeout": 100,  # seconds without a sign of life from another process
             # Seconds without a step of this process, its compilation and evaluation included.
             "step_timeout": 3600,

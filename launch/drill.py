@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "tests/recipes/tiny_lm.py"
 STEPS, PER_ROUND = 100, 8
 LIMIT = 300.0  # seconds for one start; more is a failure
-PEER_TIMEOUT = 10
+START_TIMEOUT, PEER_TIMEOUT = 60, 10
 MOMENTS = ("start", "step", "saving")
 PREEMPTED = 42
 
@@ -45,6 +45,7 @@ class Run:
             *(f"--workdir={workdir}", f"--config.steps={steps}", "--config.log.every=1"),
             *("--config.checkpoint.every=3", "--config.optim.peak_lr=1e-3"),
             *("--config.optim.eps=1e-4", f"--config.faults.peer_timeout={PEER_TIMEOUT}"),
+            f"--config.faults.start_timeout={START_TIMEOUT}",
         ]
         environment = {
             **os.environ,

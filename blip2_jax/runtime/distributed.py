@@ -17,7 +17,7 @@ ENABLE = "BLIP2_DISTRIBUTED"
 PREEMPTED = 42  # exit code of a run that saved itself on SIGTERM: start it again to go on
 
 
-def initialize(enabled: bool = False, peer_timeout: int = 100) -> None:
+def initialize(enabled: bool = False, *, start_timeout: int = 300, peer_timeout: int = 100) -> None:
     """Joins this process with those of the other hosts; before anything else touches a device.
 
     Addresses are found by JAX itself on Cloud TPU, GKE and SLURM; elsewhere set
@@ -28,6 +28,7 @@ def initialize(enabled: bool = False, peer_timeout: int = 100) -> None:
 
     Args:
       enabled: the config's word; the environment can only switch it on.
+      start_timeout: seconds in which all processes must have come; else those that have end.
       peer_timeout: seconds without a sign of life from a process, killed or stopped, after which
         JAX ends all others with a message.
     """
@@ -40,6 +41,7 @@ def initialize(enabled: bool = False, peer_timeout: int = 100) -> None:
         jax.distributed.initialize(
             num_processes=None if count is None else int(count),
             process_id=None if index is None else int(index),
+            initialization_timeout=start_timeout,
             heartbeat_timeout_seconds=peer_timeout,
             shutdown_timeout_seconds=peer_timeout,
         )
