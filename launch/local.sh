@@ -6,6 +6,8 @@
 #
 #   PROCESSES   how many (default: 1); where there are GPUs, each process gets one of its own
 #   PORT        of the processes' meeting point (default: a random one)
+#   GRACE       seconds that the others have to end by themselves once one has failed (default: 150);
+#               then they are killed, also one that hangs or was stopped
 #   DRY_RUN=1   show what would run
 #
 # A run that ends with code 42 was told to stop and has saved itself; it is started again. When this
@@ -16,6 +18,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 case "${1:-}" in -h | --help) usage; exit 0 ;; esac
 processes="${PROCESSES:-1}"
+[[ ${GRACE:-150} =~ ^[0-9]+$ ]] || die "GRACE is $GRACE; it must be a number of seconds."
 [[ $processes =~ ^[1-9][0-9]*$ ]] || die "PROCESSES is $processes; it must be 1 or more."
 arguments "$@"
 dry_run || need blip2 "Activate the environment that has it: pip install -e $repository"
@@ -23,19 +26,9 @@ dry_run || need blip2 "Activate the environment that has it: pip install -e $rep
 pids=() stopping=no
 pass_on() { stopping=yes; kill -TERM "${pids[@]}" 2> /dev/null || true; }
 
-# The exit code of a child; a signal to this script does not end the wait.
-ended() {
-  local code
-  while :; do
-    code=0
-    wait "$1" || code=$?
-    kill -0 "$1" 2> /dev/null || return "$code"
-  done
-}
-
 # All processes, once; the exit code is that of the first to fail otherwise than with 42, or 42, or 0.
 attempt() {
-  local i pid code result=0 port="${PORT:-$((20000 + RANDOM % 20000))}" alone=()
+  local i pid code result=0 reaper="" port="${PORT:-$((20000 + RANDOM % 20000))}" alone=()
   pids=()
   for ((i = 0; i < processes; i++)); do
     if [ "$processes" -gt 1 ]; then
@@ -47,11 +40,19 @@ attempt() {
     "${alone[@]}" blip2 train "${flags[@]}" &
     pids+=($!)
   done
-  for pid in "${pids[@]}"; do
-    code=0
-    ended "$pid" || code=$?
+  while [ "${#pids[@]}" -gt 0 ]; do
+    pid="" code=0
+    wait -n -p pid "${pids[@]}" || code=$?
+    [ -n "${pid:-}" ] || continue # a signal to this script ends the wait, not the child
+    for i in "${!pids[@]}"; do [ "${pids[$i]}" != "$pid" ] || unset "pids[$i]"; done
     if [ "$code" != 0 ] && { [ "$result" = 0 ] || [ "$result" = 42 ]; }; then result="$code"; fi
+    if [ "$result" != 0 ] && [ "$result" != 42 ] && [ -z "$reaper" ] && [ "${#pids[@]}" -gt 0 ]; then
+      say "a process ended with code $result; the others have ${GRACE:-150} seconds."
+      { sleep "${GRACE:-150}" && kill -KILL "${pids[@]}"; } > /dev/null 2>&1 < /dev/null &
+      reaper=$!
+    fi
   done
+  [ -z "$reaper" ] || kill "$reaper" 2> /dev/null || true
   return "$result"
 }
 

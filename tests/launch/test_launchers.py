@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from blip2_jax.runtime.checkpoint import Checkpointer
 from blip2_jax.runtime.metrics import read_jsonl
 from tests.launch import fakes
 
@@ -527,3 +528,30 @@ def test_two_processes_train_as_one(tmp_path):
     assert [record["step"] for record in two] == [2, 4, 6]
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["hangs", "dies"])
+def test_a_process_that_is_lost_ends_the_run_in_bounded_time(tmp_path, number):
+    """Of two real processes that work as one; the same command then goes on."""
+    place = Place(tmp_path / "place", ROOT, real=True)
+    workdir = tmp_path / "run"
+    words = ["--config.steps=4000", "--config.log.every=1", "--config.checkpoint.every=50"]
+    words += ["--config.faults.peer_timeout=10", "--config.data.batch_size=8"]
+    recipe = "tests/recipes/tiny_lm.py"
+    launcher = place.start("local", recipe, str(workdir), *words, PROCESSES="2", GRACE="20")
+    log = workdir / "metrics.jsonl"
+    wait_until(lambda: log.is_file() and len(log.read_text().splitlines()) > 20, seconds=240)
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(launcher.pid)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    children = [int(line) for line in listed.stdout.split()]
+    os.kill(children[-1], number)
+    errors = launcher.communicate(timeout=200)[1]
+    assert launcher.returncode not in (0, 42), errors
+    assert "the others have 20 seconds" in errors
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
+        assert checkpointer.latest_step is not None
