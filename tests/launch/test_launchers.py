@@ -532,26 +532,21 @@ def test_two_processes_train_as_one(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["hangs", "dies"])
 def test_a_process_that_is_lost_ends_the_run_in_bounded_time(tmp_path, number):
-    """Of two real processes that work as one; the same command then goes on."""
+    """Of two real processes that work as one; their last checkpoint stays."""
     place = Place(tmp_path / "place", ROOT, real=True)
     workdir = tmp_path / "run"
     words = ["--config.steps=4000", "--config.log.every=1", "--config.checkpoint.every=50"]
     words += ["--config.faults.peer_timeout=10", "--config.data.batch_size=8"]
     recipe = "tests/recipes/tiny_lm.py"
     launcher = place.start("local", recipe, str(workdir), *words, PROCESSES="2", GRACE="20")
-    log = workdir / "metrics.jsonl"
-    wait_until(lambda: log.is_file() and len(log.read_text().splitlines()) > 20, seconds=240)
-    listed = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(launcher.pid)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    children = [int(line) for line in listed.stdout.split()]
+    saved = workdir / "checkpoints"
+    wait_until(lambda: any(p.name.isdigit() for p in saved.glob("*")), seconds=240)
+    listed = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(launcher.pid)], text=True)
+    children = [int(pid) for pid in listed.split()]
     os.kill(children[-1], number)
     errors = launcher.communicate(timeout=200)[1]
     assert launcher.returncode not in (0, 42), errors
     assert "the others have 20 seconds" in errors
     assert not any(Path(f"/proc/{child}").exists() for child in children)
-    with Checkpointer(workdir / "checkpoints") as checkpointer:
-        assert checkpointer.latest_step is not None
+    with Checkpointer(saved) as checkpointer:
+        assert checkpointer.latest_step >= 50
