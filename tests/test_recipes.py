@@ -1,5 +1,6 @@
 """Every published recipe builds, abstractly, with as many trained parameters as published."""
 
+import math
 import runpy
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from blip2_jax import cli, recipe
 from blip2_jax.runtime import mesh as meshes
+from blip2_jax.runtime.checkpoint import Checkpointer
 
 # (recipe, trained parameters: LAVIS's logs and the paper's tables; None where none is published)
 RECIPES = [
@@ -61,3 +63,22 @@ def test_the_readmes_table_of_the_paper_is_made_from_the_configs():
     if rows[0] not in readme:
         pytest.skip("the README has no table of the paper's rows")
     assert "\n".join(rows) in readme, "paste what python launch/paper_table.py prints"
+
+
+@pytest.mark.full_size
+def test_a_checkpoint_of_the_full_size_holds_what_is_trained_and_no_tower(mesh, tmp_path):
+    """ViT-g's stage 1: the parameters, the optimizer's two moments of each, a few counters."""
+    run = recipe.build(cli.load_config("configs/stage1.py"), mesh)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(0, run.init_state(jax.random.key(0)), {})
+        checkpointer.wait()
+        found = checkpointer.shapes()
+
+    def count(part: str) -> int:
+        return sum(math.prod(s) for path, (s, _) in found.items() if path.startswith(part))
+
+    assert count("params/") == 186_705_470
+    assert 2 * 186_705_470 <= count("opt_state/") < 2 * 186_705_470 + 10
+    assert not [path for path in found if "vit/" in path]
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert size < 1.02 * 3 * 4 * 186_705_470  # float32; noise does not compress
