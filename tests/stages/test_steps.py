@@ -81,6 +81,18 @@ def test_no_device_is_given_every_image():
     assert gathered and max(gathered) <= queries < features
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_device_works_in_falls_with_the_number_of_devices(stage):
+    """Of the same global batch: eight devices need less than a sixth each."""
+    needed = []
+    for devices in (1, 8):
+        config = tiny.config(stage, **{"data.batch_size": 128, "mesh.fsdp": devices})
+        mesh = recipe.meshes.make_mesh(config.mesh, jax.devices()[:devices])
+        program = recipe.build(config, mesh).lower_step().compile()
+        needed.append(program.memory_analysis().temp_size_in_bytes)
+    assert needed[1] < needed[0] / 6
+
+
 def test_no_gradient_reaches_the_frozen_encoder_through_the_model():
     """`stop_gradient` on its output, not only the absence of an optimizer."""
     run = recipe.build(tiny.config("stage2"))
