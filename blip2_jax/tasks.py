@@ -27,7 +27,7 @@ from blip2_jax.data.lists import Row
 from blip2_jax.data.loader import Host
 from blip2_jax.evals import captioning, retrieval, submissions, vqa
 from blip2_jax.inference.pipeline import Blip2
-from blip2_jax.runtime import journal
+from blip2_jax.runtime import distributed, journal
 from blip2_jax.runtime.metrics import Progress
 
 # Keys of a task that may change when it goes on: they decide nothing of what is said.
@@ -89,7 +89,7 @@ def _packed(row: Row) -> Row:
 def wait(host: Host, what: str) -> None:
     """Until all processes that share the work are here."""
     if host.count > 1:
-        multihost_utils.sync_global_devices(what)
+        distributed.barrier(what)
 
 
 class Task:
