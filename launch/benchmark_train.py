@@ -51,13 +51,13 @@ def ours(stage: str, sizes: dict, batch_size: int):
     """A function that does one step, and the FLOPs of an example; through `recipe.build`."""
     import jax
     import jax.numpy as jnp
+    from ml_collections import ConfigDict
 
-    from blip2_jax import recipe
+    from blip2_jax import cli, recipe
     from blip2_jax.runtime import mesh as meshes
     from blip2_jax.stages.flops import flops_per_sample
-    from configs.default import get_config
 
-    config = get_config()
+    config = ConfigDict(cli.load_config("configs/default.py").to_dict())
     config.stage.name, config.dtype, config.frozen_dtype = stage, sizes["dtype"], sizes["dtype"]
     if stage == "stage2":
         config.trainable = ("ln_vision", "query_tokens", "qformer", "language_projection")
