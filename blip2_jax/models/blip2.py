@@ -6,6 +6,7 @@ trained in every stage, as in LAVIS, and therefore stands outside `vit`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from blip2_jax.models import qformer, vit
-from blip2_jax.models.layers import Linear, layer_norm, linear, normal
+from blip2_jax.models.language import LanguageModel
+from blip2_jax.models.layers import KeysValues, Linear, layer_norm, linear, normal
 from blip2_jax.models.llama import Llama, LlamaConfig
 from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.qformer import (
-    KeysValues,
     LMHead,
     QFormer,
     QFormerConfig,
@@ -38,7 +39,11 @@ AXES = (
 
 LLMConfig = OPTConfig | LlamaConfig | T5Config
 
-LLMS = {OPTConfig: OPT, LlamaConfig: Llama, T5Config: T5}
+LLMS: dict[type[LLMConfig], Callable[..., LanguageModel]] = {
+    OPTConfig: OPT,
+    LlamaConfig: Llama,
+    T5Config: T5,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +152,9 @@ class Blip2Stage1(Blip2):
         """float[B, Q, D] -> float32[B, Q, P], of unit length."""
         return _unit(self.vision_proj(query_output))
 
-    def embed_text(self, ids: jax.Array, mask: jax.Array, key: jax.Array | None = None):
+    def embed_text(
+        self, ids: jax.Array, mask: jax.Array, key: jax.Array | None = None
+    ) -> jax.Array:
         """Text alone, read out at [CLS]: int32[B, T] twice -> float32[B, P], of unit length."""
         hidden, _ = self.qformer(text_ids=ids, mask=key_mask(mask), key=key)
         return _unit(self.text_proj(hidden[:, 0]))
@@ -174,11 +181,13 @@ class Blip2Stage2(Blip2):
     """Generative learning: the queries' outputs, projected, stand before the LLM's text."""
 
     def __init__(self, config: Blip2Config, *, dtype: Any = None, rngs: nnx.Rngs):
+        if config.llm is None:
+            raise ValueError("A stage-2 model has a language model; Blip2Config.llm is None.")
         super().__init__(config, dtype=dtype, rngs=rngs)
         self.language_projection = _head(
             config.qformer.hidden_size, config.llm.hidden_size, dtype, rngs
         )
-        self.llm = LLMS[type(config.llm)](config.llm, dtype=dtype, rngs=rngs)
+        self.llm: LanguageModel = LLMS[type(config.llm)](config.llm, dtype=dtype, rngs=rngs)
 
     def visual_prompt(
         self,

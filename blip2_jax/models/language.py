@@ -93,11 +93,21 @@ class LanguageModel(Protocol):
 
 
 def segments(past: Any, memory: Memory | None, seen: jax.Array | None) -> list[Segment]:
-    """One layer's part of a memory, as attention reads it."""
-    if past is None:
+    """One layer's part of a memory, as attention reads it.
+
+    Args:
+      past: the layer's keys and values of the prompt, two of float[B, H, P, K], and of what was
+        written, two of float[B, H, S, K]; None where nothing was read yet.
+      memory: whose part `past` is.
+      seen: bool[B, 1, T, S], which of what was written each token sees.
+    """
+    if past is None or memory is None:
         return []
-    prompt, written = past
-    return [Segment(*prompt, memory.prompt_mask[:, None, None]), Segment(*written, seen)]
+    (prompt_k, prompt_v), (written_k, written_v) = past
+    return [
+        Segment(prompt_k, prompt_v, memory.prompt_mask[:, None, None]),
+        Segment(written_k, written_v, seen),
+    ]
 
 
 def own_only(width: int) -> jax.Array:
@@ -108,8 +118,20 @@ def own_only(width: int) -> jax.Array:
 class DecoderOnly(nnx.Module):
     """A language model that reads soft prompts and text in one row (OPT, Llama).
 
-    Subclasses add `embed`, `logits`, `empty_cache` and `run`.
+    Subclasses define `embed`, `logits`, `empty_cache` and `run`.
     """
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """See `LanguageModel.embed`."""
+        raise NotImplementedError
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """See `LanguageModel.logits`."""
+        raise NotImplementedError
+
+    def empty_cache(self, batch: int, slots: int, dtype: Any) -> Any:
+        """Room for keys and values of `slots` tokens in each of `batch` rows, by layer."""
+        raise NotImplementedError
 
     def run(
         self,
@@ -147,20 +169,30 @@ class DecoderOnly(nnx.Module):
         """
         return self.run(embeds, _positions(mask), _causal(mask), key=key)[0]
 
-    def score(self, prompt, prompt_mask, ids, mask, *, key=None):
+    def score(
+        self,
+        prompt: jax.Array,
+        prompt_mask: jax.Array,
+        ids: jax.Array,
+        mask: jax.Array,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
         """See `LanguageModel.score`."""
         length = prompt.shape[1]
         embeds = jnp.concatenate([prompt, self.embed(ids).astype(prompt.dtype)], axis=1)
         hidden = self(embeds, jnp.concatenate([prompt_mask, mask], axis=1), key=key)
         return self.logits(hidden[:, length - 1 : -1])
 
-    def start(self, prompt, mask, slots):
+    def start(self, prompt: jax.Array, mask: jax.Array, slots: int) -> tuple[jax.Array, Memory]:
         """See `LanguageModel.start`."""
         hidden, read = self.run(prompt, _positions(mask), _causal(mask), keep=True)
         written = self.empty_cache(len(prompt), slots, hidden.dtype)
         return self.logits(hidden[:, -1:])[:, 0], Memory(read, mask > 0, written)
 
-    def extend(self, ids, memory, seen, step):
+    def extend(
+        self, ids: jax.Array, memory: Memory, seen: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, Memory]:
         """See `LanguageModel.extend`."""
         width = ids.shape[1]
         length = memory.prompt_mask.sum(axis=1, dtype=jnp.int32)

@@ -8,7 +8,7 @@ Shape words, here and in every tower: `B` batch, `Q` queries, `T` text tokens, `
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,8 @@ AXES = (
 
 KeysValues = tuple[jax.Array, jax.Array]
 
+Block = TypeVar("Block", bound=nnx.Module)
+
 normal = nnx.initializers.normal
 
 
@@ -71,9 +73,12 @@ def split_batch(x: jax.Array, axes: tuple[str, ...] = ("data", "fsdp")) -> jax.A
 class Linear(nnx.Linear):
     """A linear layer of a batch; weights come to where the rows are, not the other way round."""
 
-    lora_scale = 0.0  # see `models.lora`, which also adds lora_a and lora_b
+    lora_scale = 0.0  # see `models.lora`, which also adds these two:
+    lora_a: nnx.Param[jax.Array]
+    lora_b: nnx.Param[jax.Array]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    # Where the result lies is decided here, so Flax's second argument is not offered.
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         y = super().__call__(x)
         if self.lora_scale:
             a, b = (p[...].astype(y.dtype) for p in (self.lora_a, self.lora_b))
@@ -88,7 +93,8 @@ class Embed(nnx.Embed):
     change places. Said in one step, XLA would give every device all rows.
     """
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    # Where the result lies is decided here, so Flax's second argument is not offered.
+    def __call__(self, ids: jax.Array) -> jax.Array:  # type: ignore[override]
         x = super().__call__(ids)
         return split_batch(split_batch(x, ("data",))) if ids.ndim > 1 else x
 
@@ -139,13 +145,13 @@ class Segment(NamedTuple):
 
     Attributes:
       keys, values: float[B, H, S, K], possibly of fewer heads.
-      mask: bool, broadcastable to [B, H, T, S]; False hides a key.
+      mask: bool, broadcastable to [B, H, T, S]; False hides a key. None hides nothing.
       bias: float, broadcastable to [B, H, T, S], or None.
     """
 
     keys: jax.Array
     values: jax.Array
-    mask: jax.Array
+    mask: jax.Array | None
     bias: jax.Array | None = None
 
 
@@ -181,7 +187,8 @@ def attend(
     probabilities = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, key)
     ends = np.cumsum([segment.keys.shape[-2] for segment in segments])
     parts = jnp.split(probabilities, ends[:-1], axis=-1)
-    return sum(_read(p, segment.values) for p, segment in zip(parts, segments, strict=True))
+    read = (_read(p, segment.values) for p, segment in zip(parts, segments, strict=True))
+    return cast(jax.Array, sum(read))  # there is at least one
 
 
 def _scores(q: jax.Array, segment: Segment, scale: float) -> jax.Array:
@@ -342,7 +349,7 @@ def rms_norm(width: int, *, eps: float, dtype: Any = None, rngs: nnx.Rngs) -> nn
     return nnx.RMSNorm(width, epsilon=eps, dtype=dtype, rngs=rngs)
 
 
-class Stack(nnx.Module):
+class Stack(nnx.Module, Generic[Block]):
     """`depth` blocks of one kind, run one after the other.
 
     Scanned (`scan=True`), parameters are stacked on a leading axis L and one `lax.scan` runs them:
@@ -353,7 +360,7 @@ class Stack(nnx.Module):
 
     def __init__(
         self,
-        make: Callable[[nnx.Rngs], nnx.Module],
+        make: Callable[[nnx.Rngs], Block],
         depth: int,
         *,
         remat: str = "none",
@@ -363,14 +370,16 @@ class Stack(nnx.Module):
         if remat not in REMAT_POLICIES:
             raise ValueError(f"Unknown remat policy {remat!r}; known: {', '.join(REMAT_POLICIES)}.")
         self.depth, self.remat, self.scan = depth, remat, scan
-        if scan:
-            self.blocks = jax.vmap(make)(rngs.split(depth))
-        else:
-            self.blocks = nnx.List([make(rngs) for _ in range(depth)])
+        # One block with a leading axis on all that it holds, or a list of blocks.
+        self.blocks: Any = (
+            jax.vmap(make)(rngs.split(depth))
+            if scan
+            else nnx.List([make(rngs) for _ in range(depth)])
+        )
 
     def __call__(
         self,
-        step: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+        step: Callable[[Block, Any, Any], tuple[Any, Any]],
         carry: Any,
         xs: Any = None,
         *,
@@ -399,7 +408,7 @@ class Stack(nnx.Module):
             return carry, ys
         graph, params = nnx.split(self.blocks)
 
-        def body(carry, layer):
+        def body(carry: Any, layer: Any) -> tuple[Any, Any]:
             params, x, key = layer
             carry, y = step(nnx.merge(graph, params), carry, (x, key))
             return jax.tree.map(split_batch, carry), y
@@ -419,7 +428,7 @@ class Stack(nnx.Module):
             return zeros, zeros
         return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.depth)]
 
-    def map(self, function: Callable[[nnx.Module], Any]) -> Any:
+    def map(self, function: Callable[[Block], Any]) -> Any:
         """`function(block)` of every block, with per-layer results as `__call__` gives them."""
         if not self.scan:
             return [function(block) for block in self.blocks]
@@ -434,9 +443,7 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
       params: nested dict of arrays; under every key "blocks", they have a leading axis L. They
         are given up one by one, so that memory is not needed twice: do not use them afterwards.
     """
-    if not isinstance(params, dict):
-        return params
-    out = {}
+    out: dict[str, Any] = {}
     for name, part in params.items():
         if name == "blocks":
             split = jax.tree.map(lambda x: _split(x), part)
@@ -447,7 +454,7 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
                 for i in range(depth)
             }
         else:
-            out[name] = unstack(part)
+            out[name] = unstack(part) if isinstance(part, dict) else part
     return out
 
 

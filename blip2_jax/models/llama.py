@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from blip2_jax.models.language import DecoderOnly, segments
+from blip2_jax.models.language import DecoderOnly, Memory, segments
 from blip2_jax.models.layers import (
     Attention,
     Embed,
@@ -116,7 +116,11 @@ class LlamaBlock(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, turn: Callable, mask: jax.Array, past: Sequence[Segment]
+        self,
+        x: jax.Array,
+        turn: Callable[[jax.Array], jax.Array],
+        mask: jax.Array,
+        past: Sequence[Segment],
     ) -> tuple[jax.Array, KeysValues]:
         """The new stream, and this block's keys (turned by position) and values of x."""
         h = self.input_norm(x)
@@ -161,16 +165,26 @@ class Llama(DecoderOnly):
         c = self.config
         return self.layers.empty_cache((batch, c.num_kv_heads, slots, c.head_dim), dtype)
 
-    def run(self, embeds, positions, mask, memory=None, seen=None, *, keep=False, key=None):
+    def run(
+        self,
+        embeds: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        memory: Memory | None = None,
+        seen: jax.Array | None = None,
+        *,
+        keep: bool = False,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
         """See `DecoderOnly.run`. There is no dropout: `key` is taken for the interface's sake."""
         del key
         rates = frequencies(self.config.rope, self.config.head_dim)
         positions = jnp.maximum(positions, 0)
 
-        def turn(x):
+        def turn(x: jax.Array) -> jax.Array:
             return rotate(x, positions, rates)
 
-        def step(block, x, layer):
+        def step(block: LlamaBlock, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             x, keys_values = block(x, turn, mask, segments(layer[0], memory, seen))
             return x, keys_values if keep else None
 

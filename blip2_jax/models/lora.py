@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from blip2_jax.models.blip2 import Blip2Stage2
 from blip2_jax.models.layers import Linear, normal
 
 TOWER, PART = "llm", "llm_lora"
@@ -20,7 +21,7 @@ Params = dict[str, Any]
 
 
 def add(
-    model: nnx.Module, *, rank: int, alpha: float, targets: Sequence[str], rngs: nnx.Rngs
+    model: Blip2Stage2, *, rank: int, alpha: float, targets: Sequence[str], rngs: nnx.Rngs
 ) -> None:
     """Gives linear layers of `model.llm` a low-rank path; B is zero, so that nothing changes yet.
 
@@ -79,6 +80,7 @@ def fold(params: Params, *, rank: int, alpha: float) -> Params:
 
 
 def _split(tree: Params) -> tuple[Params, Params]:
+    """The tree without A and B, and A and B alone."""
     weights: Params = {}
     low_rank: Params = {}
     for name, value in tree.items():

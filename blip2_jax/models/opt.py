@@ -5,14 +5,14 @@ counted over the attention mask, so padding on either side changes nothing.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from blip2_jax.models.language import DecoderOnly, segments
+from blip2_jax.models.language import DecoderOnly, Memory, segments
 from blip2_jax.models.layers import (
     MLP,
     Attention,
@@ -74,10 +74,12 @@ class OPTBlock(nnx.Module):
         return x, keys_values
 
 
-def _sinusoids(amplitude: float):
+def _sinusoids(amplitude: float) -> Callable[..., jax.Array]:
     """An initializer: sines and cosines of position (Vaswani et al. 2017, section 3.5)."""
 
-    def init(key, shape, dtype=jnp.float32, **_):
+    def init(
+        key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32, **_: Any
+    ) -> jax.Array:
         del key
         positions, width = shape
         rates = 10000.0 ** (-jnp.arange(0, width, 2) / width)
@@ -122,10 +124,20 @@ class OPT(DecoderOnly):
         shape = (batch, c.num_heads, slots, c.hidden_size // c.num_heads)
         return self.layers.empty_cache(shape, dtype)
 
-    def run(self, embeds, positions, mask, memory=None, seen=None, *, keep=False, key=None):
+    def run(
+        self,
+        embeds: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        memory: Memory | None = None,
+        seen: jax.Array | None = None,
+        *,
+        keep: bool = False,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
         """See `DecoderOnly.run`."""
 
-        def step(block, x, layer):
+        def step(block: OPTBlock, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             past, key = layer
             x, keys_values = block(x, mask, segments(past, memory, seen), key)
             return x, keys_values if keep else None

@@ -94,7 +94,12 @@ class ResidualAttention(nnx.Module):
     """BERT's post-norm around an attention; `kv_width` makes it a cross-attention."""
 
     def __init__(
-        self, config: QFormerConfig, kv_width: int | None = None, *, dtype=None, rngs: nnx.Rngs
+        self,
+        config: QFormerConfig,
+        kv_width: int | None = None,
+        *,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
     ):
         self.attention = Attention(
             config.hidden_size,
@@ -108,7 +113,14 @@ class ResidualAttention(nnx.Module):
         self.norm = _norm(config, dtype, rngs)
         self.dropout = config.dropout
 
-    def __call__(self, x, keys_values, *, mask=None, key=None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        keys_values: KeysValues,
+        *,
+        mask: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
         k1, k2 = split_key(key, 2)
         out = self.attention(x, keys_values, mask=mask, key=k1)
         return self.norm(x + dropout(out, self.dropout, k2))
@@ -117,7 +129,7 @@ class ResidualAttention(nnx.Module):
 class QFormerLayer(nnx.Module):
     """Self-attention over queries and text, then a feed-forward for each of them."""
 
-    def __init__(self, config: QFormerConfig, text: bool, *, dtype=None, rngs: nnx.Rngs):
+    def __init__(self, config: QFormerConfig, text: bool, *, dtype: Any = None, rngs: nnx.Rngs):
         self.attention = ResidualAttention(config, dtype=dtype, rngs=rngs)
         self.mlp_query = Residual(config, dtype=dtype, rngs=rngs)
         if text:
@@ -127,7 +139,7 @@ class QFormerLayer(nnx.Module):
 class QFormerGroup(nnx.Module):
     """`cross_attention_frequency` layers, the first with a cross-attention; a scan repeats it."""
 
-    def __init__(self, config: QFormerConfig, text: bool, *, dtype=None, rngs: nnx.Rngs):
+    def __init__(self, config: QFormerConfig, text: bool, *, dtype: Any = None, rngs: nnx.Rngs):
         self.frequency = config.cross_attention_frequency
         self.layers = jax.vmap(lambda r: QFormerLayer(config, text, dtype=dtype, rngs=r))(
             rngs.split(self.frequency)
@@ -136,7 +148,16 @@ class QFormerGroup(nnx.Module):
             config, config.encoder_width, dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, x, num_queries: int, image_kv, mask, past, key, maps: bool):
+    def __call__(
+        self,
+        x: jax.Array,
+        num_queries: int,
+        image_kv: KeysValues | None,
+        mask: jax.Array | None,
+        past: KeysValues | None,
+        key: jax.Array | None,
+        maps: bool,
+    ) -> tuple[jax.Array, tuple[KeysValues, jax.Array | None]]:
         """One group.
 
         Returns:
@@ -176,7 +197,9 @@ class QFormerGroup(nnx.Module):
 class QFormer(nnx.Module):
     """The transformer. `text=False` is the stage-2 form, which has no text branch at all."""
 
-    def __init__(self, config: QFormerConfig, *, text: bool = True, dtype=None, rngs: nnx.Rngs):
+    def __init__(
+        self, config: QFormerConfig, *, text: bool = True, dtype: Any = None, rngs: nnx.Rngs
+    ):
         groups, rest = divmod(config.num_layers, config.cross_attention_frequency)
         if rest:
             raise ValueError(
@@ -241,7 +264,18 @@ class QFormer(nnx.Module):
         _, (_, maps) = self._run(queries, None, image_kv, None, None, None, maps=True)
         return maps
 
-    def _run(self, queries, text_ids, image_kv, mask, past, key, *, maps: bool = False):
+    def _run(
+        self,
+        queries: jax.Array | None,
+        text_ids: jax.Array | None,
+        image_kv: KeysValues | None,
+        mask: jax.Array | None,
+        past: KeysValues | None,
+        key: jax.Array | None,
+        *,
+        maps: bool = False,
+    ) -> tuple[jax.Array, tuple[KeysValues, jax.Array]]:
+        """One pass: hidden states, keys and values, and where the queries look (with `maps`)."""
         k_embed, k_layers = split_key(key, 2)
         parts = [] if queries is None else [queries]
         if text_ids is not None:
@@ -251,7 +285,7 @@ class QFormer(nnx.Module):
         x = dropout(self.norm(x), self.config.dropout, k_embed)
         num_queries = 0 if queries is None else queries.shape[1]
 
-        def step(group, x, layer):
+        def step(group: QFormerGroup, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             (image_kv, past), key = layer
             return group(x, num_queries, image_kv, mask, past, key, maps)
 

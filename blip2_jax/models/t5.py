@@ -106,7 +106,14 @@ class T5Block(nnx.Module):
         )
         self.dropout = config.dropout
 
-    def attend_self(self, x, mask, bias, past: Sequence[Segment], key):
+    def attend_self(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        bias: jax.Array,
+        past: Sequence[Segment],
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, KeysValues]:
         """Self-attention on the stream; returns it, and this block's keys and values of x."""
         k1, k2 = split_key(key, 2)
         h = self.self_attn_norm(x)
@@ -114,13 +121,16 @@ class T5Block(nnx.Module):
         out = self.self_attn(h, keys_values, mask=mask, bias=bias, past=past, key=k1)
         return x + dropout(out, self.dropout, k2), keys_values
 
-    def attend_encoder(self, x, keys_values: KeysValues, mask, key):
+    def attend_encoder(
+        self, x: jax.Array, keys_values: KeysValues, mask: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
         """Attention to the encoder's output; relative positions have no meaning there."""
         k1, k2 = split_key(key, 2)
         out = self.cross_attn(self.cross_attn_norm(x), keys_values, mask=mask, key=k1)
         return x + dropout(out, self.dropout, k2)
 
-    def feed_forward(self, x, key):
+    def feed_forward(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The feed-forward after its norm, added to the stream: float[B, T, D] -> the same."""
         return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, key)
 
 
@@ -153,7 +163,7 @@ class T5(nnx.Module):
         """Token embeddings of either side: int32[B, T] -> float[B, T, D]."""
         return self.embed_tokens(ids)
 
-    def _bias(self, table: Embed, num_queries: int, num_keys: int, both_ways: bool):
+    def _bias(self, table: Embed, num_queries: int, num_keys: int, both_ways: bool) -> jax.Array:
         """Relative positions' part of the scores: float32[H, T, S]."""
         c = self.config
         buckets = relative_buckets(
@@ -174,7 +184,7 @@ class T5(nnx.Module):
         bias = self._bias(self.encoder_relative_bias, length, length, both_ways=True)[None]
         seen = (mask > 0)[:, None, None]
 
-        def step(block, x, layer):
+        def step(block: T5Block, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             k1, k2 = split_key(layer[1], 2)
             x, _ = block.attend_self(x, seen, bias, (), k1)
             return block.feed_forward(x, k2), None
@@ -217,10 +227,10 @@ class T5(nnx.Module):
         k_embed, k_layers, k_out = split_key(key, 3)
         encoder_seen = (encoder_mask > 0)[:, None, None]
 
-        def step(block, x, layer):
+        def step(block: T5Block, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             (encoder_kv, *written), layer_key = layer
             k1, k2, k3 = split_key(layer_key, 3)
-            segments = [Segment(*kv, *past) for kv in written]
+            segments = [Segment(k, v, *(past or (None, None))) for k, v in written]
             x, keys_values = block.attend_self(x, mask, bias, segments, k1)
             x = block.attend_encoder(x, encoder_kv, encoder_seen, k2)
             return block.feed_forward(x, k3), keys_values if keep else None
@@ -231,7 +241,15 @@ class T5(nnx.Module):
         x, keys_values = self.decoder(step, x, layers, key=k_layers)
         return dropout(self.decoder_norm(x), self.config.dropout, k_out), keys_values
 
-    def score(self, prompt, prompt_mask, ids, mask, *, key=None):
+    def score(
+        self,
+        prompt: jax.Array,
+        prompt_mask: jax.Array,
+        ids: jax.Array,
+        mask: jax.Array,
+        *,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
         """See `LanguageModel.score`: the encoder reads the prompt, the decoder the text."""
         k_encoder, k_decoder = split_key(key, 2)
         encoded = self.encode(prompt, prompt_mask, key=k_encoder)
@@ -249,7 +267,7 @@ class T5(nnx.Module):
         )
         return self.logits(hidden)
 
-    def start(self, prompt, mask, slots):
+    def start(self, prompt: jax.Array, mask: jax.Array, slots: int) -> tuple[jax.Array, Memory]:
         """See `LanguageModel.start`. The start token's keys and values stand before the slots."""
         encoder_kv = self.encoder_keys_values(self.encode(prompt, mask))
         ids = jnp.full((len(prompt), 1), self.config.decoder_start_id, jnp.int32)
@@ -259,7 +277,9 @@ class T5(nnx.Module):
         written = write(self.decoder.empty_cache(shape, hidden.dtype), new, 0)
         return self.logits(hidden)[:, 0], Memory(encoder_kv, mask > 0, written)
 
-    def extend(self, ids, memory, seen, step):
+    def extend(
+        self, ids: jax.Array, memory: Memory, seen: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, Memory]:
         """See `LanguageModel.extend`."""
         width, slots = ids.shape[1], seen.shape[-1]
         steps = slots // width

@@ -154,7 +154,7 @@ class Checkpointer:
         Raises:
           CheckpointError: as `restore`; or there are checkpoints and none can be read.
         """
-        broken = []
+        broken: list[int] = []
         for step in reversed(self.all_steps()):
             try:
                 found, trouble = self.restore(abstract_state, step, expect=expect), None

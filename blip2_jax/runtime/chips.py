@@ -53,7 +53,17 @@ class Chip:
         return self.link_bandwidth * self.links
 
 
-def _tpu(name, kinds, tflops, gib, usable_gib, gb_per_s, link, links, network) -> Chip:
+def _tpu(
+    name: str,
+    kinds: tuple[str, ...],
+    tflops: float,
+    gib: int,
+    usable_gib: float,
+    gb_per_s: float,
+    link: float,
+    links: int,
+    network: float,
+) -> Chip:
     usable = int(usable_gib * GIB)
     return Chip(
         name, kinds, tflops * 1e12, gib * GIB, usable, gb_per_s * 1e9, link * 1e9, links,
@@ -61,7 +71,15 @@ def _tpu(name, kinds, tflops, gib, usable_gib, gb_per_s, link, links, network) -
     )  # fmt: skip
 
 
-def _gpu(name, kind, tflops, gb, tb_per_s, nvlink, network) -> Chip:
+def _gpu(
+    name: str,
+    kind: str,
+    tflops: float,
+    gb: float,
+    tb_per_s: float,
+    nvlink: float,
+    network: float,
+) -> Chip:
     # A CUDA context, the collectives' buffers and the allocator's rounding leave about 92%.
     return Chip(
         name, (kind,), tflops * 1e12, int(gb * 1e9), int(0.92 * gb * 1e9), tb_per_s * 1e12,

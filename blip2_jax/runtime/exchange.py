@@ -6,8 +6,9 @@ devices, so what a device must send is known only at run time: rows leave in rou
 (one or two, as a rule), by ragged all-to-all. Where XLA has none, all rows go round in a ring.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +43,12 @@ def take_rows(
     rows_per_round = rows_per_round or max(2 * local_rows, 32)
     batch = PartitionSpec(BATCH_AXES)
 
-    def on_devices(function, *arguments):
+    def on_devices(
+        function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, index: jax.Array
+    ) -> jax.Array:
         specs = (batch, PartitionSpec())
         run = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=batch, check_vma=False)
-        return run(*arguments)
+        return run(x, index)
 
     if mesh.devices.flat[0].device_kind.startswith(RING_ONLY):
         return on_devices(functools.partial(_pass_round, shards=shards), x, index)
@@ -53,13 +56,13 @@ def take_rows(
     send_back = functools.partial(_return_rows, rows_per_round=rows_per_round)
 
     @jax.custom_vjp
-    def take(x, index):
+    def take(x: jax.Array, index: jax.Array) -> jax.Array:
         return forward(x, index)[0]
 
-    def forward(x, index):
+    def forward(x: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         return on_devices(send, x, index), index
 
-    def backward(index, gradient):
+    def backward(index: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
         return on_devices(send_back, gradient, index), None
 
     take.defvjp(forward, backward)
@@ -76,7 +79,9 @@ def _pass_round(x: jax.Array, index: jax.Array, *, shards: int) -> jax.Array:
     wanted = jax.lax.dynamic_slice_in_dim(index, here * rows, rows)
     onward = [(i, (i + 1) % shards) for i in range(shards)]
 
-    def step(carry, turn):
+    def step(
+        carry: tuple[jax.Array, jax.Array], turn: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         passing, found = carry
         at = wanted - (here - turn) % shards * rows  # place in the part that is passing
         present = ((at >= 0) & (at < rows)).reshape(-1, *[1] * (x.ndim - 1))
@@ -91,7 +96,7 @@ def _send_rows(x: jax.Array, index: jax.Array, *, rows_per_round: int) -> jax.Ar
     """This device's part of x -> the rows that it wants, in the order it wants them."""
     traffic = _Traffic.of(index, len(x), rows_per_round)
 
-    def send(number, arrived):
+    def send(number: jax.Array, arrived: jax.Array) -> jax.Array:
         these = traffic.round(number)
         return _ragged_all_to_all(
             x[these.rows],
@@ -110,7 +115,7 @@ def _return_rows(gradient: jax.Array, index: jax.Array, *, rows_per_round: int) 
     traffic = _Traffic.of(index, len(gradient), rows_per_round)
     leaving = gradient[traffic.arrivals]
 
-    def send(number, total):
+    def send(number: jax.Array, total: jax.Array) -> jax.Array:
         these = traffic.round(number)
         home = jnp.zeros((rows_per_round, *gradient.shape[1:]), gradient.dtype)
         home = _ragged_all_to_all(
@@ -126,7 +131,8 @@ def _return_rows(gradient: jax.Array, index: jax.Array, *, rows_per_round: int) 
     return jax.lax.fori_loop(0, traffic.rounds, send, total).astype(gradient.dtype)
 
 
-class _Round(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Round:
     """What travels in one round. Matrices are int32[shards, shards], [from, to].
 
     Attributes:
@@ -143,7 +149,8 @@ class _Round(NamedTuple):
     place_on_arrival: jax.Array
 
 
-class _Traffic(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Traffic:
     """Who sends what to whom: the same on all devices, which all see the whole index.
 
     A device's outgoing rows are in order of who wants them, then of where he wants them; the

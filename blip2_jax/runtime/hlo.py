@@ -69,7 +69,7 @@ def read(text: str, mesh_shape: Mapping[str, int], num_slices: int = 1) -> Progr
     computations, entry = _parse(text)
     starts = _starts(computations)
     started = {channel for channels in starts.values() for channel in channels}
-    found: dict[tuple, Collective] = {}
+    found: dict[tuple[str, str, str], Collective] = {}
     flops, open_loops = 0.0, 0
     for run in _walk(computations, entry, 1, entry):
         for op in computations[run.name].values():
@@ -172,6 +172,14 @@ def num_bytes(shape: str) -> float:
     return total
 
 
+def _find(pattern: str | re.Pattern[str], text: str) -> re.Match[str]:
+    """What must be there, as XLA writes programs."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"XLA writes this program in a way that is not known: {text[:200]}")
+    return found
+
+
 def _dims(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
@@ -202,8 +210,9 @@ def _walk(
     for op in ops.values():
         own = f"{inside}/{op.name}"
         if op.opcode == "while":
-            count = 1 if trips[op.name] is None else trips[op.name]
-            yield from _walk(computations, op.called("body"), times * count, own)
+            count = trips[op.name]
+            times_in_all = times * (1 if count is None else count)
+            yield from _walk(computations, op.called("body"), times_in_all, own)
         elif op.opcode == "conditional":
             for branch in re.findall(r"%([\w.\-]+)", op.attributes.partition("metadata")[0]):
                 if branch in computations:
@@ -212,7 +221,7 @@ def _walk(
             yield from _walk(computations, called, times, own if op.opcode == "call" else inside)
 
 
-def _trips(loop: _Op, ops: _Computation, computations) -> int | None:
+def _trips(loop: _Op, ops: _Computation, computations: Mapping[str, _Computation]) -> int | None:
     """How often a counted loop runs; None where that is decided at run time."""
     condition = computations[loop.called("condition")]
     body = computations[loop.called("body")]
@@ -243,7 +252,9 @@ def _trips(loop: _Op, ops: _Computation, computations) -> int | None:
     return max(0, math.ceil((limit - first) / step))
 
 
-def _unfused(op: _Op, ops: _Computation, computations) -> tuple[_Op, _Computation]:
+def _unfused(
+    op: _Op, ops: _Computation, computations: Mapping[str, _Computation]
+) -> tuple[_Op, _Computation]:
     """The root of a fusion in place of the fusion, its parameters being the fusion's operands."""
     if op.opcode != "fusion":
         return op, ops
@@ -281,7 +292,9 @@ def _constant(name: str, ops: _Computation) -> int | None:
     return None
 
 
-def _step(name: str, counter: int, ops: _Computation, computations) -> int | None:
+def _step(
+    name: str, counter: int, ops: _Computation, computations: Mapping[str, _Computation]
+) -> int | None:
     """What a turn of the loop adds to its counter."""
     op = _source(name, ops)
     if op is None:
@@ -300,12 +313,12 @@ def _step(name: str, counter: int, ops: _Computation, computations) -> int | Non
 
 def _matmul_flops(op: _Op, ops: _Computation) -> float:
     """Two a multiplication. TPU programs write all products as convolutions."""
-    left, right = (_dims(_ARRAY.search(ops[name].shape).group(2)) for name in op.operands[:2])
-    out = _dims(_ARRAY.search(op.shape).group(2))
+    left, right = (_dims(_find(_ARRAY, ops[name].shape)[2]) for name in op.operands[:2])
+    out = _dims(_find(_ARRAY, op.shape)[2])
     if op.opcode == "dot":
-        found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
-        return 2.0 * math.prod(out) * math.prod(left[i] for i in _dims(found.group(1)))
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
+        found = _find(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
+        return 2.0 * math.prod(out) * math.prod([left[i] for i in _dims(found[1])])
+    labels = _find(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
     of_left, of_right, of_out = labels.groups()
     inputs = right[of_right.index("i")]
     flops = 2.0 * out[of_out.index("b")] * out[of_out.index("f")] * inputs
@@ -321,8 +334,8 @@ def _matmul_flops(op: _Op, ops: _Computation) -> float:
 
 def _window(attributes: str, number: int) -> dict[str, int]:
     """Stride, dilations and low padding of one spatial axis."""
-    window = re.search(r"window=\{([^}]*)\}", attributes)
-    fields = dict(part.split("=") for part in window.group(1).split() if "=" in part)
+    window = _find(r"window=\{([^}]*)\}", attributes)
+    fields = dict(re.findall(r"(\S+?)=(\S+)", window[1]))
     pick = lambda key, default: fields[key].split("x")[number] if key in fields else default  # noqa: E731
     return {
         "stride": int(pick("stride", "1")),
@@ -355,6 +368,7 @@ def _collective(
     op: _Op, ops: _Computation, run: _Run, mesh_shape: Mapping[str, int], num_slices: int
 ) -> Collective | None:
     kind = op.opcode.removesuffix("-start")
+    axes: tuple[str, ...]
     sizes = [num_bytes(ops[name].shape) for name in op.operands]
     between = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes)
     if kind == "send" and between:
@@ -412,7 +426,7 @@ def _groups(attributes: str, devices: int) -> tuple[list[int], int]:
         members = ids.reshape(_dims(shape))[0].tolist()
         return members, len(members)
     if named := re.search(r"replica_groups=mesh\[(.*?)\](.*?)\{([^}]*)\}", attributes):
-        return _named_group(*named.groups(), devices)
+        return _named_group(named[1], named[2], named[3], devices)
     if "replica_groups={}" in attributes:
         return list(range(devices)), devices
     raise ValueError(f"Replica groups that are not known: {attributes[:200]}")
@@ -444,7 +458,7 @@ def _named_group(axes: str, order: str, over: str, devices: int) -> tuple[list[i
 
 def by_kind(collectives: Sequence[Collective]) -> list[Collective]:
     """Those of a kind on the same axes as one, the most bytes first."""
-    sums: dict[tuple, list[Collective]] = collections.defaultdict(list)
+    sums = collections.defaultdict[tuple[str, tuple[str, ...], int, bool], list[Collective]](list)
     for c in collectives:
         sums[(c.kind, c.axes, c.devices, c.crosses_slices)].append(c)
     merged = [

@@ -125,7 +125,7 @@ class _Job:
 
     def __init__(self, task: Task, words: list[str], environment: Mapping[str, str]):
         self.task, self._words, self._environment = task, words, environment
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         task.workdir.mkdir(parents=True, exist_ok=True)
         self._held = open(task.workdir / "run.lock", "a")
         if not self._start():

@@ -19,16 +19,23 @@ from jax.experimental import topologies
 
 from blip2_jax.runtime.chips import CHIPS, Chip
 
-FLAT = {
+Shapes = dict[int, tuple[int, ...]]  # by the number of chips
+
+FLAT: Shapes = {
     1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16),
     256: (16, 16),
 }  # fmt: skip
-CUBES = {
+CUBES: Shapes = {
     4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8),
     256: (4, 8, 8), 512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16),
 }  # fmt: skip
 # How the cloud offers each generation: chips -> shape, and what its names count in a chip.
-OFFERED = {"v4": (CUBES, 2), "v5p": (CUBES, 2), "v5e": (FLAT, 1), "v6e": (FLAT, 1)}
+OFFERED: dict[str, tuple[Shapes, int]] = {
+    "v4": (CUBES, 2),
+    "v5p": (CUBES, 2),
+    "v5e": (FLAT, 1),
+    "v6e": (FLAT, 1),
+}
 
 # What libtpu would otherwise look for on a TPU machine. It loads here beside any other process
 # that compiles, because no chip is touched.
@@ -66,6 +73,7 @@ class Slice:
 
     @property
     def num_chips(self) -> int:
+        """Of all slices together."""
         return self.num_slices * math.prod(self.shape)
 
     def devices(self) -> list[Any]:
@@ -118,7 +126,10 @@ def parse(name: str) -> Slice:
                 if len(shape) != len(shapes[4]) or math.prod(shape) < 1:
                     raise ValueError
             else:
-                shape = shapes[int(size) / cores]
+                chips, half = divmod(int(size), cores)
+                if half:
+                    raise ValueError
+                shape = shapes[chips]
             return Slice(name, CHIPS[kind], shape, int(count or 1))
     known = "\n".join(
         f"  {kind}: {', '.join(f'{kind}-{chips * cores}' for chips in shapes)}"

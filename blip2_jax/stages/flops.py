@@ -30,6 +30,7 @@ class Flops(NamedTuple):
 
     @property
     def total(self) -> float:
+        """Forward and backward together."""
         return self.forward + self.backward
 
 
@@ -137,6 +138,8 @@ def _stage2(config: Any, sizes: Blip2Config) -> dict[str, Flops]:
     queries = c.num_query_tokens
     text = config.data.text_length if sizes.qformer_reads_prompt else 0
     qformer = _qformer(c, queries, text, sizes.vit.num_tokens) + _image_keys_values(c, sizes.vit)
+    if sizes.llm is None:
+        raise ValueError("A stage-2 model has a language model; Blip2Config.llm is None.")
     projection = _linear(queries, c.hidden_size, sizes.llm.hidden_size)
     if isinstance(sizes.llm, T5Config):
         llm = _encoder_decoder(sizes.llm, queries + length, length)

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from blip2_jax.models.opt import OPTAlone
 from blip2_jax.stages import losses
 from blip2_jax.stages.step import Batch, Metrics, Params, Spec, State, update
 
@@ -26,7 +27,8 @@ def loss_fn(
       key: randomness of dropout, or None.
       spec: what the recipe decides.
     """
-    llm = spec.merge(params, frozen).llm
+    model: OPTAlone = spec.merge(params, frozen)
+    llm = model.llm
     ids, weights = batch["llm_ids"], batch["llm_weights"][:, 1:]
     hidden = llm(llm.embed(ids), batch["llm_mask"], key=key)
     logits = llm.logits(hidden[:, :-1])

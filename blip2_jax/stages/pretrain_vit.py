@@ -7,6 +7,7 @@ The heads are thrown away; BLIP-2 sees the encoder's patch features only.
 import jax
 import jax.numpy as jnp
 
+from blip2_jax.models.vit import PatchClassifier
 from blip2_jax.stages import losses
 from blip2_jax.stages.step import Batch, Metrics, Params, Spec, State, update
 
@@ -24,14 +25,17 @@ def loss_fn(
       spec: what the recipe decides.
     """
     del key
-    logits = spec.merge(params, frozen)(batch["image"])
-    metrics, total = {}, 0.0
+    model: PatchClassifier = spec.merge(params, frozen)
+    logits = model(batch["image"])
+    metrics: Metrics = {}
+    total: float | jax.Array = 0.0
     for name, classes in spec.stage.labels.items():
         labels = batch[name]
         total += losses.cross_entropy(logits[name], labels).mean()
         hits = logits[name].argmax(axis=-1) == labels
         metrics[f"{name}/accuracy"] = losses.weighted_mean(hits, labels < classes - 1)
-    return total, {"loss": jnp.asarray(total), **metrics}
+    loss = jnp.asarray(total)
+    return loss, {"loss": loss, **metrics}
 
 
 def train_step(

@@ -9,8 +9,10 @@ features come here in a ring, before `ln_vision`, so that no gradient has to tra
 
 import jax
 import jax.numpy as jnp
+from ml_collections import FrozenConfigDict
 
 from blip2_jax.models.blip2 import Blip2Stage1
+from blip2_jax.models.layers import KeysValues, split_key
 from blip2_jax.runtime import exchange
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.stages import losses
@@ -33,9 +35,7 @@ def loss_fn(
     model: Blip2Stage1 = spec.merge(params, frozen)
     options = spec.stage
     ids, mask = batch["text_ids"], batch["text_mask"]
-    k_image, k_text, k_itm, k_itg, k_negatives = (
-        [None] * 4 + [jax.random.key(0)] if key is None else jax.random.split(key, 5)
-    )
+    k_image, k_text, k_itm, k_itg, k_negatives = split_key(key, 5)
     same = batch["image_id"][:, None] == batch["image_id"][None, :]
 
     k_vit = None if key is None else jax.random.fold_in(key, 1)
@@ -54,7 +54,7 @@ def loss_fn(
         label_smoothing=options.label_smoothing,
         gather_grad=options.itc_gather_grad,
     )
-    k1, k2 = jax.random.split(k_negatives)
+    k1, k2 = jax.random.split(jax.random.key(0) if k_negatives is None else k_negatives)
     hard_image = losses.hard_negatives(k1, jax.lax.stop_gradient(text_to_image), same)
     hard_text = losses.hard_negatives(k2, jax.lax.stop_gradient(image_to_text), same)
     if meshes.num_batch_shards(spec.mesh) == 1:
@@ -66,11 +66,14 @@ def loss_fn(
 
     loss = itc + itm + itg["loss"]
     diagonal = jnp.arange(len(ids))
-    best = (image_to_text.argmax(axis=1), text_to_image.argmax(axis=1))
+    of_image, of_text = (
+        same[diagonal, scores.argmax(axis=1)].mean(dtype=jnp.float32)
+        for scores in (image_to_text, text_to_image)
+    )
     metrics = {
         "loss": loss,
         "itc/loss": itc,
-        "itc/accuracy": 0.5 * sum(same[diagonal, b].mean(dtype=jnp.float32) for b in best),
+        "itc/accuracy": 0.5 * (of_image + of_text),
         "itc/temperature": model.temp[...],
         "itm/loss": itm,
         "itm/accuracy": itm_accuracy,
@@ -79,19 +82,30 @@ def loss_fn(
     return loss, metrics
 
 
-def _keys_values(model: Blip2Stage1, features: jax.Array):
+def _keys_values(model: Blip2Stage1, features: jax.Array) -> KeysValues:
     """What the cross-attentions read of images."""
     return model.qformer.image_keys_values(model.ln_vision(features))
 
 
-def _itm(model, image_kv, hard_kv, hard_text, ids, mask, key):
+def _itm(
+    model: Blip2Stage1,
+    image_kv: KeysValues,
+    hard_kv: KeysValues,
+    hard_text: jax.Array,
+    ids: jax.Array,
+    mask: jax.Array,
+    key: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """Matching, with a hard negative image for each text and a hard negative text for each image.
 
     Three rows for each pair, next to each other so that none travels: (text, its image), which
     match, (text, hard image) and (hard text, image).
+
+    Returns:
+      The loss, and the share of rows that are judged right.
     """
 
-    def three(*rows, axis=0):
+    def three(*rows: jax.Array, axis: int = 0) -> jax.Array:
         x = jnp.stack(rows, axis=axis + 1)
         return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
@@ -104,7 +118,14 @@ def _itm(model, image_kv, hard_kv, hard_text, ids, mask, key):
     return losses.cross_entropy(logits, labels).mean(), accuracy
 
 
-def _itg(model, past, ids, mask, options, key):
+def _itg(
+    model: Blip2Stage1,
+    past: KeysValues,
+    ids: jax.Array,
+    mask: jax.Array,
+    options: FrozenConfigDict,
+    key: jax.Array | None,
+) -> Metrics:
     """Generation: the text from [DEC] to [SEP], with nothing to look at but the queries."""
     ids = ids.at[:, 0].set(model.config.qformer.bos_token_id)
     logits = model.generate_logits(past, ids, mask, key)[:, :-1]

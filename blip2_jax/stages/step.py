@@ -33,14 +33,14 @@ class Spec:
       mesh: the devices; what a step must move between them by hand, it moves on these.
     """
 
-    graph: nnx.GraphDef
+    graph: nnx.GraphDef[Any]
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     stage: FrozenConfigDict
     mesh: Mesh
 
-    def merge(self, params: Params, frozen: Params) -> nnx.Module:
-        """The model with its parameters in place.
+    def merge(self, params: Params, frozen: Params) -> Any:
+        """The model with its parameters in place: a module of the stage's own class.
 
         The merge is shallow, which is right because a top-level key is trained or frozen as a
         whole; a key on both sides is an error (a shallow merge would hide one of them).
@@ -90,7 +90,14 @@ def update(
     return state, {**metrics, **norms, "learning_rate": rate, "bad_steps": state["bad_steps"]}
 
 
-def _accumulated(gradient, params: Params, frozen: Params, batch: Batch, key, parts: int):
+def _accumulated(
+    gradient: Callable[..., Any],
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    key: jax.Array,
+    parts: int,
+) -> tuple[Params, Metrics]:
     """Gradients and metrics of a batch that is computed in parts.
 
     Parts are weighed by their tokens, so that the result is that of the whole batch. Row i goes
@@ -98,7 +105,7 @@ def _accumulated(gradient, params: Params, frozen: Params, batch: Batch, key, pa
     """
     split = lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
 
-    def body(total, part):
+    def body(total: Any, part: Any) -> tuple[Any, jax.Array]:
         rows, key = part
         found = gradient(params, frozen, rows, key)
         if WEIGHT not in found[1]:
