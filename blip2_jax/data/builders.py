@@ -98,12 +98,12 @@ def examples(
 
 
 @functools.lru_cache(maxsize=4)
-def _opened(open_split: functools.partial, split: str) -> Any:
+def _opened(open_split: functools.partial[Any], split: str) -> Any:
     return open_split(split)
 
 
 def make_range(
-    open_split: functools.partial, split: str, count: int, shorter_side: int, start: int
+    open_split: functools.partial[Any], split: str, count: int, shorter_side: int, start: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """What a Beam worker does with the number of a range: its examples; faults go to counters."""
     from apache_beam.metrics import Metrics

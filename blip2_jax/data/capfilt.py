@@ -43,7 +43,9 @@ class CapFilt:
         self.caption, self.similarity = caption, similarity
         self.keep, self.size, self.batch_size = keep, size, batch_size
 
-    def __call__(self, images: list[Image.Image], records: list[dict]) -> list[dict]:
+    def __call__(
+        self, images: list[Image.Image], records: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
         """The records with their best captions, best first, and `scores` of these."""
         changed = []
         for start in range(0, len(records), self.batch_size):
@@ -52,7 +54,7 @@ class CapFilt:
             changed += self._filter(pixels, records[part])
         return changed
 
-    def _filter(self, pixels: np.ndarray, records: list[dict]) -> list[dict]:
+    def _filter(self, pixels: np.ndarray, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         made = self.caption(pixels)
         candidates = [
             _different([*record["captions"], *new])

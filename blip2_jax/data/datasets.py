@@ -87,7 +87,7 @@ def find(name: str, folder: str, split: str) -> str:
     )
 
 
-def _image_folder(folder: str, first: list) -> str:
+def _image_folder(folder: str, first: list[lists.Row | RecordError]) -> str:
     """The folder that the images of the first rows, or some of them, are in."""
     images = [lists.normalize(row)["image"] for row in first if isinstance(row, dict)]
     fs, root = files.filesystem(folder)
@@ -151,7 +151,9 @@ def _vqa_rows(path: str) -> Rows:
         }
 
 
-def _check_same_questions(questions: list, answers: dict, path: str, other: str) -> None:
+def _check_same_questions(
+    questions: list[lists.Row], answers: dict[Any, lists.Row], path: str, other: str
+) -> None:
     """Holds questions and annotations to one version and split; scores of a part would mislead."""
     asked = {question["question_id"]: question["image_id"] for question in questions}
     strange = [key for key in asked if key not in answers]

@@ -7,6 +7,8 @@ each digit's scans three quarters draw the training scenes and the others the te
 import functools
 import io
 import json
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -97,15 +99,20 @@ def draw(scene: world.Scene, rng: np.random.Generator, split: str) -> tuple[np.n
 
     Returns:
       uint8[SIZE, SIZE, 3], and boxes int32[n, 4]: y0, x0, y1, x1 of each thing.
+
+    Raises:
+      ValueError: a thing whose color, size or place is not said.
     """
     canvas, boxes = _background(rng), []
     half = SIZE // 2
     for thing in scene:
+        if thing.size is None or thing.color is None:
+            raise ValueError(f"Nobody said what this looks like: {thing}.")
         scans = handwriting(split)[thing.digit]
         low, high = PIXELS[thing.size]
         side = int(rng.integers(low, high + 1))
         ink = _write(scans[rng.integers(len(scans))], side, rng)[..., None]
-        row, column = thing.place.split()
+        row, column = thing.corner
         y0 = half * (row == "bottom") + int(rng.integers(MARGIN, half - side - MARGIN + 1))
         x0 = half * (column == "right") + int(rng.integers(MARGIN, half - side - MARGIN + 1))
         color = np.clip(np.array(RGB[thing.color]) + rng.uniform(-14, 14, 3), 0, 255)
@@ -115,7 +122,7 @@ def draw(scene: world.Scene, rng: np.random.Generator, split: str) -> tuple[np.n
     return canvas.round().astype(np.uint8), np.array(boxes, np.int32)
 
 
-def record(seed: int, split: str, index: int) -> dict:
+def record(seed: int, split: str, index: int) -> dict[str, Any]:
     """One record of the data set; depends on nothing but its arguments."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene = world.sample_scene(rng, held_out=split == "held_out")
@@ -143,7 +150,7 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, seed: int = 0, sizes: dict[str, int] | None = None, **kwargs):
+    def __init__(self, *, seed: int = 0, sizes: dict[str, int] | None = None, **kwargs: Any):
         self.seed = seed
         self.sizes = sizes or {"train": 8000, "test": 500, "held_out": 200}
         super().__init__(file_format="array_record", **kwargs)
@@ -166,11 +173,11 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
             ),
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager  # nothing is downloaded
         return {split: self._generate_examples(split) for split in SPLITS}
 
-    def _generate_examples(self, split: str):
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for index in tqdm(range(self.sizes[split]), desc=split, unit=" scenes"):
             example = record(self.seed, split, index)
             yield example["id"], example

@@ -1,19 +1,31 @@
 """From a record to the arrays that a stage's batches are made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from blip2_jax.data import digits, texts, tokenizers, transforms, world
 from blip2_jax.data.faults import RecordError
 
-Example = dict[str, np.ndarray]
-ExampleOf = Callable[[dict, int, np.random.Generator], Example]
+Record = dict[str, Any]  # see `sources`
+Example = dict[str, np.ndarray | np.generic]
+ExampleOf = Callable[[Record, int, np.random.Generator], Example]
+ImageOf = Callable[[Record, np.random.Generator], np.ndarray]
 
 
-def make_example(config, image_size: int, *, train: bool) -> ExampleOf:
-    """The function (record, index, rng) -> arrays that a stage's batches are made of."""
+def make_example(config: ConfigDict, image_size: int, *, train: bool) -> ExampleOf:
+    """The function (record, index, rng) -> arrays that a stage's batches are made of.
+
+    Args:
+      config: a recipe's config; its stage decides which arrays these are.
+      image_size: side of the images, in pixels.
+      train: whether images are cropped and augmented, and captions drawn.
+
+    Raises:
+      ValueError: `config.data.task` or `config.data.prompt` does not fit.
+    """
     data, stage = config.data, config.stage.name
     if stage == "pretrain_lm":
         return _story_example(tokenizers.load(data.llm_tokenizer), data.llm_length)
@@ -33,7 +45,7 @@ def make_example(config, image_size: int, *, train: bool) -> ExampleOf:
         if data.task != "caption":
             raise ValueError(f"config.data.task is {data.task!r}; known: caption, answer.")
 
-    def example(record: dict, index: int, rng: np.random.Generator) -> Example:
+    def example(record: Record, index: int, rng: np.random.Generator) -> Example:
         captions = _captions(record, data)
         text = captions[rng.integers(len(captions)) if train else 0]
         number = np.int32(record.get("image_number", index))
@@ -42,7 +54,7 @@ def make_example(config, image_size: int, *, train: bool) -> ExampleOf:
     return example
 
 
-def _captions(record: dict, data) -> list[str]:
+def _captions(record: Record, data: ConfigDict) -> list[str]:
     """The captions to draw from, cleaned; those with nothing left of them go."""
     captions = record["captions"][: data.first_captions or None]
     if data.clean_text:
@@ -53,8 +65,8 @@ def _captions(record: dict, data) -> list[str]:
     return captions
 
 
-def _image(data, size: int, *, train: bool) -> Callable[[dict, np.random.Generator], np.ndarray]:
-    def image(record: dict, rng: np.random.Generator) -> np.ndarray:
+def _image(data: ConfigDict, size: int, *, train: bool) -> ImageOf:
+    def image(record: Record, rng: np.random.Generator) -> np.ndarray:
         if not train:
             return transforms.resize(transforms.decode_image(record["image"]), size)
         return transforms.train_image(
@@ -79,7 +91,7 @@ def _qformer_text(tokenizer: Any, length: int) -> Callable[..., Example]:
     return encode
 
 
-def _llm_text(tokenizer: Any, data, reads_prompt: Any) -> Callable[..., Example]:
+def _llm_text(tokenizer: Any, data: ConfigDict, reads_prompt: Any) -> Callable[..., Example]:
     """A decoder-only LLM reads the whole text; an encoder-decoder its prefix or the prompt (T5).
 
     Args:
@@ -107,7 +119,9 @@ def _llm_text(tokenizer: Any, data, reads_prompt: Any) -> Callable[..., Example]
     return encode
 
 
-def _answer_example(image: Callable, encode: Callable, data, *, train: bool) -> ExampleOf:
+def _answer_example(
+    image: ImageOf, encode: Callable[..., Example], data: ConfigDict, *, train: bool
+) -> ExampleOf:
     """Questions and answers: one question of a record, and one of its answers, as often as given.
 
     Drawing among ten annotators' answers weighs each by its count, as LAVIS's BLIP-1 VQA does.
@@ -118,7 +132,7 @@ def _answer_example(image: Callable, encode: Callable, data, *, train: bool) -> 
             "the question, as in 'Question: {} Answer:'."
         )
 
-    def example(record: dict, index: int, rng: np.random.Generator) -> Example:
+    def example(record: Record, index: int, rng: np.random.Generator) -> Example:
         questions = record.get("questions")
         if not questions:
             raise RecordError("no question")
@@ -138,7 +152,7 @@ def _answer_example(image: Callable, encode: Callable, data, *, train: bool) -> 
 
 
 def _story_example(tokenizer: Any, length: int) -> ExampleOf:
-    def example(record: dict, index: int, rng: np.random.Generator) -> Example:
+    def example(record: Record, index: int, rng: np.random.Generator) -> Example:
         del index, rng  # a story is what it is
         ids, mask, weights = tokenizers.encode_stories(tokenizer, [record["story"]], length)
         return {"llm_ids": ids[0], "llm_mask": mask[0], "llm_weights": weights[0]}
@@ -146,7 +160,7 @@ def _story_example(tokenizer: Any, length: int) -> ExampleOf:
     return example
 
 
-def _patch_example(image: Callable, grid: int, labels) -> ExampleOf:
+def _patch_example(image: ImageOf, grid: int, labels: Mapping[str, int]) -> ExampleOf:
     """Patch labels of the embedded world: what the box that covers most of a patch holds."""
     names = {
         "digit": range(10),
@@ -155,7 +169,7 @@ def _patch_example(image: Callable, grid: int, labels) -> ExampleOf:
         "place": world.PLACES,
     }
 
-    def example(record: dict, index: int, rng: np.random.Generator) -> Example:
+    def example(record: Record, index: int, rng: np.random.Generator) -> Example:
         del index
         arrays = {"image": image(record, rng)}
         scene = world.scene_from_json(record["scene"])

@@ -1,6 +1,7 @@
 """What cannot be read: said by reason and place, counted, and bounded."""
 
 import collections
+from typing import Any
 
 
 class RecordError(ValueError):
@@ -15,7 +16,7 @@ class RecordError(ValueError):
         super().__init__(f"{reason} ({where})" if where else reason)
         self.reason, self.where = reason, where
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.reason, self.where)
 
 
@@ -65,7 +66,7 @@ class Skipped:
                 "leave out what is broken with blip2 prepare.\n" + self.text()
             )
 
-    def merge(self, other: "Skipped | dict") -> None:
+    def merge(self, other: "Skipped | dict[str, Any]") -> None:
         """Adds what another count (or its `to_json`) holds."""
         other = other.to_json() if isinstance(other, Skipped) else other
         for reason, found in other.items():
@@ -73,7 +74,7 @@ class Skipped:
             places = self.examples.setdefault(reason, [])
             places += found["examples"][: self.EXAMPLES - len(places)]
 
-    def to_json(self) -> dict[str, dict]:
+    def to_json(self) -> dict[str, dict[str, Any]]:
         """{reason: {"count", "examples"}}, the most frequent first."""
         return {
             reason: {"count": n, "examples": self.examples.get(reason, [])}

@@ -36,10 +36,12 @@ def filesystem(path: str) -> tuple[Any, str]:
 
 
 def is_local(path: str) -> bool:
+    """Whether a path names a file of this machine, a mounted one included."""
     return "://" not in path
 
 
 def join(folder: str, name: str) -> str:
+    """The path of `name` in a folder, local or remote; "" is where we are."""
     return f"{folder.rstrip('/')}/{name}" if folder else name
 
 
@@ -120,6 +122,7 @@ def cache_folder(name: str) -> Path:
 
 
 def short_hash(text: str) -> str:
+    """16 hexadecimal digits (BLAKE2b)."""
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -150,16 +153,16 @@ def local_copy(folder: str) -> str:
 class Ranges:
     """Reads parts of files, from any number of threads; travels to worker processes."""
 
-    def __init__(self):
-        self._open: dict[str, int] = {}
-        self._lock = threading.Lock()
+    def __init__(self) -> None:
+        self.__setstate__({})
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {}
 
-    def __setstate__(self, state: dict) -> None:
-        del state
-        self.__init__()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        del state  # open files and locks stay where they are
+        self._open: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def read(self, path: str, start: int, size: int) -> bytes:
         """`size` bytes from `start` on.

@@ -146,7 +146,7 @@ def document_rows(document: Any, path: str, split: str = "") -> Iterator[Row | R
 
 def _coco_rows(document: Row) -> Iterator[Row]:
     """COCO's captions, and NoCaps': one row an image."""
-    captions: dict[Any, list] = {}
+    captions: dict[Any, list[str]] = {}
     for annotation in document["annotations"]:
         if "caption" in annotation:
             captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
@@ -216,7 +216,7 @@ def normalize(row: Row) -> Row:
     if isinstance(image, dict):  # Hugging Face datasets: {"bytes", "path"}
         image = image.get("path")
     identity = _first(row, IMAGE_ID)
-    record = {
+    record: Row = {
         "image": str(image) if image is not None else None,
         "id": str(identity if identity is not None else image),
         "captions": captions_of(_first(row, CAPTION)),
@@ -248,10 +248,20 @@ class Packed:
         return len(self._ends) - 1
 
     def digest(self) -> str:
+        """A hash of all values."""
         return hashlib.blake2b(self._data, digest_size=8).hexdigest()
 
     def __getitem__(self, index: int) -> Any:
         return json.loads(self._data[self._ends[index] : self._ends[index + 1]])
+
+
+def _rows(lists: Iterable[str | Row | RecordError], split: str) -> Iterator[Row | RecordError]:
+    """The rows of files, and rows themselves."""
+    for entry in lists:
+        if isinstance(entry, str):
+            yield from read_rows(entry, split)
+        else:
+            yield entry
 
 
 class ListSource:
@@ -270,7 +280,7 @@ class ListSource:
 
     def __init__(
         self,
-        lists: Iterable[str] | Iterable[Row],
+        lists: Iterable[str | Row | RecordError],
         images: str = "",
         *,
         split: str = "",
@@ -278,13 +288,12 @@ class ListSource:
     ):
         if form not in FORMS:
             raise ValueError(f"form is {form!r}; known: {', '.join(FORMS)}.")
-        lists = list(lists) if not isinstance(lists, Iterator) else lists
-        named = isinstance(lists, list) and bool(lists) and isinstance(lists[0], str)
-        rows = (row for path in lists for row in read_rows(path, split)) if named else lists
-        self.name = lists[0] if named else images
-        self.images = images or (os.path.dirname(lists[0]) if named else "")
+        first = None if isinstance(lists, Iterator) else next(iter(lists), None)
+        path = first if isinstance(first, str) else ""
+        self.name = path or images
+        self.images = images or os.path.dirname(path)
         self.faults = Skipped()
-        self._rows = Packed(self._records(rows))
+        self._rows = Packed(self._records(_rows(lists, split)))
         self.faults.total = len(self._rows) + self.faults.count
         if not len(self._rows):
             raise ValueError(f"{self.name}: not one row that can be used.\n{self.faults.text()}")

@@ -16,20 +16,24 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import grain
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from blip2_jax.data import sources, transforms
-from blip2_jax.data.examples import Example, ExampleOf, make_example
+from blip2_jax.data.examples import Example, ExampleOf, Record, make_example
 from blip2_jax.data.faults import RecordError, Skipped
 
 MOST_REPLACED = 100  # records in a row that may be unreadable
 FAULTS = "_faults"  # uint8[B, FAULTS_SIZE], on the way from where an example is made: JSON
 FAULTS_SIZE = 1024
 GOLDEN = (math.sqrt(5) - 1) / 2
+
+Batch = dict[str, np.ndarray]  # examples of one kind, [B, ...] each
 
 
 class Batches:
@@ -40,15 +44,15 @@ class Batches:
       wait_seconds: time spent waiting for data.
     """
 
-    def __init__(self, dataset: grain.IterDataset, skipped: Skipped):
+    def __init__(self, dataset: grain.IterDataset[Batch], skipped: Skipped):
         self.skipped = skipped
         self.wait_seconds = 0.0
         self._iterator = iter(dataset)
 
-    def __iter__(self) -> Iterator[Example]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> Example:
+    def __next__(self) -> Batch:
         started = time.perf_counter()
         batch = next(self._iterator)
         self.wait_seconds += time.perf_counter() - started
@@ -58,7 +62,7 @@ class Batches:
                     self.skipped.add(reason, where, index=index)
         return batch
 
-    def ahead(self, put: Callable[[Example], Any], count: int = 2) -> Iterator[Any]:
+    def ahead(self, put: Callable[[Batch], Any], count: int = 2) -> Iterator[Any]:
         """Batches on the device, `count` of them on their way while the one before is computed.
 
         Args:
@@ -88,9 +92,10 @@ class Host:
 
     @classmethod
     def this(cls) -> "Host":
+        """This process, of all that JAX knows."""
         return cls(jax.process_index(), jax.process_count())
 
-    def share(self, dataset: grain.MapDataset, batch_size: int) -> grain.MapDataset:
+    def share(self, dataset: grain.MapDataset[Any], batch_size: int) -> grain.MapDataset[Any]:
         """This host's part of each batch of `batch_size`.
 
         Raises:
@@ -102,7 +107,12 @@ class Host:
 
 
 def train_batches(
-    config, image_size: int, *, start_step: int = 0, host: Host | None = None, source: Any = None
+    config: ConfigDict,
+    image_size: int,
+    *,
+    start_step: int = 0,
+    host: Host | None = None,
+    source: Any = None,
 ) -> Batches:
     """This host's share of the global batches from `start_step` on, without end.
 
@@ -121,7 +131,7 @@ def train_batches(
     return Batches(_start(dataset.slice(slice(start_step, None)), config), skipped)
 
 
-def heldout_batches(config, image_size: int, *, host: Host | None = None) -> Batches:
+def heldout_batches(config: ConfigDict, image_size: int, *, host: Host | None = None) -> Batches:
     """The first `eval.batches` whole batches of `eval_split` (0: all), in order, not augmented."""
     source = make_source(config, config.data.eval_split)
     size = min(config.eval.batch_size, len(source))
@@ -156,13 +166,14 @@ def scored_batches(
     return Batches(_read(dataset.batch(batch_size), threads), Skipped(len(source)))
 
 
-def record_numbers(source: Any, config, step: int) -> list[int]:
+def record_numbers(source: Any, config: ConfigDict, step: int) -> list[int]:
     """The records of the global batch of a step (from 0), before any was replaced."""
     order, size = _order(source, config), config.data.batch_size
-    return [int(order[i]) for i in range(step * size, (step + 1) * size)]
+    numbers: list[Any] = [order[i] for i in range(step * size, (step + 1) * size)]
+    return list(map(int, numbers))
 
 
-def _order(source: Any, config) -> grain.MapDataset:
+def _order(source: Any, config: ConfigDict) -> grain.MapDataset[int]:
     """Record numbers without end: every part in an order of its own that changes every epoch."""
     if config.data.source in STORIES:  # in easy-to-hard order, each read once
         return grain.MapDataset.range(len(source)).seed(config.seed).repeat()
@@ -175,7 +186,7 @@ def _order(source: Any, config) -> grain.MapDataset:
     return grain.MapDataset.mix(parts, weights=source.weights).seed(config.seed)
 
 
-def _start(dataset: grain.MapDataset, config) -> grain.IterDataset:
+def _start(dataset: grain.MapDataset[Batch], config: ConfigDict) -> grain.IterDataset[Batch]:
     """Threads, in this process or in several of their own."""
     threads, workers = config.data.threads, config.data.workers
     if workers:
@@ -190,7 +201,7 @@ def _start(dataset: grain.MapDataset, config) -> grain.IterDataset:
     return iterable
 
 
-def _read(dataset: grain.MapDataset, threads: int) -> grain.IterDataset:
+def _read(dataset: grain.MapDataset[Batch], threads: int) -> grain.IterDataset[Batch]:
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
     return dataset.to_iter_dataset(options)
 
@@ -200,8 +211,13 @@ def _read(dataset: grain.MapDataset, threads: int) -> grain.IterDataset:
 STORIES = ("stories", "easy_stories")
 
 
-def make_source(config, split: str) -> Any:
-    """The config's records of a split: one source, or a mixture."""
+def make_source(config: ConfigDict, split: str) -> Any:
+    """The config's records of a split: one source, or a mixture.
+
+    Raises:
+      ValueError: there is no such source, nothing that can be read, or a key of a mixture that is
+        not known.
+    """
     data = config.data
     training = split == data.split
     if not data.mixture:
@@ -214,17 +230,14 @@ def make_source(config, split: str) -> Any:
         whole = {**{key: data[key] for key in ("source", "images", "form", "index_dir")}, **part}
         # A part may call its training split something else ("train2017").
         own = part.get("split", split) if training else split
-        parts[name] = _source(config, _Section(whole), own, training)
+        parts[name] = _source(config, SimpleNamespace(**whole), own, training)
     weights = {name: part.get("weight", 1.0) for name, part in data.mixture.items()}
     return sources.Mixture(parts, data.mixture_by, weights)
 
 
-class _Section:
-    def __init__(self, values: dict[str, Any]):
-        self.__dict__.update(values)
-
-
-def _source(config, data, split: str, training: bool) -> Any:
+def _source(
+    config: ConfigDict, data: ConfigDict | SimpleNamespace, split: str, training: bool
+) -> Any:
     if data.source == "files" and not training:
         if "{split}" not in data.dir and not sources.is_prepared(data.dir):
             raise ValueError(
@@ -241,7 +254,7 @@ def _source(config, data, split: str, training: bool) -> Any:
     return open_source(data, split)
 
 
-def open_source(data, split: str) -> Any:
+def open_source(data: Any, split: str) -> Any:
     """The records that a config's section names by `source`, `dir`, `images`, `form`, `index_dir`.
 
     Raises:
@@ -264,7 +277,7 @@ def open_source(data, split: str) -> Any:
 # ------------------------------------------------------------------------------------- reading
 
 
-def _skipped(source: Any, config) -> Skipped:
+def _skipped(source: Any, config: ConfigDict) -> Skipped:
     """A count that begins with what the source left out at its start."""
     skipped = Skipped(len(source), config.data.most_skipped)
     if hasattr(source, "faults"):
@@ -291,7 +304,7 @@ class Reader:
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
         index = int(index)
         start, end = next(ends for ends in self.ranges if index < ends[1])
-        faults = []
+        faults: list[tuple[int, str, str]] = []
         for _ in range(min(end - start, MOST_REPLACED)):
             # A copy of the generator's state: a replacement is drawn as its record would have been.
             state = rng.bit_generator.state
@@ -330,14 +343,14 @@ class Scored(Reader):
         super().__init__(source, self._image)
         self.image_size, self.rows = image_size, rows
 
-    def _image(self, record: dict, index: int, rng: np.random.Generator) -> Example:
+    def _image(self, record: Record, index: int, rng: np.random.Generator) -> Example:
         del index, rng
         image = transforms.decode_image(record["image"])
         return {"image": transforms.resize(image, self.image_size)}
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
-        faults = []
-        example = {"image": np.zeros((self.image_size, self.image_size, 3), np.uint8)}
+        faults: list[tuple[int, str, str]] = []
+        example: Example = {"image": np.zeros((self.image_size, self.image_size, 3), np.uint8)}
         row = self.rows[index] if index < len(self.rows) else -1
         valid = row >= 0
         if valid:
@@ -346,7 +359,7 @@ class Scored(Reader):
             except RecordError as error:
                 faults.append((row, error.reason, error.where))
                 valid = False
-        marks = {"index": np.int32(row), "valid": np.bool_(valid), FAULTS: _note(faults)}
+        marks: Example = {"index": np.int32(row), "valid": np.bool_(valid), FAULTS: _note(faults)}
         return {**example, **marks}
 
 

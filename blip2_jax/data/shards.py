@@ -41,7 +41,7 @@ SAMPLES = 3  # pictures of each shard that the report may show
 
 AT_ONCE = 128  # images that are captioned together
 
-Captions = Callable[[list[Image.Image], list[dict]], list[dict]]
+Captions = Callable[[list[Image.Image], list[dict[str, Any]]], list[dict[str, Any]]]
 Checked = tuple[int, dict[str, Any], Image.Image]  # a record's number, itself, its decoded image
 
 
@@ -71,6 +71,7 @@ class Plan:
 
     @property
     def shards(self) -> int:
+        """How many there are."""
         return max(1, math.ceil(self.records / self.records_per_shard))
 
     def numbers(self, shard: int) -> range:
@@ -79,10 +80,12 @@ class Plan:
         return range(start, min(start + self.records_per_shard, self.records))
 
     def path(self, shard: int) -> str:
+        """The file of a shard, named as TFDS names it."""
         name = f"{self.name}-{self.split}.array_record-{shard:05d}-of-{self.shards:05d}"
         return files.join(self.out, name)
 
     def note(self, shard: int) -> str:
+        """The file that says what a finished shard holds."""
         return files.join(self.out, f"shards/{self.split}-{shard:05d}.json")
 
 
@@ -124,9 +127,9 @@ def smaller(data: bytes, image: Image.Image, side: int) -> bytes:
     scale = side / min(image.size) if side else 1
     if scale >= 1:
         return data
-    size = tuple(max(1, round(scale * length)) for length in image.size)
+    width, height = (max(1, round(scale * length)) for length in image.size)
     out = io.BytesIO()
-    resized = image.resize(size, Image.Resampling.BICUBIC)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
     resized.save(out, "JPEG", quality=QUALITY, subsampling=0)
     return out.getvalue()
 
@@ -195,7 +198,7 @@ def _recaptioned(records: Iterable[Checked], captions: Captions) -> Iterator[Che
 
 
 @contextlib.contextmanager
-def _writer(plan: Plan, shard: int) -> Iterator[Callable[[dict], None]]:
+def _writer(plan: Plan, shard: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Writes examples to a file that gets its name at the end."""
     from array_record.python import array_record_module
 
@@ -220,7 +223,7 @@ def _writer(plan: Plan, shard: int) -> Iterator[Callable[[dict], None]]:
             os.rmdir(folder)
 
 
-def finished(plan: Plan) -> dict[int, dict]:
+def finished(plan: Plan) -> dict[int, dict[str, Any]]:
     """Notes of the shards that are there, by number; half-written ones are removed."""
     fs, root = files.filesystem(plan.out)
     for path in fs.glob(f"{root}/{plan.name}-{plan.split}.*.partial"):
@@ -296,7 +299,7 @@ def _left_out(source: Any, plan: Plan) -> Skipped:
     return skipped
 
 
-_job: tuple[Any, Plan] | None = None  # of a worker process
+_job: tuple[Any, Plan]  # of a worker process: its source and its plan
 
 
 def _start_worker(source: Any, plan: Plan) -> None:
@@ -305,7 +308,8 @@ def _start_worker(source: Any, plan: Plan) -> None:
 
 
 def _work(shard: int) -> tuple[int, dict[str, Any]]:
-    return shard, write_shard(*_job, shard)
+    source, plan = _job
+    return shard, write_shard(source, plan, shard)
 
 
 def _in_processes(
@@ -386,7 +390,7 @@ class Tally:
       bins: name -> {lower end of the bin: count}.
     """
 
-    BINS: dict[str, Callable[[dict, Image.Image, int], list[float]]] = {
+    BINS: dict[str, Callable[[dict[str, Any], Image.Image, int], list[float]]] = {
         "width (pixels)": lambda record, image, size: [min(image.width // 64 * 64, 4096)],
         "height (pixels)": lambda record, image, size: [min(image.height // 64 * 64, 4096)],
         "width / height": lambda record, image, size: [
@@ -400,16 +404,18 @@ class Tally:
     }
     TOTALS = ("records", "bytes", "captions", "questions", "words")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.totals: collections.Counter[str] = collections.Counter()
-        self.bins = {name: collections.Counter() for name in self.BINS}
+        self.bins = {name: collections.Counter[str]() for name in self.BINS}
         self.samples: list[dict[str, Any]] = []
 
     @property
     def records(self) -> int:
+        """How many were counted."""
         return self.totals["records"]
 
     def add(self, record: dict[str, Any], image: Image.Image, size: int) -> None:
+        """Counts a record, its decoded image and the bytes that it is stored in."""
         captions = record["captions"]
         self.totals.update(
             records=1,
@@ -436,6 +442,7 @@ class Tally:
         self.samples += note["samples"]
 
     def to_json(self) -> dict[str, Any]:
+        """All counts; `merge` takes them."""
         return {
             "totals": {name: self.totals[name] for name in self.TOTALS},
             "bins": {name: dict(counts) for name, counts in self.bins.items()},

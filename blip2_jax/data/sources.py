@@ -109,6 +109,7 @@ class Mixture:
         return next(n for n, (_, end) in enumerate(self.ranges) if index < end)
 
     def where(self, index: int) -> str:
+        """A record's place, as its part names it."""
         part = self.part_of(index)
         return place(self.parts[part], index - self.ranges[part][0])
 
@@ -197,6 +198,7 @@ class TfdsSource:
         return _as_text(record)
 
     def where(self, index: int) -> str:
+        """Folder, split and number of a record."""
         return f"{self.name}[{index}]"
 
 
@@ -212,7 +214,7 @@ def _as_text(record: dict[str, Any]) -> dict[str, Any]:
             columns = {name: [_decode(v) for v in values] for name, values in value.items()}
             rows = zip(*columns.values(), strict=True)
             out[key] = [dict(zip(columns, row, strict=True)) for row in rows]
-        elif isinstance(value, (list, tuple)) or getattr(value, "ndim", 0):
+        elif isinstance(value, (list, tuple)) or getattr(value, "ndim", None):
             out[key] = [_decode(v) for v in value]
         else:
             out[key] = _decode(value)

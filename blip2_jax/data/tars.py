@@ -145,8 +145,11 @@ def index(file: Any, size: int, where: str) -> tuple[np.ndarray, Skipped]:
       size: of the file.
       where: its path, for reports.
     """
-    rows, faults, seen = [], Skipped(), set()
-    key, parts = None, {}
+    rows: list[tuple[int, ...]] = []
+    faults = Skipped()
+    seen: set[str] = set()
+    key: str | None = None
+    parts: dict[str, tuple[int, int]] = {}
 
     def finish() -> None:
         if key is None:
@@ -210,7 +213,7 @@ def _index_path(path: str, folder: str) -> Path:
     return files.cache_folder("tars") / f"{files.short_hash(path)}.idx"
 
 
-def _load(target: Path, identity: dict) -> tuple[int, dict] | None:
+def _load(target: Path, identity: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
     try:
         found = json.loads(Path(f"{target}.json").read_text())
     except (OSError, ValueError):
@@ -219,7 +222,7 @@ def _load(target: Path, identity: dict) -> tuple[int, dict] | None:
     return (found["records"], found["faults"]) if same else None
 
 
-def ensure_index(path: str, folder: str = "") -> tuple[Path, int, dict]:
+def ensure_index(path: str, folder: str = "") -> tuple[Path, int, dict[str, Any]]:
     """The index of an archive, made where there is none or the archive has changed.
 
     Returns:
@@ -275,10 +278,12 @@ class TarSource:
     """
 
     def __init__(self, paths: Sequence[str], *, index_folder: str = "", threads: int = 8):
-        self.paths, self.faults = [], Skipped()
-        self._indexes, counts = [], []
+        self.paths: list[str] = []
+        self.faults = Skipped()
+        self._indexes: list[Path] = []
+        counts: list[int] = []
 
-        def prepare(path: str):
+        def prepare(path: str) -> tuple[Path, int, dict[str, Any]] | RecordError:
             try:
                 return ensure_index(path, index_folder)
             except RecordError as error:
@@ -365,7 +370,7 @@ class TarSource:
 
 def _record(parts: dict[str, bytes], name: str, where: str) -> dict[str, Any]:
     """Members' contents as a record; captions of the .json go before those of the .txt."""
-    row: dict[str, Any] = {}
+    row: Any = {}
     try:
         if "meta" in parts:
             row = json.loads(parts["meta"].decode())

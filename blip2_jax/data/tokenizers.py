@@ -56,7 +56,8 @@ def train_qformer_tokenizer(texts: Iterable[str]) -> Any:
         vocab_size=400, special_tokens=specials, show_progress=False
     )
     model.train_from_iterator(texts, trainer)
-    words = sorted(model.get_vocab(), key=model.get_vocab().get)
+    ids = model.get_vocab()
+    words = sorted(ids, key=ids.__getitem__)
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
     tokenizer.add_special_tokens({"bos_token": BOS_OF_QFORMER})
     return tokenizer
@@ -80,9 +81,10 @@ def train_lm_tokenizer(texts: Iterable[str]) -> Any:
     import json
 
     trained = json.loads(model.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in trained["merges"]]  # the hint there asks for texts
     return GPT2Tokenizer(
         vocab=trained["vocab"],
-        merges=[tuple(pair) for pair in trained["merges"]],
+        merges=merges,
         bos_token="</s>",
         eos_token="</s>",
         unk_token="</s>",
@@ -107,7 +109,13 @@ def train_package_tokenizers(assets: Path) -> None:
 # ----------------------------------------------------------------------------------- encoding
 
 
-def _pad(rows: Sequence[Sequence], length: int, fill, dtype=np.int32, side="right") -> np.ndarray:
+def _pad(
+    rows: Sequence[Sequence[float]],
+    length: int,
+    fill: float,
+    dtype: Any = np.int32,
+    side: str = "right",
+) -> np.ndarray:
     out = np.full((len(rows), length), fill, dtype)
     for row, values in zip(out, rows, strict=True):
         values = values[:length]

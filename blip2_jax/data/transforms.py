@@ -215,7 +215,12 @@ def _turned(data: bytes) -> bool:
 
 
 def fast_image(
-    data: bytes, size: int, rng: np.random.Generator, *, scale=(1.0, 1.0), flip: bool = False
+    data: bytes,
+    size: int,
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float] = (1.0, 1.0),
+    flip: bool = False,
 ) -> np.ndarray:
     """`random_resized_crop`, with libjpeg-turbo alone and OpenCV's area averaging.
 

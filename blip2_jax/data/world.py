@@ -11,9 +11,11 @@ This module knows nothing of pixels (`digits.py` draws) and nothing of models. I
   same scene, questions and answers, in any order.
 """
 
+import dataclasses
 import json
 import re
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,17 +40,27 @@ class Thing(NamedTuple):
     size: str | None
     place: str | None
 
+    @property
+    def corner(self) -> list[str]:
+        """The two words of the place: "top" or "bottom", and "left" or "right"."""
+        if self.place is None:
+            raise ValueError(f"Nobody said where this is: {self}.")
+        return self.place.split()
+
 
 Scene = tuple[Thing, ...]
 
 
 class Question(NamedTuple):
+    """A question of one of the `QUESTION_TYPES`, with its only right answer."""
+
     question: str
     answer: str
     type: str
 
 
-class Parsed(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Parsed:
     """What a caption claims: things, how many there are (or None), and who is where of whom."""
 
     things: tuple[Thing, ...]
@@ -82,10 +94,12 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False, most: int 
 
 
 def scene_to_json(scene: Scene) -> str:
+    """A list of objects with the fields of `Thing`."""
     return json.dumps([t._asdict() for t in scene])
 
 
 def scene_from_json(text: str) -> Scene:
+    """Undoes `scene_to_json`."""
     return tuple(Thing(**fields) for fields in json.loads(text))
 
 
@@ -129,8 +143,8 @@ def _shuffled(scene: Scene, rng: np.random.Generator) -> list[Thing]:
     return [scene[i] for i in rng.permutation(len(scene))]
 
 
-def _pick(rng: np.random.Generator, options):
-    return options[rng.integers(len(options))]
+def _pick(rng: np.random.Generator, options: Sequence[Any]) -> Any:
+    return options[int(rng.integers(len(options)))]
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
@@ -141,7 +155,7 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
 
 def _relation(first: Thing, second: Thing, rng: np.random.Generator) -> str:
     """How `first` stands to `second`: a column word or, where both hold, either."""
-    (row1, column1), (row2, column2) = first.place.split(), second.place.split()
+    (row1, column1), (row2, column2) = first.corner, second.corner
     words = []
     if column1 != column2:
         words.append(f"to the {column1} of")
@@ -170,7 +184,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     form = _pick(rng, FORMS)
     phrases = _join([_phrase(thing, form) for thing in said])
     if form in ("plain", "colored"):
-        heads = _HEADS
+        heads: tuple[str, ...] = _HEADS
         if len(things) == len(scene):
             heads = (*heads, f"{COUNTS[len(scene) - 1]} digit{'s' if len(scene) > 1 else ''}: ")
         return _pick(rng, heads) + phrases
@@ -185,7 +199,7 @@ def captions(scene: Scene, rng: np.random.Generator, n: int) -> list[str]:
     return list(found)
 
 
-def _options(words) -> str:
+def _options(words: Iterable[str]) -> str:
     return "|".join(map(str, words))
 
 
@@ -227,7 +241,7 @@ def parse_caption(text: str) -> Parsed | None:
     if whole is None:
         return None
     count = COUNTS.index(whole["count"]) + 1 if whole["count"] else None
-    relations = ()
+    relations: tuple[tuple[int, str, int], ...] = ()
     if whole["relation"]:
         relations = ((things[0].digit, _BETWEEN[whole["relation"]], things[1].digit),)
     return Parsed(tuple(things), count, relations)
@@ -247,7 +261,7 @@ def facts_correct(text: str, scene: Scene) -> bool:
         if any(a is not None and a != b for a, b in zip(claim, true[claim.digit], strict=True)):
             return False
     for first, relation, second in parsed.relations:
-        (row1, column1), (row2, column2) = (true[d].place.split() for d in (first, second))
+        (row1, column1), (row2, column2) = (true[d].corner for d in (first, second))
         holds = {
             "left": (column1, column2) == ("left", "right"),
             "right": (column1, column2) == ("right", "left"),
