@@ -171,7 +171,7 @@ def _patch_example(image: ImageOf, grid: int, labels: Mapping[str, int]) -> Exam
 
     def example(record: Record, index: int, rng: np.random.Generator) -> Example:
         del index
-        arrays = {"image": image(record, rng)}
+        arrays: Example = {"image": image(record, rng)}
         scene = world.scene_from_json(record["scene"])
         owner = digits.patch_owners(record["boxes"], grid)
         for name, classes in labels.items():

@@ -126,9 +126,9 @@ def train_batches(
     source = make_source(config, config.data.split) if source is None else source
     skipped = _skipped(source, config)
     read = Reader(source, make_example(config, image_size, train=True))
-    dataset = _order(source, config).random_map(read)
-    dataset = (host or Host.this()).share(dataset, config.data.batch_size)
-    return Batches(_start(dataset.slice(slice(start_step, None)), config), skipped)
+    examples = _order(source, config).random_map(read)
+    shared = (host or Host.this()).share(examples, config.data.batch_size)
+    return Batches(_start(shared.slice(slice(start_step, None)), config), skipped)
 
 
 def heldout_batches(config: ConfigDict, image_size: int, *, host: Host | None = None) -> Batches:

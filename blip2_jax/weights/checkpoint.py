@@ -14,10 +14,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from blip2_jax.models.blip2 import Blip2Config, make_model
+from blip2_jax.models.blip2 import LLMS, Blip2Config, make_model
+from blip2_jax.models.llama import RopeConfig
+from blip2_jax.models.qformer import QFormerConfig
+from blip2_jax.models.vit import ViTConfig
 from blip2_jax.runtime.checkpoint import Checkpointer
 from blip2_jax.runtime.mesh import nested
-from blip2_jax.weights import configs, files, huggingface, lavis, transfer
+from blip2_jax.weights import files, huggingface, lavis, transfer
 from blip2_jax.weights.files import Tensors, WeightsError
 from blip2_jax.weights.tables import Table
 
@@ -58,9 +61,9 @@ class Checkpoint:
             for table, tensors in self.parts
             for row in table.rows
             for path in row.ours
-            if row.theirs.format(i=0) in tensors.shapes
+            if path and row.theirs.format(i=0) in tensors.shapes
         }
-        held = set().union(*(_held(table, tensors) for table, tensors in self.parts))
+        held = {part for table, tensors in self.parts for part in _held(table, tensors)}
         missing = sorted({_top(path) for path in whole} - held - OPTIONAL)
         if missing:
             options = {"vit": "--vit", "llm": "--llm"}
@@ -230,18 +233,16 @@ def config_to_json(config: Blip2Config) -> str:
 def config_from_json(text: str) -> Blip2Config:
     """Undoes `config_to_json`."""
     document = json.loads(text)
-    kinds = {
-        kind.__name__: kind for kind in (configs.OPTConfig, configs.LlamaConfig, configs.T5Config)
-    }
+    kinds = {kind.__name__: kind for kind in LLMS}
     kind = document.pop("llm_type")
     llm = document.pop("llm")
     if llm and "rope" in llm:
-        llm["rope"] = configs.RopeConfig(**llm["rope"])
+        llm["rope"] = RopeConfig(**llm["rope"])
     return Blip2Config(
         **{
             **document,
-            "vit": configs.ViTConfig(**document["vit"]),
-            "qformer": configs.QFormerConfig(**document["qformer"]),
+            "vit": ViTConfig(**document["vit"]),
+            "qformer": QFormerConfig(**document["qformer"]),
             "llm": kinds[kind](**llm) if llm else None,
         }
     )

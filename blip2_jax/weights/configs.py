@@ -14,7 +14,10 @@ from blip2_jax.weights.files import WeightsError
 
 
 def parse(
-    config: Mapping[str, Any], known: Mapping[str, Callable], source: str, **overrides: Any
+    config: Mapping[str, Any],
+    known: Mapping[str, Callable[..., Any]],
+    source: str,
+    **overrides: Any,
 ) -> Any:
     """Sizes of a parsed `config.json`.
 
@@ -26,7 +29,7 @@ def parse(
         no dropout) are left out.
     """
     kind = config.get("model_type")
-    if kind not in known:
+    if kind is None or kind not in known:
         raise WeightsError(f"{source}: model_type {kind!r}; known: {', '.join(known)}.")
     try:
         sizes = known[kind](config)
@@ -321,7 +324,11 @@ def _write_clip(sizes: ViTConfig) -> dict[str, Any]:
     }
 
 
-WRITERS = {OPTConfig: _write_opt, LlamaConfig: _write_llama, T5Config: _write_t5}
+WRITERS: dict[type, Callable[[Any], dict[str, Any]]] = {
+    OPTConfig: _write_opt,
+    LlamaConfig: _write_llama,
+    T5Config: _write_t5,
+}
 
 
 def is_clip(sizes: ViTConfig) -> bool:

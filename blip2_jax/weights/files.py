@@ -24,16 +24,21 @@ class WeightsError(ValueError):
 
 
 class Tensors(Protocol):
-    """Named tensors in one or several files.
+    """Named tensors in one or several files; shapes and dtypes are known without reading them.
 
     Attributes:
       source: where they are, for messages.
-      shapes, dtypes: of every tensor, known without reading it.
     """
 
     source: str
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, np.dtype]
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape."""
+
+    @property
+    def dtypes(self) -> Mapping[str, np.dtype]:
+        """Name -> dtype."""
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """One tensor, or a rectangular piece of it, in the file's own dtype."""
@@ -68,6 +73,11 @@ class SafetensorsFiles:
                     self.dtypes[name] = _dtype(header.get_dtype(), name, path)
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """See `Tensors.read`.
+
+        Raises:
+          WeightsError: the file is cut short or damaged there.
+        """
         # Opened anew each time: what a mapped file has been read of counts as this process's
         # memory until the file is closed.
         with _open(self._files[name]) as tensors:
@@ -95,7 +105,7 @@ def _dtype(code: str, name: str, path: Path) -> np.dtype:
     return np.dtype(DTYPES[code])
 
 
-def _open(path: Path):
+def _open(path: Path) -> Any:
     try:
         return safe_open(path, "np")
     except Exception as error:  # the library's own error names no file
@@ -119,6 +129,7 @@ class TorchFiles:
         }
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """See `Tensors.read`."""
         import torch
 
         tensor = self._tensors[name].detach()
@@ -236,7 +247,7 @@ def write_shards(
     if len(held) == 1:
         (folder / "shard-00001").rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(held, 1):
         file = f"model-{number:05d}-of-{len(held):05d}.safetensors"
         (folder / f"shard-{number:05d}").rename(folder / file)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 
 from blip2_jax.models.blip2 import Blip2Config, LLMConfig
 from blip2_jax.models.llama import LlamaConfig
@@ -124,6 +125,7 @@ class Renamed:
         self.dtypes = {new: tensors.dtypes[old] for new, old in names.items()}
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """See `files.Tensors.read`; `name` is the new one."""
         return self._tensors.read(self._names[name], index)
 
 
@@ -210,7 +212,8 @@ def blip2_table(config: Blip2Config) -> Table:
 def blip2_parts(source: str, config: Blip2Config) -> list[tuple[Table, Tensors]]:
     """The tables and tensors that a BLIP-2 folder holds; a second pair for the extra heads."""
     folder = find(source)
-    parts = [(blip2_table(config), Resized(files.open_folder(folder), config.vit))]
+    tensors = Resized(files.open_folder(folder), config.vit)
+    parts: list[tuple[Table, Tensors]] = [(blip2_table(config), tensors)]
     if config.llm is None and (folder / EXTRAS).is_file():
         parts.append((tables.RETRIEVAL_EXTRAS, files.open_safetensors(folder / EXTRAS)))
     return parts
@@ -249,7 +252,7 @@ def save_blip2(
         files.write_shards(draft, transfer.tensors_of(blip2_table(config), main, dtype))
         if extra:
             tensors = dict(transfer.tensors_of(tables.RETRIEVAL_EXTRAS, extra, dtype))
-            files.save_file(tensors, draft / EXTRAS, metadata={"format": "pt"})
+            save_file(tensors, draft / EXTRAS, metadata={"format": "pt"})
         _write_json(draft / "config.json", document)
 
 
@@ -267,8 +270,9 @@ def _image_token_index(config: Blip2Config, companions: Path | None, draft: Path
         tokenizer = AutoTokenizer.from_pretrained(draft)
         if not any(draft.glob("*processor_config.json")) and not config.qformer_reads_prompt:
             _write_processor(draft, config, tokenizer)
-        if "<image>" in tokenizer.get_vocab():
-            return tokenizer.convert_tokens_to_ids("<image>")
+        known = tokenizer.get_vocab().get("<image>")
+        if known is not None:
+            return known
     # It is a row of the embeddings that is never read.
     published = {"OPTConfig": 50265, "T5Config": 32100, "LlamaConfig": 32001}
     return min(published[type(config.llm).__name__], config.llm.vocab_size - 1)

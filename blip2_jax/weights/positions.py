@@ -63,7 +63,7 @@ class Resized:
         self.source = tensors.source
         self.dtypes = tensors.dtypes
         self.shapes = dict(tensors.shapes)
-        self._resized = set()
+        self._resized: set[str] = set()
         for name, shape in tensors.shapes.items():
             if _is_positions(name) and len(shape) > 1:
                 fits = shape[-2] == config.num_tokens
@@ -73,6 +73,7 @@ class Resized:
                     self.shapes[name] = (*shape[:-2], config.num_tokens, shape[-1])
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """See `files.Tensors.read`; positions are resampled as they are read."""
         if name not in self._resized:
             return self._tensors.read(name, index)
         table = self._tensors.read(name)

@@ -8,6 +8,7 @@ How one side's array becomes the other's is a `KINDS` entry.
 import dataclasses
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def _conv_shape(shape: Shape) -> Shape:
     return (shape[1], 3, side, side)
 
 
-def _same(x):
+def _same(x: Any) -> Any:
     return x
 
 

@@ -9,7 +9,7 @@ each process reads only what its own devices hold.
 import collections
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -133,7 +133,7 @@ def _pattern(row: Row) -> re.Pattern[str]:
     return re.compile(re.escape(row.theirs).replace(r"\{i\}", r"(\d+)"))
 
 
-def _beyond(row: Row, leaves: Leaves):
+def _beyond(row: Row, leaves: Leaves) -> Callable[[str], bool]:
     """Whether a name is this row's, of a layer that the model leaves out (an encoder's last)."""
     path = next(p for p in row.ours if p is not None)
     if path not in leaves:
@@ -213,10 +213,10 @@ def _empty(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Array:
 
 
 @functools.cache
-def _put(sharding: Sharding):
+def _put(sharding: Sharding) -> Callable[..., jax.Array]:
     """Writes one layer into a stack, in place."""
 
-    def put(stacked, layer, where):
+    def put(stacked: jax.Array, layer: jax.Array, where: list[jax.Array]) -> jax.Array:
         layer = layer.reshape((1,) * len(where) + layer.shape)
         return jax.lax.dynamic_update_slice(
             stacked, layer, [*where, *[0] * (layer.ndim - len(where))]
@@ -225,11 +225,18 @@ def _put(sharding: Sharding):
     return jax.jit(put, donate_argnums=0, out_shardings=sharding)
 
 
-def _array(shape, dtype, sharding, piece: Piece, name: str, tensors: Tensors) -> jax.Array:
+def _array(
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: Sharding,
+    piece: Piece,
+    name: str,
+    tensors: Tensors,
+) -> jax.Array:
     """One layer's parameter, each device's part of it cut out of the file."""
     cut: dict[Any, np.ndarray] = {}  # devices that hold the same part share one reading
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:  # a slice for each axis
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         if bounds not in cut:
             cut[bounds] = _read(tensors, name, piece, bounds, shape).astype(dtype, order="C")
@@ -238,13 +245,18 @@ def _array(shape, dtype, sharding, piece: Piece, name: str, tensors: Tensors) ->
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _read(tensors: Tensors, name: str, piece: Piece, bounds, shape) -> np.ndarray:
-    """ours[bounds] of a tensor."""
+def _read(
+    tensors: Tensors,
+    name: str,
+    piece: Piece,
+    bounds: tuple[tuple[int, int], ...],
+    shape: tuple[int, ...],
+) -> np.ndarray:
+    """ours[bounds] of a tensor; `bounds` are first and last index along each axis, end excluded."""
     kind = KINDS[piece.row.kind]
     stored = kind.stored(shape)
     if kind.turned is None:
-        whole = kind.load(tensors.read(name))
-        return whole[tuple(slice(*b) for b in bounds)]
+        return kind.load(tensors.read(name))[tuple(slice(*b) for b in bounds)]
     index = [slice(*b) for b in (bounds[::-1] if kind.turned else bounds)]
     if index:
         index[0] = slice(index[0].start + piece.start, index[0].stop + piece.start)
@@ -275,9 +287,12 @@ def tensors_of(table: Table, params: Any, dtype: Any = None) -> Iterator[tuple[s
         first = leaves[next(p for p in row.ours if p is not None)]
         for number, name in enumerate(_names(row, first)):
             where = np.unravel_index(number, first.shape[: row.stack]) if row.stack else ()
-            parts = [p and kind.save(np.asarray(leaves[p][tuple(where)])) for p in row.ours]
-            given = next(x for x in parts if x is not None)
-            parts = [np.zeros_like(given) if x is None else x for x in parts]
+            held = [
+                None if p is None else kind.save(np.asarray(leaves[p][tuple(where)]))
+                for p in row.ours
+            ]
+            given = next(x for x in held if x is not None)
+            parts = [np.zeros_like(given) if x is None else x for x in held]
             array = np.concatenate(parts) if len(parts) > 1 else given
             yield (
                 name,
