@@ -97,7 +97,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> FrozenConfigDict:
     module = load_module(file + ".py" if argument else path)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} does not define get_config().")
-    with _importable(Path(module.__file__)):
+    with _importable(Path(module.__file__ or path)):
         config = module.get_config(argument) if argument else module.get_config()
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
@@ -120,6 +120,8 @@ def load_module(path: str) -> ModuleType:
     """
     file = _find(path)
     spec = importlib.util.spec_from_file_location(f"_recipe_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is no Python file; the name of a recipe ends in .py.")
     module = importlib.util.module_from_spec(spec)
     with _importable(file):
         spec.loader.exec_module(module)

@@ -27,13 +27,14 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from blip2_jax import __version__, cli, pretrained, recipe, tasks
 from blip2_jax.data import transforms, world
@@ -78,7 +79,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(
-    config, workdir: Path, model: str = "", only: Sequence[str] = (), predictions: str = ""
+    config: ConfigDict,
+    workdir: Path,
+    model: str = "",
+    only: Sequence[str] = (),
+    predictions: str = "",
 ) -> int:
     """Runs the tasks of a config; returns the exit code.
 
@@ -133,7 +138,7 @@ def evaluate(
     return 0
 
 
-def open_tasks(config, only: Sequence[str] = ()) -> list[tasks.Task]:
+def open_tasks(config: ConfigDict, only: Sequence[str] = ()) -> list[tasks.Task]:
     """The tasks of a config, without a model yet; those of one kind side by side.
 
     Raises:
@@ -156,7 +161,7 @@ def open_tasks(config, only: Sequence[str] = ()) -> list[tasks.Task]:
     return sorted(made, key=lambda task: list(tasks.TASKS).index(task.kind))
 
 
-def load(source: str, config) -> Blip2:
+def load(source: str, config: ConfigDict) -> Blip2:
     """The model on this host's devices."""
     return pretrained.load(
         source,
@@ -205,7 +210,8 @@ class DuringTraining:
             )
         else:
             self.model.use(recipe.all_params(self.run, params, self.frozen))
-        together, found = Host(0, 1), {}
+        together = Host(0, 1)
+        found: tasks.Metrics = {}
         for task in self.tasks:
             task.model = self.model
             lines = tasks.Lines(None, task.name, {}, together)
@@ -218,15 +224,15 @@ class DuringTraining:
 class Result:
     """Scores of the tasks so far, and at the end the files."""
 
-    def __init__(self, config, workdir: Path):
+    def __init__(self, config: ConfigDict, workdir: Path):
         self.config, self.workdir = config, workdir
         self.metrics: dict[str, Any] = {}
         self.left_out: dict[str, str] = {}
         self.settings: dict[str, Any] = {}
         self.sources: dict[str, str] = {}
-        self.done: list[tuple[tasks.Task, dict[int, dict]]] = []
+        self.done: list[tuple[tasks.Task, tasks.Rows]] = []
 
-    def add(self, task: tasks.Task, rows: dict[int, dict], source: str) -> None:
+    def add(self, task: tasks.Task, rows: tasks.Rows, source: str) -> None:
         """Scores a task, and writes what was said."""
         metrics, left_out = task.score(rows)
         self.metrics |= metrics
@@ -267,15 +273,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def costs(models, done: Sequence[tuple[tasks.Task, Any]], seconds: float) -> dict[str, float]:
+def costs(
+    models: Iterable[str], done: Sequence[tuple[tasks.Task, tasks.Rows]], seconds: float
+) -> dict[str, float]:
     """Seconds of each part over all its restarts, and the most host memory of any of them.
 
     Parts are the runs that were evaluated and the data that `blip2 prepare` made for them.
     """
     parts = {"prepare": Path(done[0][0].dataset.data.dir)} if done else {}
     parts |= {Path(source).name: Path(source) for source in models}
-    known = {name: read_done(folder) for name, folder in parts.items()}
-    known = {name: of for name, of in known.items() if of is not None}
+    known = {name: of for name, folder in parts.items() if (of := read_done(folder)) is not None}
     took = {f"seconds/{name}": of["seconds"] for name, of in known.items() if "seconds" in of}
     took["seconds/evaluate"] = seconds
     memory = [of.get("peak_memory_gb", 0.0) for of in known.values()]
@@ -287,6 +294,7 @@ def costs(models, done: Sequence[tuple[tasks.Task, Any]], seconds: float) -> dic
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
+    """The `done.json` of a finished run or of prepared data; None where there is none."""
     path = folder / "done.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -326,9 +334,9 @@ def page(result: Result, model: Blip2 | None) -> None:
     )
 
 
-def pictures(done, seed: int) -> Iterator[dict[str, Any]]:
+def pictures(done: Sequence[tuple[tasks.Task, tasks.Rows]], seed: int) -> Iterator[dict[str, Any]]:
     """Some images of each data set, with all that was said about them."""
-    by_dataset: dict[int, list[tuple[tasks.Task, dict[int, dict]]]] = {}
+    by_dataset: dict[int, list[tuple[tasks.Task, tasks.Rows]]] = {}
     for task, rows in done:
         by_dataset.setdefault(id(task.dataset), []).append((task, rows))
     for group in by_dataset.values():

@@ -29,9 +29,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from blip2_jax import cli
+from blip2_jax.data.transforms import ImageError
 from blip2_jax.inference import defaults
 from blip2_jax.inference.decode import Decoding
-from blip2_jax.inference.images import ImageError, open_image
+from blip2_jax.inference.images import open_image
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.pretrained import load
 from blip2_jax.runtime import journal
@@ -151,7 +152,9 @@ def describe(
     return [rows[name] for name in names]
 
 
-def stream(model: Blip2, names: Sequence[str], args: argparse.Namespace, options) -> int:
+def stream(
+    model: Blip2, names: Sequence[str], args: argparse.Namespace, options: dict[str, Any]
+) -> int:
     """Shows each text as it is written."""
     prompt = args.prompt or ""
     if args.question is not None:

@@ -308,15 +308,14 @@ def why_it_does_not_run(message: str) -> str:
         "Temporaries alone need": r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)",
         "It needs": r"Used ([\d.]+)G of ([\d.]+)G hbm",
     }
-    found = {what: re.search(form, message) for what, form in forms.items()}
-    what = next((what for what, amounts in found.items() if amounts), "")
-    if not what:
-        return message.splitlines()[0]
-    needed, usable = map(float, found[what].groups())
-    return (
-        f"{what} {needed:.2f} GiB a chip, {usable:.2f} are usable: "
-        f"{needed - usable:.2f} GiB too many."
-    )
+    for what, form in forms.items():
+        if found := re.search(form, message):
+            needed, usable = map(float, found.groups())
+            return (
+                f"{what} {needed:.2f} GiB a chip, {usable:.2f} are usable: "
+                f"{needed - usable:.2f} GiB too many."
+            )
+    return message.splitlines()[0]
 
 
 def remedies(run: recipe.Recipe) -> list[str]:

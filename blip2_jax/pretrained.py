@@ -92,8 +92,8 @@ def _tokenizers(found: Checkpoint, llm: str, qformer: str, language: str) -> dic
             )
         chosen["llm_tokenizer"] = tokenizers.load(own)
     if config.llm is None or config.qformer_reads_prompt:
-        own = beside / "qformer_tokenizer" if config.llm is not None and beside else beside
-        if not qformer and own is not None and any(own.glob("tokenizer*")):
-            qformer = str(own)
+        folder = beside / "qformer_tokenizer" if config.llm is not None and beside else beside
+        if not qformer and folder is not None and any(folder.glob("tokenizer*")):
+            qformer = str(folder)
         chosen["qformer_tokenizer"] = tokenizers.load(qformer or BERT)
     return chosen

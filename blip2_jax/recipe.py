@@ -64,8 +64,8 @@ class Recipe:
     abstract_state: State
     abstract_frozen: Params
     init_params: Callable[[jax.Array], Params]
-    train_step: Callable[..., Any]
-    eval_step: Callable[..., Any]
+    train_step: jax.stages.Wrapped
+    eval_step: jax.stages.Wrapped
 
     @property
     def image_size(self) -> int:
@@ -154,7 +154,9 @@ class Recipe:
         return frozen, fingerprints
 
 
-def _tower_config(section: ConfigDict, from_source: Callable, kind: type, **fixed: Any):
+def _tower_config(
+    section: ConfigDict, from_source: Callable[..., Any], kind: type[Any], **fixed: Any
+) -> Any:
     """A tower's sizes: its source's where there is one, the config's otherwise."""
     if section.source:
         return from_source(section.source, remat=section.remat, **fixed)
@@ -199,7 +201,7 @@ def make_module(config: ConfigDict, sizes: Any, *, rngs: nnx.Rngs) -> nnx.Module
     if isinstance(sizes, opt.OPTConfig):
         return opt.OPTAlone(sizes, dtype=dtype, rngs=rngs)
     model = blip2.make_model(sizes, dtype=dtype, rngs=rngs)
-    if sizes.llm is not None and config.model.llm.lora.rank:
+    if isinstance(model, blip2.Blip2Stage2) and config.model.llm.lora.rank:
         lora.add(model, **config.model.llm.lora, rngs=rngs)
     return model
 
@@ -294,7 +296,7 @@ def _on_mesh(step: Callable[..., Any], spec: Spec) -> Callable[..., Any]:
     """A stage's step, traced with the mesh in context: models hold their activations to it."""
 
     @functools.wraps(step)
-    def traced(*args):
+    def traced(*args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(spec.mesh.abstract_mesh):
             return step(*args, spec=spec)
 

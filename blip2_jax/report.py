@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -58,9 +59,9 @@ def write_report(
     *,
     title: str,
     metrics: Mapping[str, float | str],
-    curves: Mapping[str, Sequence[Mapping]],
-    examples: Sequence[Mapping],
-    attention: Sequence[Mapping],
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    examples: Sequence[Mapping[str, Any]],
+    attention: Sequence[Mapping[str, Any]],
     timings: Mapping[str, float],
     versions: Mapping[str, str],
     config: str,
@@ -116,7 +117,7 @@ def write_sweep_report(
     title: str,
     summary: str,
     keys: Sequence[str],
-    runs: Sequence[Mapping],
+    runs: Sequence[Mapping[str, Any]],
 ) -> Path:
     """Writes the page of a sweep: a table over its runs, and one chart a metric with all of them.
 
@@ -149,7 +150,7 @@ def write_sweep_report(
     for name in names:
         ended = {run: value for run, value in last[name].items() if run in finished}
         if len(ended) > 1:
-            best[name] = (min if name.endswith("loss") else max)(ended, key=ended.get)
+            best[name] = (min if name.endswith("loss") else max)(ended, key=ended.__getitem__)
     return _render(
         path,
         "sweep.html.j2",
@@ -178,7 +179,7 @@ def write_sweep_report(
     )
 
 
-def _render(path: str | Path, template: str, **parts) -> Path:
+def _render(path: str | Path, template: str, **parts: Any) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -196,7 +197,7 @@ def _render(path: str | Path, template: str, **parts) -> Path:
 # ---------------------------------------------------------------------------------------- scores
 
 
-def score_rows(metrics: Mapping[str, float | str]) -> dict[str, dict]:
+def score_rows(metrics: Mapping[str, float | str]) -> dict[str, dict[str, Any]]:
     """Each score with its baseline, ready to show: texts, and bar lengths in 0..1."""
     rows = {}
     for name, value in metrics.items():
@@ -223,7 +224,7 @@ def score_rows(metrics: Mapping[str, float | str]) -> dict[str, dict]:
     return rows
 
 
-def _headlines(rows: Mapping[str, dict]) -> list[dict]:
+def _headlines(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of the embedded world, or the first score of every group."""
     first = {name.partition("/")[0]: name for name in reversed(rows)}
     chosen = [name for name in HEADLINES if name in rows] or list(first.values())[::-1]
@@ -234,7 +235,7 @@ def _is_baseline(name: str) -> bool:
     return name.endswith(tuple(BASELINES))
 
 
-def _baseline(name: str, metrics: Mapping) -> tuple[float | None, str]:
+def _baseline(name: str, metrics: Mapping[str, Any]) -> tuple[float | None, str]:
     for suffix, words in BASELINES.items():
         if name + suffix in metrics:
             return float(metrics[name + suffix]), words
@@ -250,8 +251,8 @@ def _baseline(name: str, metrics: Mapping) -> tuple[float | None, str]:
     return 1 - missed, "chance"
 
 
-def _groups(rows: Mapping[str, dict]) -> list[tuple[str, list[dict]]]:
-    groups = {}
+def _groups(rows: Mapping[str, dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
     for name, row in rows.items():
         group = name.partition("/")[0] if "/" in name else "Other"
         groups.setdefault(group, []).append(row)
@@ -304,11 +305,11 @@ def _duration(seconds: float) -> str:
 # ---------------------------------------------------------------------------------------- curves
 
 
-def _draw_curves(curves: Mapping[str, Sequence[Mapping]]) -> list[tuple[str, str]]:
+def _draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str]]:
     """(heading, SVG) of each stage that has losses."""
-    drawn = []
+    drawn: list[tuple[str, str]] = []
     for stage, records in curves.items():
-        series = {}
+        series: dict[str, list[tuple[int, float]]] = {}
         for record in records:
             for name, value in record.items():
                 number = isinstance(value, (int, float)) and math.isfinite(value)
@@ -329,7 +330,7 @@ def _svg(
 
     With `colors`, by name, the page says elsewhere which line is which: there is no legend.
     """
-    style = {"svg.fonttype": "none", "svg.hashsalt": prefix, "font.size": 9.5}
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": prefix, "font.size": 9.5}
     style["text.parse_math"] = False
     ink = {f"{part}.color": _INK for part in ("xtick", "ytick", "text")}
     with matplotlib.rc_context(style | ink | {"axes.labelcolor": _INK}):
@@ -340,8 +341,8 @@ def _svg(
             color = colors[name] if colors else _CURVE_COLORS[i % len(_CURVE_COLORS)]
             label = "total" if name == "loss" and len(series) > 1 else name.removesuffix("/loss")
             wide = i == 0 and not colors
-            shape = {"lw": 2.2 if wide else 1.5, "marker": "o" if len(steps) == 1 else None}
-            axes.plot(steps, values, color=color, label=label, **shape)
+            width, marker = 2.2 if wide else 1.5, "o" if len(steps) == 1 else None
+            axes.plot(steps, values, color=color, label=label, lw=width, marker=marker)
         axes.set_xlabel("step")
         axes.set_ylabel(what)
         axes.set_ylim(bottom=0.0 if min(v for p in series.values() for _, v in p) >= 0 else None)
@@ -378,7 +379,7 @@ def _thin(points: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------- pictures
 
 
-def _example(example: Mapping) -> dict:
+def _example(example: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "image": _data_uri(example["image"]),
         "reference": example.get("reference"),
@@ -391,7 +392,7 @@ def _example(example: Mapping) -> dict:
     }
 
 
-def _right_or_wrong(item: Mapping) -> bool | None:
+def _right_or_wrong(item: Mapping[str, Any]) -> bool | None:
     return None if item.get("correct") is None else bool(item["correct"])
 
 
@@ -407,7 +408,7 @@ def _data_uri(image: bytes | np.ndarray) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
-def _attention(item: Mapping, number: int) -> dict:
+def _attention(item: Mapping[str, Any], number: int) -> dict[str, Any]:
     image, maps = np.asarray(item["image"]), np.asarray(item["attention"], float)
     if maps.ndim != 3:
         raise ValueError(f"attention[{number}] must be float[Q, h, w], got shape {maps.shape}.")

@@ -142,18 +142,18 @@ class Hyper:
         """The same value `length` times, to zip with others."""
         return self.sweep(key, [value] * length)
 
-    def product(self, sweeps: Sequence[Sequence[Mapping]]) -> list[dict[str, Any]]:
+    def product(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
         """Every point of one with every point of the others; the last varies fastest."""
         return [_merged(points) for points in itertools.product(*sweeps)]
 
-    def zipit(self, sweeps: Sequence[Sequence[Mapping]]) -> list[dict[str, Any]]:
+    def zipit(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
         """First with first, second with second, ...; all must be equally long."""
         lengths = [len(sweep) for sweep in sweeps]
         if len(set(lengths)) > 1:
             raise cli.ConfigError(f"zipit takes sweeps of one length; these have {lengths} points.")
         return [_merged(points) for points in zip(*sweeps, strict=True)]
 
-    def chainit(self, sweeps: Sequence[Sequence[Mapping]]) -> list[dict[str, Any]]:
+    def chainit(self, sweeps: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
         """One after the other."""
         return [dict(point) for points in sweeps for point in points]
 

@@ -25,7 +25,7 @@ from blip2_jax.data import files, texts, world
 from blip2_jax.data.heldout import Heldout
 from blip2_jax.data.lists import Row
 from blip2_jax.data.loader import Host
-from blip2_jax.evals import captioning, retrieval, submissions, vqa
+from blip2_jax.evals import captioning, check_ids, retrieval, submissions, vqa
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.runtime import distributed, journal
 from blip2_jax.runtime.metrics import Progress
@@ -34,6 +34,7 @@ from blip2_jax.runtime.metrics import Progress
 SCORING = ("metric", "forms", "lemmatize", "scores", "by", "tokenizer", "examples")
 
 Metrics = dict[str, float | str]
+Rows = dict[int, Row]  # lines, by record number
 COMMAND = "blip2 evaluate"
 PACKED = {"texts": np.int32, "itc": np.float32, "itm": np.float32}  # in a line's long columns
 
@@ -52,7 +53,7 @@ class Lines:
     """
 
     def __init__(self, folder: Path | None, name: str, request: Row, host: Host):
-        self.rows: dict[int, Row] = {}
+        self.rows: Rows = {}
         self._folder, self._name, self._request = folder, name, request
         self._journal = None
         if folder is None:
@@ -74,11 +75,13 @@ class Lines:
                         self.rows[row["row"]] = _packed(row)
 
     def add(self, rows: Sequence[Row]) -> None:
+        """Takes lines of this process, and writes them down."""
         self.rows |= {row["row"]: _packed(row) for row in rows}
         if self._journal is not None:
             self._journal.write(rows)
 
     def done(self, number: int) -> bool:
+        """Whether something was said about a record; what could not be read counts as not."""
         return number in self.rows and "unreadable" not in self.rows[number]
 
 
@@ -106,7 +109,6 @@ class Task:
     """
 
     kind = ""
-    submission = ""  # of `submissions.FIELDS`
 
     def __init__(self, name: str, config: ConfigDict, dataset: Heldout, threads: int):
         self.name, self.config, self.dataset, self.threads = name, config, dataset, threads
@@ -117,6 +119,18 @@ class Task:
                 f"{name}: {dataset.name} has nothing for the task {config.task!r}: no record has "
                 f"{'questions' if config.task in ('vqa', 'ranking') else 'captions'}."
             )
+
+    @property
+    def submission(self) -> str:
+        """The server's form of its predictions, of `submissions.FIELDS`; "": there is none."""
+        return ""
+
+    @property
+    def _reader(self) -> Blip2:
+        """The model, which must have been set."""
+        if self.model is None:
+            raise ValueError(f"{self.name}: set `model` before predicting.")
+        return self.model
 
     def _units(self) -> list[int]:
         return list(range(len(self.dataset)))
@@ -154,15 +168,17 @@ class Task:
                     lines.add(self._describe(numbers, images))
                 progress.update(len(numbers) + len(faults))
 
-    def _batches(self, share: Sequence[int]) -> Iterator:
-        size, batch = self.model.config.vit.image_size, self.model.batch_size
+    def _batches(
+        self, share: Sequence[int]
+    ) -> Iterator[tuple[list[int], list[np.ndarray], list[tuple[int, str]]]]:
+        size, batch = self._reader.config.vit.image_size, self._reader.batch_size
         return self.dataset.batches(share, size, batch, self.threads) if share else iter(())
 
     def _note(self, faults: list[tuple[int, str]], lines: Lines) -> None:
         lines.add([{"row": number, "unreadable": where} for number, where in faults])
         self._check_unreadable(lines.rows)
 
-    def _check_unreadable(self, rows: dict[int, Row]) -> None:
+    def _check_unreadable(self, rows: Rows) -> None:
         bad = [row["unreadable"] for row in rows.values() if "unreadable" in row]
         if len(bad) > self.dataset.most_unreadable:
             raise ValueError(
@@ -176,7 +192,7 @@ class Task:
         """A line for each image."""
         raise NotImplementedError
 
-    def score(self, rows: dict[int, Row]) -> tuple[Metrics, dict[str, str]]:
+    def score(self, rows: Rows) -> tuple[Metrics, dict[str, str]]:
         """Metrics of what was said, and what could not be scored, with the reason.
 
         Raises:
@@ -200,10 +216,10 @@ class Task:
             left_out["records"] = f"rows that are of no use ({self.dataset.left_out})"
         return metrics, {f"{self.name}/{name}": reason for name, reason in left_out.items()}
 
-    def _score(self, rows: dict[int, Row]) -> tuple[Metrics, dict[str, str]]:
+    def _score(self, rows: Rows) -> tuple[Metrics, dict[str, str]]:
         raise NotImplementedError
 
-    def read(self, path: Path) -> dict[int, Row]:
+    def read(self, path: Path) -> Rows:
         """Lines from a file in a server's form, which something else may have written.
 
         Raises:
@@ -213,17 +229,17 @@ class Task:
             raise ValueError(f"{self.name}: no server takes files of {self.kind}; pass a --model.")
         return self._rows_of(submissions.read(path, self.submission))
 
-    def _rows_of(self, predictions: dict[Any, str]) -> dict[int, Row]:
+    def _rows_of(self, predictions: dict[Any, str]) -> Rows:
         """Lines from texts by official id."""
         raise NotImplementedError
 
-    def write(self, folder: Path, rows: dict[int, Row]) -> Path:
+    def write(self, folder: Path, rows: Rows) -> Path:
         """Writes what was said, in a server's form where there is one."""
         path = folder / f"{self.name}.json"
         submissions.write(path, self.submission, self.predictions(rows))
         return path
 
-    def predictions(self, rows: dict[int, Row]) -> dict[Any, str]:
+    def predictions(self, rows: Rows) -> dict[Any, str]:
         """Texts by official id."""
         raise NotImplementedError
 
@@ -235,6 +251,7 @@ class Vqa(Task):
 
     @property
     def submission(self) -> str:
+        """See `Task`."""
         return "gqa" if self.config.metric == "exact" else "vqa"
 
     def _units(self) -> list[int]:
@@ -246,6 +263,7 @@ class Vqa(Task):
         return [n for n in range(count) if self.dataset.records[n].get("questions")]
 
     def settings(self) -> Row:
+        """See `Task`; with the prompt and the decoding that the model resolves them to."""
         settings = super().settings()
         if self.model is not None:
             how = self.model.settings("answer", prompt=self.config.prompt, **self._options())
@@ -255,7 +273,7 @@ class Vqa(Task):
     def _options(self) -> Row:
         return self.config.decoding.to_dict()
 
-    def _describe(self, numbers, images):
+    def _describe(self, numbers: list[int], images: list[np.ndarray]) -> list[Row]:
         asked = [self.dataset.questions(number) for number in numbers]
         pictures = [image for image, some in zip(images, asked, strict=True) for _ in some]
         flat = [question for some in asked for question in some]
@@ -276,8 +294,8 @@ class Vqa(Task):
         clean = texts.clean_question if self.config.clean_text else str
         return [clean(question["question"]) for question in questions]
 
-    def _say(self, pictures: list | None, questions: list[Row]) -> list[str]:
-        return self.model.answer(
+    def _say(self, pictures: list[np.ndarray] | None, questions: list[Row]) -> list[str]:
+        return self._reader.answer(
             pictures,
             self._texts(questions),
             prompt=self.config.prompt,
@@ -285,7 +303,7 @@ class Vqa(Task):
             **self._options(),
         )
 
-    def by_question(self, rows: dict[int, Row], key: str = "answers") -> dict[Any, str]:
+    def by_question(self, rows: Rows, key: str = "answers") -> dict[Any, str]:
         """Answers by question id."""
         return {
             question["id"]: answer
@@ -293,20 +311,21 @@ class Vqa(Task):
             for question, answer in zip(self.dataset.questions(number), row[key], strict=True)
         }
 
-    def predictions(self, rows):
+    def predictions(self, rows: Rows) -> dict[Any, str]:
+        """See `Task`."""
         said = {n: row for n, row in rows.items() if "unreadable" not in row}
         return self.by_question(said)
 
-    def _rows_of(self, predictions):
+    def _rows_of(self, predictions: dict[Any, str]) -> Rows:
         questions = {n: self.dataset.questions(n) for n in self.units}
         known = [question["id"] for some in questions.values() for question in some]
-        vqa.check_ids(predictions, known, "questions")
+        check_ids(predictions, known, "questions")
         return {
             n: {"row": n, "answers": [predictions[q["id"]] for q in some]}
             for n, some in questions.items()
         }
 
-    def _score(self, rows):
+    def _score(self, rows: Rows) -> tuple[Metrics, dict[str, str]]:
         questions = [q for number in rows for q in self.dataset.questions(number)]
         for question in questions:  # "yes/no" would look like a group of metrics
             kind = question.get("type") or question.get("answer_type")
@@ -332,7 +351,7 @@ class Vqa(Task):
             metrics |= {f"{name}{suffix}": value for name, value in found.items()}
         return metrics, {}
 
-    def _has_blind(self, rows: dict[int, Row]) -> bool:
+    def _has_blind(self, rows: Rows) -> bool:
         return all("blind" in row for row in rows.values())
 
 
@@ -358,8 +377,8 @@ class Ranking(Vqa):
     def _options(self) -> Row:
         return {}
 
-    def _say(self, pictures, questions):
-        scores = self.model.rank(
+    def _say(self, pictures: list[np.ndarray] | None, questions: list[Row]) -> list[str]:
+        scores = self._reader.rank(
             pictures,
             self._texts(questions),
             [self._candidates(question) for question in questions],
@@ -375,9 +394,14 @@ class Captioning(Task):
     """A caption an image."""
 
     kind = "captioning"
-    submission = "captions"
+
+    @property
+    def submission(self) -> str:
+        """See `Task`."""
+        return "captions"
 
     def settings(self) -> Row:
+        """See `Task`; with the prompt and the decoding that the model resolves them to."""
         settings = super().settings()
         if self.model is not None:
             options = self.config.decoding.to_dict()
@@ -385,16 +409,16 @@ class Captioning(Task):
             settings |= {"prompt": how.prompt, "decoding": dataclasses.asdict(how.decoding)}
         return settings
 
-    def _describe(self, numbers, images):
+    def _describe(self, numbers: list[int], images: list[np.ndarray]) -> list[Row]:
         how = {"truncate": self.config.truncate or None, **self.config.decoding.to_dict()}
-        said = self.model.caption(images, prompt=self.config.prompt, **how)
+        said = self._reader.caption(images, prompt=self.config.prompt, **how)
         rows = [
             {"row": number, "id": self.dataset.records[number]["id"], "caption": text}
             for number, text in zip(numbers, said, strict=True)
         ]
         if self.config.blind:  # without an image all captions are one
-            prompt = self.model.settings("caption", prompt=self.config.prompt).prompt
-            (blind,) = self.model.generate(None, [prompt], **how)
+            prompt = self._reader.settings("caption", prompt=self.config.prompt).prompt
+            (blind,) = self._reader.generate(None, [prompt], **how)
             rows = [{**row, "blind": blind} for row in rows]
         return rows
 
@@ -404,18 +428,19 @@ class Captioning(Task):
         official = submissions.official_ids(ids.values())
         return {n: official[key] for n, key in ids.items()}
 
-    def predictions(self, rows):
+    def predictions(self, rows: Rows) -> dict[Any, str]:
+        """See `Task`."""
         official = self._ids()
         return {official[n]: row["caption"] for n, row in rows.items() if "unreadable" not in row}
 
-    def _rows_of(self, predictions):
+    def _rows_of(self, predictions: dict[Any, str]) -> Rows:
         number = {official: n for n, official in self._ids().items()}
-        captioning.check_ids(predictions, number, "images")
+        check_ids(predictions, number, "images")
         return {
             number[key]: {"row": number[key], "caption": text} for key, text in predictions.items()
         }
 
-    def _score(self, rows):
+    def _score(self, rows: Rows) -> tuple[Metrics, dict[str, str]]:
         records = {n: self.dataset.records[n] for n in rows}
         reasons = captioning.left_out(self.config.scores)
         if not any(record["captions"] for record in records.values()):
@@ -437,9 +462,9 @@ class Captioning(Task):
             reasons["ptb"] = "the Penn Treebank tokenizer needs Java; a stand-in cut the captions"
         return metrics, reasons
 
-    def _parts(self, records: dict[int, Row]) -> dict[str, dict[int, Row]]:
+    def _parts(self, records: Rows) -> dict[str, Rows]:
         """Records by the field that the config names: NoCaps' "in-domain" becomes "in"."""
-        parts: dict[str, dict[int, Row]] = {}
+        parts: dict[str, Rows] = {}
         for number, record in records.items():
             if not isinstance(record.get(self.config.by), str):
                 raise ValueError(
@@ -451,7 +476,7 @@ class Captioning(Task):
             parts.setdefault(part, {})[number] = record
         return parts
 
-    def _numbers(self, said: dict[int, str], records: dict[int, Row], scores) -> Metrics:
+    def _numbers(self, said: dict[int, str], records: Rows, scores: Sequence[str]) -> Metrics:
         references = {n: records[n]["captions"] for n in said}
         found = captioning.caption_metrics(
             said, references, scores=scores, tokenizer=self.config.tokenizer
@@ -473,8 +498,8 @@ class Retrieval(Task):
     kind = "retrieval"
     TOP = 10  # that are written for each query
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, name: str, config: ConfigDict, dataset: Heldout, threads: int):
+        super().__init__(name, config, dataset, threads)
         self._text_ranks: list[np.ndarray] = []  # ITC's, by group
         size, count = self.config.group or len(self.units), len(self.units)
         if count < size:
@@ -496,7 +521,8 @@ class Retrieval(Task):
 
     def texts(self, group: np.ndarray) -> tuple[list[str], np.ndarray]:
         """Texts of a group of images, and which of the group each belongs to."""
-        found, owner = [], []
+        found: list[str] = []
+        owner: list[int] = []
         clean = texts.clean_caption if self.config.clean_text else str
         for place, number in enumerate(group):
             captions = self.dataset.records[int(number)]["captions"]
@@ -505,7 +531,8 @@ class Retrieval(Task):
             owner += [place] * len(captions)
         return found, retrieval.check_owner(np.array(owner), len(group))
 
-    def predict(self, lines, host):
+    def predict(self, lines: Lines, host: Host) -> None:
+        """See `Task`; ITC first, of all images, then ITM of the candidates."""
         total = sum(len(group[host.index :: host.count]) for group in self.groups)
         self._text_ranks = []
         with (
@@ -515,11 +542,18 @@ class Retrieval(Task):
             for group in self.groups:
                 self._predict_group(group, lines, host, embedded, matched)
 
-    def _predict_group(self, group, lines: Lines, host: Host, embedded, matched) -> None:
+    def _predict_group(
+        self,
+        group: np.ndarray,
+        lines: Lines,
+        host: Host,
+        embedded: Progress,
+        matched: Progress,
+    ) -> None:
         gather = _gather if host.count > 1 else retrieval.alone
         said, owner = self.texts(group)
         cut = {"truncate": self.config.truncate or None}
-        features = self.model.embed_texts(said, progress=f"{self.name} texts", **cut)
+        features = self._reader.embed_texts(said, progress=f"{self.name} texts", **cut)
         mine = np.arange(len(group))[host.index :: host.count]
         place = {int(group[at]): i for i, at in enumerate(mine)}
         itc = np.zeros((len(mine), len(said)), np.float32)
@@ -528,7 +562,7 @@ class Retrieval(Task):
                 raise ValueError(
                     f"{self.name}: {faults[0][1]} cannot be read, and retrieval needs every image."
                 )
-            itc[[place[n] for n in numbers]] = self.model.similarity(images, features)
+            itc[[place[n] for n in numbers]] = self._reader.similarity(images, features)
             embedded.update(len(numbers))
         image_ranks, text_ranks = retrieval.ranks(itc, mine, owner, gather)
         self._text_ranks.append(text_ranks)
@@ -538,11 +572,11 @@ class Retrieval(Task):
         # A line is taken over if ITM has read all of the image's candidates.
         todo = [n for n, some in wanted.items() if not _covers(lines.rows.get(n), some)]
         matched.update(len(wanted) - len(todo))
-        words = self.model.tokenize(said, **cut)
+        words = self._reader.tokenize(said, **cut)
         for numbers, images, _ in self._batches(todo):
             pairs = [wanted[n] for n in numbers]
             owners = np.repeat(np.arange(len(numbers)), [len(some) for some in pairs])
-            logits = self.model.match_candidates(images, words, owners, np.concatenate(pairs))
+            logits = self._reader.match_candidates(images, words, owners, np.concatenate(pairs))
             if np.isnan(logits).any():
                 raise ValueError(
                     f"{self.name}: ITM logits are NaN: check the model's weights and dtype."
@@ -563,14 +597,14 @@ class Retrieval(Task):
             )
             matched.update(len(numbers))
 
-    def _pairs(self, group: np.ndarray, rows: dict[int, Row]) -> tuple[np.ndarray, ...]:
+    def _pairs(self, group: np.ndarray, rows: Rows) -> tuple[np.ndarray, ...]:
         """Image (of the group), text, ITC and ITM of all candidates."""
         some = [rows[int(n)] for n in group]
         image = np.repeat(np.arange(len(group)), [len(row["texts"]) for row in some])
         return image, *(np.concatenate([row[name] for row in some]) for name in PACKED)
 
-    def _score(self, rows):
-        metrics: Metrics = {}
+    def _score(self, rows: Rows) -> tuple[Metrics, dict[str, str]]:
+        recalls: dict[str, float] = {}
         for number, group in enumerate(self.groups):
             image, text, itc, itm = self._pairs(group, rows)
             _, owner = self.texts(group)
@@ -582,17 +616,18 @@ class Retrieval(Task):
                 **{n: v for n, v in found.items() if "_r" in n},
                 **{f"itc_{n}": v for n, v in alone.items() if "_r" in n},
             }.items():
-                metrics[name] = metrics.get(name, 0.0) + float(value) / len(self.groups)
+                recalls[name] = recalls.get(name, 0.0) + float(value) / len(self.groups)
         rest = len(self.dataset) - len(self.units)
         left_out = {"images": f"the last {rest} make no whole group"} if rest else {}
+        metrics: Metrics = {**recalls}
         metrics["candidates"] = len(self.groups[0])
         if found["candidate_texts"] != found["candidates"]:
             metrics["candidate_texts"] = found["candidate_texts"]
         return metrics, left_out
 
-    def write(self, folder, rows):
+    def write(self, folder: Path, rows: Rows) -> Path:
         """The best texts of each image and the best images of each text, with their scores."""
-        answers: dict[str, list] = {"image_to_text": [], "text_to_image": []}
+        answers: dict[str, list[Row]] = {"image_to_text": [], "text_to_image": []}
         for group in self.groups:
             image, text, itc, itm = self._pairs(group, rows)
             said, _ = self.texts(group)

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     return train(args.config, Path(args.workdir))
 
 
-def train(config, workdir: Path) -> int:
+def train(config: ConfigDict, workdir: Path) -> int:
     """Runs a recipe to its end; returns the exit code."""
     distributed.initialize(
         config.distributed,
@@ -65,7 +65,7 @@ def train(config, workdir: Path) -> int:
         return _train(config, workdir, preemption, watchdog)
 
 
-def _alone_in(workdir: Path):
+def _alone_in(workdir: Path) -> contextlib.AbstractContextManager[None]:
     """Two runs that write one folder would spoil each other's files."""
     if not distributed.is_first_process():
         return contextlib.nullcontext()
@@ -258,7 +258,9 @@ def start_from(state: State, config: ConfigDict, fingerprints: dict[str, str]) -
     return {**state, "params": params}
 
 
-def _from_run(params: Params, workdir: Path, fingerprints: dict[str, str]):
+def _from_run(
+    params: Params, workdir: Path, fingerprints: dict[str, str]
+) -> tuple[Params, int, list[str]]:
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         theirs = checkpointer.extra()["fingerprints"]
         for tower in theirs.keys() & fingerprints.keys():

@@ -247,6 +247,9 @@ class Packed:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))
+
     def digest(self) -> str:
         """A hash of all values."""
         return hashlib.blake2b(self._data, digest_size=8).hexdigest()

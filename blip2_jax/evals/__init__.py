@@ -4,7 +4,7 @@ Nothing here knows a model: `vqa` and `captioning` take texts by id, `retrieval`
 pairs. `submissions` writes and reads the files of evaluation servers.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 
 
 def check_ids(predictions: Iterable[Hashable], expected: Iterable[Hashable], what: str) -> None:
@@ -40,5 +40,5 @@ def check_ids(predictions: Iterable[Hashable], expected: Iterable[Hashable], wha
         raise ValueError(f"There are no {what} to score: the evaluated split is empty.")
 
 
-def _few(ids: list, most: int = 5) -> str:
+def _few(ids: Sequence[Hashable], most: int = 5) -> str:
     return ", ".join(map(repr, ids[:most])) + (", ..." if len(ids) > most else "")

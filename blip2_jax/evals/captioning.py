@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -80,7 +80,7 @@ def _ptb_tokens(texts: Sequence[str]) -> list[str]:
 
     Run here rather than through its wrapper, which writes into its own installation folder.
     """
-    folder = find_spec("pycocoevalcap").submodule_search_locations[0]
+    folder = _folder("pycocoevalcap")
     jar = os.path.join(folder, "tokenizer", "stanford-corenlp-3.4.1.jar")
     command = ["java", "-cp", jar, "edu.stanford.nlp.process.PTBTokenizer"]
     lines = "".join(" ".join(text.split()) + "\n" for text in texts)
@@ -100,6 +100,14 @@ def _ptb_tokens(texts: Sequence[str]) -> list[str]:
         " ".join(token for token in line.split(" ") if token and token not in DROPPED)
         for line in tokenized
     ]
+
+
+def _folder(package: str) -> str:
+    """Where an installed package lies."""
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError(f"{package} is not installed as it should be: pip install pycocoevalcap")
+    return spec.submodule_search_locations[0]
 
 
 def tokenize(texts: Sequence[str], *, tokenizer: str = "auto") -> tuple[list[str], str]:
@@ -125,6 +133,7 @@ def tokenize(texts: Sequence[str], *, tokenizer: str = "auto") -> tuple[list[str
 
 
 def has_java() -> bool:
+    """Whether `java` is on the PATH."""
     return shutil.which("java") is not None
 
 
@@ -141,7 +150,7 @@ def left_out(scores: Sequence[str]) -> dict[str, str]:
     for name in ("meteor", "spice"):
         if name in scores and not has_java():
             reasons[name] = "needs Java: install a JRE"
-    folder = find_spec("pycocoevalcap.spice").submodule_search_locations[0]
+    folder = _folder("pycocoevalcap.spice")
     models = [f"stanford-corenlp-3.6.0{end}.jar" for end in ("", "-models")]
     missing = [jar for jar in models if not os.path.exists(os.path.join(folder, "lib", jar))]
     if "spice" in scores and missing:
@@ -153,8 +162,8 @@ def left_out(scores: Sequence[str]) -> dict[str, str]:
 
 
 def caption_metrics(
-    predictions: Mapping[Hashable, str],
-    references: Mapping[Hashable, Sequence[str]],
+    predictions: Mapping[Any, str],
+    references: Mapping[Any, Sequence[str]],
     *,
     scores: Sequence[str] = SCORES[:6],
     tokenizer: str = "auto",
@@ -210,8 +219,8 @@ def caption_metrics(
 
 
 def facts_metrics(
-    predictions: Mapping[Hashable, str],
-    scenes: Mapping[Hashable, Any],
+    predictions: Mapping[Any, str],
+    scenes: Mapping[Any, Any],
     is_correct: Callable[[str, Any], bool],
 ) -> dict[str, float]:
     """The share of captions of which every claim holds, where the truth of a scene is known.

@@ -134,7 +134,8 @@ def candidates(
             at = place.get(int(image[text, column]))
             if at is not None:
                 wanted[at, text] = True
-    return np.nonzero(wanted)
+    image_index, text_index = np.nonzero(wanted)
+    return image_index, text_index
 
 
 def _best(scores: np.ndarray, k: int) -> np.ndarray:
@@ -179,7 +180,15 @@ def reranked(
     return image_ranks, text_ranks
 
 
-def _grouped(query, other, itc, final, right, k: int, last: np.ndarray) -> np.ndarray:
+def _grouped(
+    query: np.ndarray,
+    other: np.ndarray,
+    itc: np.ndarray,
+    final: np.ndarray,
+    right: np.ndarray,
+    k: int,
+    last: np.ndarray,
+) -> np.ndarray:
     """Rank of each query's best right candidate among its k best by ITC; `last` without one."""
     order = np.lexsort((other, -itc, query))
     query, final, right = query[order], final[order], right[order]

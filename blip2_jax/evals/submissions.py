@@ -18,7 +18,7 @@ FIELDS = {
 }
 
 
-def official_ids(ids: Iterable[Hashable]) -> dict[Hashable, Any]:
+def official_ids(ids: Iterable[Hashable]) -> dict[Any, Any]:
     """The numbers that COCO and NoCaps give their images, by the ids of a data set.
 
     An id may be that number, as text, or a file's path: LAVIS's lists of COCO have nothing else
@@ -35,7 +35,7 @@ def official_ids(ids: Iterable[Hashable]) -> dict[Hashable, Any]:
     return dict(zip(ids, numbers, strict=True))
 
 
-def write(path: Path, kind: str, predictions: Mapping[Hashable, str]) -> None:
+def write(path: Path, kind: str, predictions: Mapping[Any, str]) -> None:
     """Writes texts by official id; `kind` is one of `FIELDS`."""
     key, value = FIELDS[kind]
     rows = [{key: number, value: text} for number, text in predictions.items()]
@@ -43,7 +43,7 @@ def write(path: Path, kind: str, predictions: Mapping[Hashable, str]) -> None:
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
 
 
-def read(path: Path, kind: str) -> dict[Hashable, str]:
+def read(path: Path, kind: str) -> dict[Any, str]:
     """The inverse of `write`.
 
     Raises:
@@ -59,7 +59,7 @@ def read(path: Path, kind: str) -> dict[Hashable, str]:
         raise ValueError(f"{path} is not JSON: {error}. Wanted is {wanted}.") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a {type(rows).__name__}; wanted is {wanted}.")
-    found: dict[Hashable, str] = {}
+    found: dict[Any, str] = {}
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or key not in row or not isinstance(row.get(value), str):
             raise ValueError(f"{path}, entry {number} is {str(row)[:80]}; wanted is {wanted}.")

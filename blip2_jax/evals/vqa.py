@@ -15,7 +15,8 @@ answers, so that "two" is wrong where all annotators said "two".
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from blip2_jax.evals import check_ids
 
@@ -125,7 +126,10 @@ def answer_accuracy(prediction: str, answers: Sequence[str], *, form: str = "off
 
 
 def vqa_metrics(
-    predictions: Mapping[Hashable, str], questions: Sequence[Mapping], *, form: str = "official"
+    predictions: Mapping[Any, str],
+    questions: Sequence[Mapping[str, Any]],
+    *,
+    form: str = "official",
 ) -> dict[str, float]:
     """VQA accuracy over a split, and for every type of question.
 
@@ -149,7 +153,7 @@ def vqa_metrics(
 
 
 def gqa_metrics(
-    predictions: Mapping[Hashable, str], questions: Sequence[Mapping]
+    predictions: Mapping[Any, str], questions: Sequence[Mapping[str, Any]]
 ) -> dict[str, float]:
     """GQA accuracy (Hudson & Manning 2019): exact match after normalizing both sides.
 
@@ -190,7 +194,7 @@ def lemmatize(texts: Sequence[str]) -> list[str]:
     ]
 
 
-def _answers(question: Mapping) -> list[str]:
+def _answers(question: Mapping[str, Any]) -> list[str]:
     answers = question.get("answers") or [question.get("answer")]
     if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(
@@ -200,7 +204,9 @@ def _answers(question: Mapping) -> list[str]:
     return list(answers)
 
 
-def _check_questions(predictions: Mapping[Hashable, str], questions: Sequence[Mapping]) -> None:
+def _check_questions(
+    predictions: Mapping[Any, str], questions: Sequence[Mapping[str, Any]]
+) -> None:
     ids = [question["id"] for question in questions]
     check_ids(predictions, ids, "questions")
     most, times = Counter(ids).most_common(1)[0]
@@ -208,7 +214,9 @@ def _check_questions(predictions: Mapping[Hashable, str], questions: Sequence[Ma
         raise ValueError(f"Question id {most!r} occurs {times} times: ids must be unique.")
 
 
-def _by_type(scores: Mapping[Hashable, float], questions: Sequence[Mapping]) -> dict[str, float]:
+def _by_type(
+    scores: Mapping[Any, float], questions: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
     types = defaultdict(list)
     for question in questions:
         if question.get("type") is not None:

@@ -6,7 +6,8 @@ stops, are those of transformers 5, token for token; `tests/inference` holds tha
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ class Decoding:
     top_p: float = 1.0
     num_return_sequences: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         wrong = [
             f"{name} is {value!r}; it must be {must}"
             for name, must, good in (
@@ -77,7 +78,7 @@ class Decoding:
         if wrong:
             raise ValueError("; ".join(wrong) + ".")
 
-    def _at_most(self, other: str, least: int):
+    def _at_most(self, other: str, least: int) -> Callable[[int], bool]:
         return lambda x: least <= x <= getattr(self, other)
 
     @property
@@ -162,7 +163,7 @@ def decode(
       Tokens, int32[B, R, T] for R = num_return_sequences; and scores, float32[B, R]: the
       log-probability, of beams divided as `length_penalty` says.
     """
-    fixed = {"eos_ids": eos_ids, "pad_id": pad_id, "key": key}
+    fixed: dict[str, Any] = {"eos_ids": eos_ids, "pad_id": pad_id, "key": key}
     state = jax.lax.while_loop(
         lambda state: ~finished(state, how),
         lambda state: advance(llm, state, how, **fixed),
@@ -241,7 +242,14 @@ def finished(state: State, how: Decoding) -> jax.Array:
     return ended | (state.step >= how.max_new_tokens)
 
 
-def _choose(scores: jax.Array, state: State, how: Decoding, eos_ids, pad_id: int, key) -> State:
+def _choose(
+    scores: jax.Array,
+    state: State,
+    how: Decoding,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    key: jax.Array,
+) -> State:
     """Chooses a token for every branch, given scores float32[B, W, V]."""
     if how.num_beams > 1:
         state, parents = _choose_beams(scores, state, how, eos_ids)
@@ -277,7 +285,14 @@ def _put(tokens: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
 # ------------------------------------------------------------------------- greedy and sampling
 
 
-def _choose_alone(scores, state: State, how: Decoding, eos_ids, pad_id: int, key) -> State:
+def _choose_alone(
+    scores: jax.Array,
+    state: State,
+    how: Decoding,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    key: jax.Array,
+) -> State:
     """The next token of branches that know nothing of each other."""
     scores = _adjust(scores, state, how, eos_ids)
     if how.do_sample:
@@ -321,7 +336,9 @@ def _sample(scores: jax.Array, row: jax.Array, key: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------------------------------- beams
 
 
-def _choose_beams(scores, state: State, how: Decoding, eos_ids) -> tuple[State, jax.Array]:
+def _choose_beams(
+    scores: jax.Array, state: State, how: Decoding, eos_ids: tuple[int, ...]
+) -> tuple[State, jax.Array]:
     """The next token of every beam, and which beam it continues, int32[B, W]."""
     batch, width, vocabulary = scores.shape
     keep = max(2, 1 + len(eos_ids)) * width  # enough to go on if the best ones all end
@@ -360,10 +377,25 @@ def _length(state: State, how: Decoding, generated: jax.Array) -> jax.Array:
     return (before + generated).astype(jnp.float32)
 
 
-def _finish(state: State, how: Decoding, tokens, total, stops, ended) -> State:
+def _finish(
+    state: State,
+    how: Decoding,
+    tokens: jax.Array,
+    total: jax.Array,
+    stops: jax.Array,
+    ended: jax.Array,
+) -> State:
     """Lets texts that have just ended take their place among the finished ones.
 
     Only the first W candidates may: the others are there to go on if those end.
+
+    Args:
+      state: the beams.
+      how: see `Decoding`.
+      tokens: int32[B, C, T], the candidates.
+      total: float32[B, C], their log-probabilities.
+      stops: bool[B, C], which have ended, for want of room too.
+      ended: bool[B, C], which of them with an end token.
     """
     width = state.total.shape[1]
     first = stops & (jnp.arange(stops.shape[1]) < width)

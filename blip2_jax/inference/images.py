@@ -34,7 +34,7 @@ def open_image(image: Any) -> Image.Image:
     return _of_array(image)
 
 
-def _read(source: str | os.PathLike) -> bytes:
+def _read(source: str | os.PathLike[str]) -> bytes:
     text = os.fspath(source)
     scheme = urlparse(text).scheme
     if scheme == "file":

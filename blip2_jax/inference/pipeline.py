@@ -34,6 +34,10 @@ SHORTEST = 8  # tokens that texts are padded to at least
 MOST_RANKED = 512  # tokens of a prompt with one of its candidates
 SEED = 0
 
+# Arrays of rows start .. stop - 1, one for each argument of a compiled function.
+Reader = Callable[[int, int], list[Any]]
+Function = Callable[..., Any]
+
 
 class Blip2:
     """A BLIP-2 model with its tokenizers; `blip2_jax.load` makes one.
@@ -86,8 +90,8 @@ class Blip2:
 
         everywhere = None if mesh is None else replicated(mesh)
 
-        def compiled(function: Callable, **static: Any) -> Callable:
-            def call(params, *arrays, **options):
+        def compiled(function: Function, **static: Any) -> Function:
+            def call(params: dict[str, Any], *arrays: Any, **options: Any) -> Any:
                 whole = params | {name: nnx.to_pure_dict(abstract)[name] for name in missing}
                 return function(nnx.merge(graph, whole), *arrays, **options)
 
@@ -147,9 +151,9 @@ class Blip2:
         """N images -> float32[N, Q, P], each query's ITC feature, of unit length."""
         self._need_stage1("embed_images")
         pictures = _need_some(images.as_list(pictures))
-        return self._over(
-            self._embed_images, len(pictures), self._pixels(pictures, skip_unreadable), progress
-        )
+        skipped: dict[int, str] | None = {} if skip_unreadable else None
+        read = self._pixels(pictures, skipped)
+        return self._over(self._embed_images, len(pictures), read, progress, skipped)
 
     def embed_texts(
         self, texts: Sequence[str] | str, *, truncate: int | None = None, progress: str = ""
@@ -483,7 +487,14 @@ class Blip2:
         results: list[Any] = [row[0] for row in rows] if number == 1 else rows
         return [None if skipped and i in skipped else text for i, text in enumerate(results)]
 
-    def _prompt_arrays(self, pictures, prompts, how: Decoding, truncate, skipped) -> Callable:
+    def _prompt_arrays(
+        self,
+        pictures: Sequence[Any] | None,
+        prompts: Sequence[str],
+        how: Decoding,
+        truncate: int | None,
+        skipped: dict[int, str] | None,
+    ) -> Reader:
         """Reader of rows of a generation: row numbers, prompts, what is seen."""
         tokenizer = self.llm_tokenizer
         side = "right" if isinstance(self.config.llm, T5Config) else "left"
@@ -510,7 +521,9 @@ class Blip2:
 
         return read
 
-    def _answer_arrays(self, pictures, prompts, answers) -> Callable:
+    def _answer_arrays(
+        self, pictures: Sequence[Any], prompts: Sequence[str], answers: Sequence[str]
+    ) -> Reader:
         """Reader of rows of a ranking: ids, mask and labels as in training, and what is seen."""
         seen = self._visual_prompts(pictures, prompts, None, None)
         tokenizer = self.llm_tokenizer
@@ -538,11 +551,17 @@ class Blip2:
 
         return read
 
-    def _visual_prompts(self, pictures, prompts, truncate, skipped: dict | None) -> Callable:
+    def _visual_prompts(
+        self,
+        pictures: Sequence[Any],
+        prompts: Sequence[str],
+        truncate: int | None,
+        skipped: dict[int, str] | None,
+    ) -> Callable[[int, int], jax.Array]:
         """Reader of what the language model sees: float[rows of the program, Q, D].
 
         Rows that show the same image (and, where the Q-Former reads the prompt, say the same) are
-        computed once.
+        computed once. Images that cannot be read go into `skipped`, if that is given.
         """
         words = self._words(prompts, truncate) if self.config.qformer_reads_prompt else None
 
@@ -560,9 +579,10 @@ class Blip2:
                 images.load_batch([some[i]], size, first=start + i, skip=faults)
                 for i in first.values()
             ]
-            for i, key in enumerate(keys if faults else ()):
-                if start + first[key] in faults:
-                    skipped[start + i] = faults[start + first[key]]
+            if faults and skipped is not None:
+                for i, key in enumerate(keys):
+                    if start + first[key] in faults:
+                        skipped[start + i] = faults[start + first[key]]
             arrays = [np.concatenate(shown)]
             if words:
                 arrays += [array[list(first.values())] for array in words(start, stop)]
@@ -573,21 +593,16 @@ class Blip2:
 
         return read
 
-    def _pixels(
-        self, pictures: Sequence[Any], skip_unreadable: bool = False, *, skipped: dict | None = None
-    ) -> Callable:
-        """Reader of images: uint8[N, H, W, 3]."""
-        if skip_unreadable:
-            skipped = {}
+    def _pixels(self, pictures: Sequence[Any], skipped: dict[int, str] | None = None) -> Reader:
+        """Reader of images: uint8[N, H, W, 3]; those that cannot be read go into `skipped`."""
         size = self.config.vit.image_size
 
         def read(start: int, stop: int) -> list[np.ndarray]:
             return [images.load_batch(pictures[start:stop], size, first=start, skip=skipped)]
 
-        read.skipped = skipped
         return read
 
-    def _words(self, texts: Sequence[str], truncate: int | None) -> Callable:
+    def _words(self, texts: Sequence[str], truncate: int | None) -> Reader:
         """Reader of texts for the Q-Former: ids and mask, int32[N, T]."""
         if self.qformer_tokenizer is None:
             raise ValueError(
@@ -612,25 +627,39 @@ class Blip2:
 
         return read
 
-    def _over_pairs(self, function, pictures, texts, skip_unreadable, truncate) -> np.ndarray:
+    def _over_pairs(
+        self,
+        function: Function,
+        pictures: Any,
+        texts: Sequence[str] | str,
+        skip_unreadable: bool,
+        truncate: int | None,
+    ) -> np.ndarray:
         pictures, texts = images.as_list(pictures), _texts(texts)
         if len(pictures) != len(texts):
             raise ValueError(
                 f"{len(pictures)} images and {len(texts)} texts; give as many of each."
             )
         _need_some(texts)
-        words, pixels = self._words(texts, truncate), self._pixels(pictures, skip_unreadable)
+        skipped: dict[int, str] | None = {} if skip_unreadable else None
+        words, pixels = self._words(texts, truncate), self._pixels(pictures, skipped)
 
         def read(start: int, stop: int) -> list[np.ndarray]:
             return [*pixels(start, stop), *words(start, stop)]
 
-        read.skipped = pixels.skipped
-        return self._over(function, len(texts), read)
+        return self._over(function, len(texts), read, skipped=skipped)
 
-    def _over(self, function: Callable, count: int, read: Callable, progress: str = "") -> Any:
+    def _over(
+        self,
+        function: Function,
+        count: int,
+        read: Reader,
+        progress: str = "",
+        skipped: dict[int, str] | None = None,
+    ) -> Any:
         """Applies a compiled function batch by batch, and puts the results together.
 
-        `read(start, stop)` gives the arrays of some rows; those that it skipped become NaN.
+        Rows that `read` has put into `skipped` become NaN.
         """
         results = []
         with tqdm(total=count, desc=progress, leave=False, disable=not progress or None) as bar:
@@ -641,7 +670,6 @@ class Blip2:
                 results.append(jax.tree.map(lambda x: x[: stop - start], result))  # noqa: B023
                 bar.update(stop - start)
         whole = jax.tree.map(lambda *xs: np.concatenate(xs), *results)
-        skipped = getattr(read, "skipped", None)
         if skipped:
             _report(skipped)
             whole[list(skipped)] = np.nan
@@ -672,7 +700,7 @@ class Blip2:
         return [  # of a mesh over several processes, each puts its own part
             x
             if isinstance(x, jax.Array)
-            else jax.make_array_from_callback(x.shape, place, lambda part, x=x: x[part])
+            else jax.make_array_from_callback(x.shape, place, x.__getitem__)
             for x in filled
         ]
 
@@ -742,12 +770,16 @@ def _embed_images(model: Blip2Stage1, pixels: jax.Array) -> jax.Array:
     return model.project_image(model.query_image(image_kv)[0])
 
 
-def _embed_pairs(model: Blip2Stage1, pixels, ids, mask) -> jax.Array:
+def _embed_pairs(
+    model: Blip2Stage1, pixels: jax.Array, ids: jax.Array, mask: jax.Array
+) -> jax.Array:
     image_kv = model.qformer.image_keys_values(model.encode_images(pixels))
     return model.query_image_and_text(image_kv, ids, mask).astype(jnp.float32)
 
 
-def _match_pairs(model: Blip2Stage1, pixels, ids, mask) -> jax.Array:
+def _match_pairs(
+    model: Blip2Stage1, pixels: jax.Array, ids: jax.Array, mask: jax.Array
+) -> jax.Array:
     image_kv = model.qformer.image_keys_values(model.encode_images(pixels))
     return model.match(image_kv, ids, mask)
 
@@ -763,7 +795,9 @@ def _image_keys(model: Blip2Stage1, pixels: jax.Array) -> Any:
     return model.qformer.image_keys_values(model.encode_images(pixels))
 
 
-def _match(model: Blip2Stage1, image_kv: Any, image_index, ids, mask) -> jax.Array:
+def _match(
+    model: Blip2Stage1, image_kv: Any, image_index: jax.Array, ids: jax.Array, mask: jax.Array
+) -> jax.Array:
     """ITM logits of pairs, float32[P, 2]; `image_index` int32[P] into `image_kv`."""
     return model.match(jax.tree.map(lambda x: x[:, image_index], image_kv), ids, mask)
 
@@ -773,7 +807,13 @@ def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
     return rows[index]
 
 
-def _prompt(model: Blip2Stage2, row, ids, mask, seen: Sequence[jax.Array]) -> Prompt:
+def _prompt(
+    model: Blip2Stage2,
+    row: jax.Array,
+    ids: jax.Array,
+    mask: jax.Array,
+    seen: Sequence[jax.Array],
+) -> Prompt:
     """Image, float[B, Q, D] or nothing, and text, as the language model reads them."""
     embeds, whole = model.llm.embed(ids), mask
     for visual in seen:
@@ -785,22 +825,55 @@ def _prompt(model: Blip2Stage2, row, ids, mask, seen: Sequence[jax.Array]) -> Pr
     return Prompt(embeds, whole, ids, mask, row)
 
 
-def _generate(model: Blip2Stage2, row, ids, mask, *seen, key, how, eos_ids, pad_id):
+def _generate(
+    model: Blip2Stage2,
+    row: jax.Array,
+    ids: jax.Array,
+    mask: jax.Array,
+    *seen: jax.Array,
+    key: jax.Array,
+    how: Decoding,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> tuple[jax.Array, jax.Array]:
     prompt = _prompt(model, row, ids, mask, seen)
     return decode.decode(model.llm, prompt, how, eos_ids=eos_ids, pad_id=pad_id, key=key)
 
 
-def _begin(model: Blip2Stage2, row, ids, mask, *arrays, how, eos_ids, pad_id):
+def _begin(
+    model: Blip2Stage2,
+    row: jax.Array,
+    ids: jax.Array,
+    mask: jax.Array,
+    *arrays: jax.Array,
+    how: Decoding,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> decode.State:
     *seen, key = arrays
     prompt = _prompt(model, row, ids, mask, seen)
     return decode.begin(model.llm, prompt, how, eos_ids=eos_ids, pad_id=pad_id, key=key)
 
 
-def _advance(model: Blip2Stage2, state, key, *, how, eos_ids, pad_id):
+def _advance(
+    model: Blip2Stage2,
+    state: decode.State,
+    key: jax.Array,
+    *,
+    how: Decoding,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> decode.State:
     return decode.advance(model.llm, state, how, eos_ids=eos_ids, pad_id=pad_id, key=key)
 
 
-def _loglikelihood(model: Blip2Stage2, ids, mask, labels, visual) -> jax.Array:
+def _loglikelihood(
+    model: Blip2Stage2,
+    ids: jax.Array,
+    mask: jax.Array,
+    labels: jax.Array,
+    visual: jax.Array,
+) -> jax.Array:
     """Sum over the labels' tokens of their log-probability, float32[B]; arrays as in training."""
     learned = labels >= 0
     targets = jnp.where(learned, labels, 0)

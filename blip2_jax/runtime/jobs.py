@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Generic, Protocol, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -32,18 +32,27 @@ class Busy(RuntimeError):
 class Task(Protocol):
     """What is to be run."""
 
-    name: str
-    workdir: Path
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def workdir(self) -> Path:
+        """Its folder."""
 
     def is_finished(self) -> bool:
         """Whether there is nothing left to do."""
 
 
-Command = Callable[[Task, int], tuple[list[str], Mapping[str, str]]]
+AnyTask = TypeVar("AnyTask", bound=Task)
+Words = tuple[list[str], Mapping[str, str]]  # of a command, and what it adds to the environment
 
 
 def run_all(
-    tasks: Sequence[Task], workers: int, command: Command, label: str = ""
+    tasks: Sequence[AnyTask],
+    workers: int,
+    command: Callable[[AnyTask, int], Words],
+    label: str = "",
 ) -> tuple[dict[str, int], bool]:
     """Runs all tasks that are not finished, `workers` at a time, with a progress line.
 
@@ -61,7 +70,7 @@ def run_all(
       whole was told to stop.
     """
     waiting = collections.deque(task for task in tasks if not task.is_finished())
-    jobs: dict[int, _Job] = {}
+    jobs: dict[int, _Job[AnyTask]] = {}
     failed: dict[str, int] = {}
     done, told = len(tasks) - len(waiting), 0
     progress = Progress(len(tasks), initial=done, label=label, unit="run", active=True)
@@ -116,14 +125,14 @@ def _lock(file: TextIO) -> bool:
     return True
 
 
-class _Job:
+class _Job(Generic[AnyTask]):
     """A task on its way, in a process group of its own.
 
     Its processes hold a lock as long as they live. If the one that started them was killed, they
     go on without it: a later one finds the lock taken, waits, and then looks what is left to do.
     """
 
-    def __init__(self, task: Task, words: list[str], environment: Mapping[str, str]):
+    def __init__(self, task: AnyTask, words: list[str], environment: Mapping[str, str]):
         self.task, self._words, self._environment = task, words, environment
         self._process: subprocess.Popen[bytes] | None = None
         task.workdir.mkdir(parents=True, exist_ok=True)
