@@ -9,6 +9,7 @@ what is in --workdir is kept, and the same command goes on. --show prints what t
 """
 
 import argparse
+import dataclasses
 import fnmatch
 import itertools
 import json
@@ -90,7 +91,8 @@ def row(name: str, where: slices.Slice, workdir: Path) -> None:
     samples = config.steps * published
     config, _ = plan.nearest_batch(config, where)
     path = kept(name, where, workdir)
-    identity = {"config": json.loads(cli.config_to_json(config)), "versions": plan.versions()}
+    identity = {"config": config.to_dict(), "figures": dataclasses.asdict(where.chip)}
+    identity = json.loads(json.dumps({**identity, "versions": plan.versions()}))
     if path.is_file() and identity.items() <= json.loads(path.read_text()).items():
         return
     found = plan.make_plan(config, where, workdir, samples=samples)
