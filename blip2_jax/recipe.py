@@ -218,6 +218,12 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
     """
     if config.stage.name not in STAGES:
         raise ValueError(f"config.stage.name is {config.stage.name!r}; known: {', '.join(STAGES)}.")
+    objectives = set(config.stage.objectives)
+    if not objectives or not objectives <= set(stage1.OBJECTIVES):
+        raise ValueError(
+            f"config.stage.objectives is {tuple(config.stage.objectives)}; it names one or more "
+            f"of {', '.join(stage1.OBJECTIVES)}."
+        )
     mesh = meshes.make_mesh(config.mesh) if mesh is None else mesh
     devices, parts = meshes.num_batch_shards(mesh), config.stage.accumulate
     if config.data.batch_size % (devices * parts):

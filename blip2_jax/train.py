@@ -197,7 +197,11 @@ def loop(
             watchdog.step_done()
             bad_steps.add(metrics["bad_steps"])
             progress.update(1)
-            if step % config.log.every == 0 or step == config.steps:
+            last = step == config.steps
+            losses_due = config.eval.every and (last or step % config.eval.every == 0)
+            tasks_every = config.eval.tasks_every
+            scores_due = scores and (last or (tasks_every and step % tasks_every == 0))
+            if last or step % config.log.every == 0 or losses_due or scores_due:
                 numbers = {name: float(value) for name, value in metrics.items()}
                 # Of a bad step; JSON has no word for them.
                 numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
@@ -205,11 +209,10 @@ def loop(
                 # Not among the metrics: a resumed run counts what it has met itself.
                 timing = clock.read(step - first, batches.wait_seconds)
                 timing["data/skipped"] = batches.skipped.count
-                if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
+                if losses_due:
                     with clock.aside():
                         numbers |= evaluate_losses(run, state["params"], frozen)
-                every = config.eval.tasks_every
-                if scores and (step == config.steps or (every and step % every == 0)):
+                if scores is not None and scores_due:
                     with clock.aside():
                         numbers |= scores(state["params"])
                 writer.write(step, numbers, timing=timing)

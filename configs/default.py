@@ -46,6 +46,8 @@ def get_config() -> ConfigDict:
     config.stage = ConfigDict(
         {
             "name": "stage1",  # stage1, stage2, pretrain_vit or pretrain_lm
+            # Stage 1's losses, summed with weight 1; fewer for ablations (the paper's table 6).
+            "objectives": ("itc", "itm", "itg"),
             "label_smoothing": 0.1,  # of ITC and ITG
             # Parts that a batch is computed in, one after the other, to need less memory: stage 2
             # only, whose loss is a mean over tokens.
@@ -161,6 +163,9 @@ def get_config() -> ConfigDict:
             # Ends what a decoder-only LLM is taught: a newline for OPT; "": its own end token.
             "end_of_text": "\n",
             "task": "caption",  # stage 2: caption, or answer (records with questions)
+            # Share of the training images that have the captions of another: noise as the web has
+            # it, and at 1 a control that nothing about images can be learned from.
+            "mismatched": 0.0,
             "clean_text": True,  # LAVIS's `blip_caption`: lower case, no punctuation, 50 words
             "first_captions": 0,  # draw from this many captions of an image; 0: all (LAION: 2)
             "crop_scale": (0.5, 1.0),  # random resized crop, share of the area; (1, 1): none

@@ -1,11 +1,13 @@
 """What the recipes of the published models share: towers, data, optimizer variants."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from blip2_jax.cli import ConfigError
 from configs.default import get_config as default
 
-VITS = {
+VITS: dict[str, dict[str, Any]] = {
     # EVA-CLIP ViT-g/14 and CLIP ViT-L/14 (paper, section 3.4), the last block left out of both.
     "vitg": {"source": "Salesforce/blip2-itm-vit-g"},
     "vitl": {"source": "openai/clip-vit-large-patch14", "layers": 23},

@@ -5,6 +5,8 @@ blip2 train --config=configs/stage1.py:vitl-paper --workdir=DIR       ViT-L
 blip2 train --config=configs/stage1.py:vitg-lavis --workdir=DIR       LAVIS's YAML
 """
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from configs import published
@@ -23,6 +25,6 @@ def get_config(variant: str = "vitg-paper") -> ConfigDict:
     return config
 
 
-def sweep(add) -> None:
+def sweep(add: Callable[..., None]) -> None:
     for rate in (5e-5, 1e-4, 2e-4):
         add(**{"optim.peak_lr": rate})

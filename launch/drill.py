@@ -20,7 +20,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +84,7 @@ class Run:
             raise TimeoutError(f"{self.workdir} took more than {LIMIT:g} s; see its .log")
         return any(process.poll() is None for process in self.all)
 
-    def wait_for(self, condition) -> None:
+    def wait_for(self, condition: Callable[[], bool]) -> None:
         while self.alive() and not condition():
             time.sleep(0.002)
 
@@ -135,10 +137,14 @@ def stop(run: Run, number: int, turn: int) -> tuple[str, list[int]]:
     return moment, run.codes()
 
 
-def drill(out: Path, processes: int, name: str, same: bool, times: int, steps: int) -> dict:
+def drill(
+    out: Path, processes: int, name: str, same: bool, times: int, steps: int
+) -> dict[str, Any]:
     """One row of the table."""
     workdir = out / f"{name}-{processes}-{'same' if same else 'other'}"
-    number, met, codes, lost = getattr(signal, f"SIG{name}"), {}, {}, 0
+    number, lost = getattr(signal, f"SIG{name}"), 0
+    met: dict[str, int] = {}
+    codes: dict[int, int] = {}
     for turn in range(times):
         before = max([0, *checkpoints(workdir)])
         run = Run(workdir, processes, 1 if same else 1 + turn % 2, steps)
@@ -174,7 +180,7 @@ def difference(left: Path, right: Path) -> float:
     return max(float(np.max(np.abs(a - b), initial=0.0)) for a, b in pairs)
 
 
-def is_good(row: dict) -> bool:
+def is_good(row: dict[str, Any]) -> bool:
     if row["devices"] == "same":
         return row["lost"] == 0 and row["largest difference"] == 0 and row["metrics"] == "same"
     return row["lost"] == 0 and row["largest difference"] <= 1e-6

@@ -9,11 +9,13 @@ what is in --workdir is kept, and the same command goes on. --show prints what t
 """
 
 import argparse
+import dataclasses
 import fnmatch
 import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -90,7 +92,8 @@ def row(name: str, where: slices.Slice, workdir: Path) -> None:
     samples = config.steps * published
     config, _ = plan.nearest_batch(config, where)
     path = kept(name, where, workdir)
-    identity = {"config": json.loads(cli.config_to_json(config)), "versions": plan.versions()}
+    identity = {"config": config.to_dict(), "figures": dataclasses.asdict(where.chip)}
+    identity = json.loads(json.dumps({**identity, "versions": plan.versions()}))
     if path.is_file() and identity.items() <= json.loads(path.read_text()).items():
         return
     found = plan.make_plan(config, where, workdir, samples=samples)
@@ -164,7 +167,7 @@ def scaling(args: argparse.Namespace) -> int:
     return 0
 
 
-def scaling_rows(name: str, plans: list[dict | None]) -> str:
+def scaling_rows(name: str, plans: list[dict[str, Any] | None]) -> str:
     """All that is sent, then each kind by its axes."""
     kinds: dict[str, list[float]] = {name: []}
     for number, p in enumerate(plans):
@@ -178,7 +181,8 @@ def scaling_rows(name: str, plans: list[dict | None]) -> str:
     for label, sizes in kinds.items():
         sizes += [0.0] * (len(plans) - len(sizes))
         known = [size for size, p in zip(sizes, plans, strict=True) if p]
-        spread = f"{max(known) / min(known) - 1:.0%}" if known and min(known) else ""
+        least = min(known, default=0.0)
+        spread = f"{max(known) / least - 1:.0%}" if least else ""
         if label == name or max(sizes) > 1:
             cells = [f"{s:,.1f}" if p else "" for s, p in zip(sizes, plans, strict=True)]
             lines.append(f"| {label} | " + " | ".join(cells) + f" | {spread} |")

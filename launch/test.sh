@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Environment, install, lint and tests, on a fresh machine. Further arguments go to pytest.
+# Environment, install, lint, types and tests, on a fresh machine. Further arguments go to pytest.
 #   ./launch/test.sh                 everything
 #   ./launch/test.sh tests/models    some tests
 set -euo pipefail
@@ -11,4 +11,5 @@ ruff check .
 ruff format --check .
 bash -n launch/*.sh .ci/run
 shellcheck --shell=bash --external-sources launch/*.sh .ci/run
+mypy
 exec python -m pytest "$@"

@@ -251,7 +251,9 @@ def _source(
         count = max(1, config.eval.batches) * config.eval.batch_size
         # Others than those trained on, all hard, and all with what the answers follow from.
         return sources.StorySource("described_stories", count, 1)
-    return open_source(data, split)
+    source = open_source(data, split)
+    mismatched = config.data.mismatched if training else 0.0
+    return sources.Mismatched(source, mismatched) if mismatched else source
 
 
 def open_source(data: Any, split: str) -> Any:

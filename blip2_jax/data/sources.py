@@ -123,6 +123,42 @@ class Mixture:
         return {**record, "image_number": number}
 
 
+class Mismatched:
+    """A source, a share of whose records have the captions of another: web-like noise.
+
+    Which ones, and whose, depends on the source's length and the share alone, so a run sees the
+    same wrong pair every time it comes by.
+
+    Args:
+      source: records with `captions`.
+      share: of records, 0..1.
+    """
+
+    def __init__(self, source: Any, share: float):
+        if not 0 <= share <= 1:
+            raise ValueError(f"config.data.mismatched is {share}; it is a share, 0 to 1.")
+        order = np.random.default_rng(0).permutation(len(source))
+        count = round(share * len(source))
+        self._source = source
+        self._captions_of = dict(
+            zip(order[:count].tolist(), np.roll(order, 1)[:count].tolist(), strict=True)
+        )
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._source[index]
+        if index not in self._captions_of:
+            return record
+        return {**record, "captions": facts(self._source, self._captions_of[index])["captions"]}
+
+    def __getattr__(self, name: str) -> Any:  # all else is the source's
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._source, name)
+
+
 def identity(source: Any) -> dict[str, Any]:
     """What decides which records a source has, for a run to find them the same when it goes on.
 

@@ -4,10 +4,12 @@ A rate is what the maker states, which no program reaches: times that follow fro
 bounds, and shares of it (MFU) are honest only when the row is right. Sources:
 
 - TPU: the pages of each generation in Cloud TPU's documentation (docs.cloud.google.com/tpu/docs,
-  "TPU v4", "v5e", "v5p", "v6e": peak compute per chip in bf16, HBM capacity and bandwidth), and
-  "How to Scale Your Model" (jax-ml.github.io/scaling-book, "How to Think About TPUs") for a link's
-  bandwidth in one direction and each chip's share of its host's network. `usable_bytes` is the
-  limit that the TPU compiler states when a program does not fit.
+  "TPU v4", "v5e", "v5p", "v6e"): peak compute per chip in bf16, HBM, network per chip (v5e: a
+  pod's over its 256 chips; v6e: four adapters of 200 Gbit/s for eight chips). A link's bandwidth
+  is the stated sum of both directions of all ports, 400, 1200 and 800 GB/s, over two and the
+  number of ports; v4's is 50 (Jouppi et al. 2023, "TPU v4"). "How to Scale Your Model"
+  (jax-ml.github.io/scaling-book) counts on 45 and 90 in practice. `usable_bytes` is the limit
+  that the TPU compiler states when a program does not fit.
 - NVIDIA: data sheets of A100, H100 and H200 (SXM) and of DGX B200, dense bf16; NVLink per GPU in
   one direction, half of the sum that is stated; one network adapter a GPU (HDR on A100, NDR after).
 """
@@ -91,10 +93,10 @@ CHIPS = {
     chip.name: chip
     for chip in (
         #    name  device_kind                   TFLOP/s GiB usable GB/s link links network GB/s
-        _tpu("v4", ("TPU v4",), 275, 32, 30.75, 1228, 45, 6, 6.25),
-        _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197, 16, 15.75, 819, 45, 4, 3.125),
-        _tpu("v5p", ("TPU v5p", "TPU v5"), 459, 96, 95.74, 2765, 90, 6, 6.25),
-        _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 918, 32, 31.25, 1640, 90, 4, 12.5),
+        _tpu("v4", ("TPU v4",), 275, 32, 30.75, 1228, 50, 6, 6.25),
+        _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197, 16, 15.75, 819, 50, 4, 3.125),
+        _tpu("v5p", ("TPU v5p", "TPU v5"), 459, 96, 95.74, 2765, 100, 6, 6.25),
+        _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 918, 32, 31.25, 1638, 100, 4, 12.5),
         #    name        device_kind         TFLOP/s GB TB/s NVLink network GB/s
         _gpu("a100-40gb", "NVIDIA A100-SXM4-40GB", 312, 40, 1.555, 300, 25),
         _gpu("a100-80gb", "NVIDIA A100-SXM4-80GB", 312, 80, 2.039, 300, 25),

@@ -110,25 +110,31 @@ def flops_per_sample(config: Any, model_config: Any) -> dict[str, Flops]:
 
 
 def _stage1(config: Any, sizes: Blip2Config) -> dict[str, Flops]:
-    """Four passes of the Q-Former: queries (ITC), text (ITC), three pairs (ITM), text (ITG).
+    """Passes of the Q-Former: queries (ITC), text (ITC), three pairs (ITM), text (ITG).
 
     Keys and values are made of two images a sample, its own and its hard negative, whose features
     another device may have sent.
     """
     c, text, trained = sizes.qformer, config.data.text_length, _trained(config)
     queries, width = c.num_query_tokens, c.hidden_size
-    itc = _qformer(c, queries, 0, sizes.vit.num_tokens) + _qformer(c, 0, text, 0)
-    itm = _qformer(c, queries, text, sizes.vit.num_tokens) * 3
-    itg = _qformer(c, 0, text, 0, past=queries)
-    images = _image_keys_values(c, sizes.vit) * 2
+    qformer = _image_keys_values(c, sizes.vit)
+    qformer += _qformer(c, queries, 0, sizes.vit.num_tokens) + _qformer(c, 0, text, 0)
+    if "itm" in config.stage.objectives:
+        qformer += _image_keys_values(c, sizes.vit)
+        qformer += _qformer(c, queries, text, sizes.vit.num_tokens) * 3
+    if "itg" in config.stage.objectives:
+        qformer += _qformer(c, 0, text, 0, past=queries)
     similarity = Work(scores=2.0 * config.data.batch_size * queries * sizes.projection_dim)
     projections = _linear(queries + 1, width, sizes.projection_dim)
-    return {
-        "vit": _encoder(sizes, trained),
-        "qformer": (itc + itm + itg + images).flops(trained="qformer" in trained),
+    heads = {
         "itc": (projections + similarity).flops(trained=True),
         "itm": _linear(3 * queries, width, 2).flops(trained="itm_head" in trained),
         "itg": _linear(text, width, width, c.vocab_size).flops(trained="itg_head" in trained),
+    }
+    return {
+        "vit": _encoder(sizes, trained),
+        "qformer": qformer.flops(trained="qformer" in trained),
+        **{name: head for name, head in heads.items() if name in config.stage.objectives},
     }
 
 

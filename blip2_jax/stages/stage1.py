@@ -1,11 +1,14 @@
 """Stage 1: vision-language representation learning (paper, section 3.2).
 
 Three objectives over one batch of image-text pairs, all of weight 1: image-text contrast (ITC),
-matching (ITM) and image-grounded text generation (ITG). The image is encoded once; its
-cross-attention keys and values are made once and shared by the pass that ITC and ITG read and the
-two that ITM makes of it. The hard negative of a text may be an image on another device: then its
-features come here in a ring, before `ln_vision`, so that no gradient has to travel back.
+matching (ITM) and image-grounded text generation (ITG). A recipe may leave some out. The image is
+encoded once; its cross-attention keys and values are made once and shared by the pass that ITC and
+ITG read and the two that ITM makes of it. The hard negative of a text may be an image on another
+device: then its features come here (`runtime/exchange.py`), before `ln_vision`.
 """
+
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +21,21 @@ from blip2_jax.runtime import mesh as meshes
 from blip2_jax.stages import losses
 from blip2_jax.stages.step import Batch, Metrics, Params, Spec, State, update
 
+OBJECTIVES = ("itc", "itm", "itg")
+
 
 def loss_fn(
     params: Params, frozen: Params, batch: Batch, key: jax.Array | None, *, spec: Spec
 ) -> tuple[jax.Array, Metrics]:
-    """The sum of the three losses, and what to log of them.
+    """The sum of the losses, and what to log of them.
 
     Args:
       params: trainable part; frozen: the rest.
       batch: `image` uint8[B, H, W, 3], `text_ids` and `text_mask` int32[B, T] ([CLS] first,
         [SEP] last), and `image_id` int32[B]: pairs with the same image are no negatives.
       key: randomness of dropout and of the negatives; None: no dropout, fixed negatives.
-      spec: what the recipe decides (`spec.stage`: `label_smoothing` and
-        `itc_gather_grad`).
+      spec: what the recipe decides (`spec.stage`: `objectives`, `label_smoothing` and
+        `itc_gather_grad`). ITM without ITC still draws its negatives by ITC's similarities.
     """
     model: Blip2Stage1 = spec.merge(params, frozen)
     options = spec.stage
@@ -54,32 +59,30 @@ def loss_fn(
         label_smoothing=options.label_smoothing,
         gather_grad=options.itc_gather_grad,
     )
-    k1, k2 = jax.random.split(jax.random.key(0) if k_negatives is None else k_negatives)
-    hard_image = losses.hard_negatives(k1, jax.lax.stop_gradient(text_to_image), same)
-    hard_text = losses.hard_negatives(k2, jax.lax.stop_gradient(image_to_text), same)
-    if meshes.num_batch_shards(spec.mesh) == 1:
-        hard_kv = jax.tree.map(lambda x: x[:, hard_image], image_kv)
-    else:
-        hard_kv = _keys_values(model, exchange.take_rows(features, hard_image, spec.mesh))
-    itm, itm_accuracy = _itm(model, image_kv, hard_kv, hard_text, ids, mask, k_itm)
-    itg = _itg(model, past, ids, mask, options, k_itg)
+    parts: Metrics = {"itc": itc}
+    metrics: Metrics = {"itc/temperature": model.temp[...]}
+    if "itm" in options.objectives:
+        k1, k2 = jax.random.split(jax.random.key(0) if k_negatives is None else k_negatives)
+        hard_image = losses.hard_negatives(k1, jax.lax.stop_gradient(text_to_image), same)
+        hard_text = losses.hard_negatives(k2, jax.lax.stop_gradient(image_to_text), same)
+        if meshes.num_batch_shards(spec.mesh) == 1:
+            hard_kv = jax.tree.map(lambda x: x[:, hard_image], image_kv)
+        else:
+            hard_kv = _keys_values(model, exchange.take_rows(features, hard_image, spec.mesh))
+        parts["itm"], metrics["itm/accuracy"] = _itm(
+            model, image_kv, hard_kv, hard_text, ids, mask, k_itm
+        )
+    if "itg" in options.objectives:
+        parts["itg"], metrics["itg/perplexity"] = _itg(model, past, ids, mask, options, k_itg)
 
-    loss = itc + itm + itg["loss"]
+    loss = functools.reduce(operator.add, (parts[name] for name in options.objectives))
     diagonal = jnp.arange(len(ids))
     of_image, of_text = (
         same[diagonal, scores.argmax(axis=1)].mean(dtype=jnp.float32)
         for scores in (image_to_text, text_to_image)
     )
-    metrics = {
-        "loss": loss,
-        "itc/loss": itc,
-        "itc/accuracy": 0.5 * (of_image + of_text),
-        "itc/temperature": model.temp[...],
-        "itm/loss": itm,
-        "itm/accuracy": itm_accuracy,
-        **{f"itg/{name}": value for name, value in itg.items()},
-    }
-    return loss, metrics
+    metrics["itc/accuracy"] = 0.5 * (of_image + of_text)
+    return loss, {"loss": loss, **metrics, **{f"{name}/loss": x for name, x in parts.items()}}
 
 
 def _keys_values(model: Blip2Stage1, features: jax.Array) -> KeysValues:
@@ -125,14 +128,18 @@ def _itg(
     mask: jax.Array,
     options: FrozenConfigDict,
     key: jax.Array | None,
-) -> Metrics:
-    """Generation: the text from [DEC] to [SEP], with nothing to look at but the queries."""
+) -> tuple[jax.Array, jax.Array]:
+    """Generation: the text from [DEC] to [SEP], with nothing to look at but the queries.
+
+    Returns:
+      The loss, and the perplexity of the text (of the loss without label smoothing).
+    """
     ids = ids.at[:, 0].set(model.config.qformer.bos_token_id)
     logits = model.generate_logits(past, ids, mask, key)[:, :-1]
     targets, weights = losses.shift_labels(ids, mask)
     smoothed = losses.cross_entropy(logits, targets, label_smoothing=options.label_smoothing)
     plain = losses.weighted_mean(losses.cross_entropy(logits, targets), weights)
-    return {"loss": losses.weighted_mean(smoothed, weights), "perplexity": jnp.exp(plain)}
+    return losses.weighted_mean(smoothed, weights), jnp.exp(plain)
 
 
 def train_step(

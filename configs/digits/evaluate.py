@@ -1,15 +1,21 @@
 """The three evaluations of the embedded world, and the report.
 
 blip2 evaluate --config=configs/digits/evaluate.py --workdir=runs/quickstart
+blip2 train ... --config.eval.tasks=configs/digits/evaluate.py:vqa+caption
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from blip2_jax.cli import ConfigError
 from configs.eval.default import get_config as default
 from configs.eval.default import task
 
+TASKS = ("retrieval", "caption", "vqa", "vqa_held_out")
 
-def get_config() -> ConfigDict:
+
+def get_config(tasks: str = "+".join(TASKS)) -> ConfigDict:
     config = default()
     config.name = "digits-evaluate"
     config.title = "BLIP-2 in the embedded world"
@@ -28,7 +34,7 @@ def get_config() -> ConfigDict:
     # Greedy, where the published rows take five beams; texts as the world writes them.
     greedy = {"num_beams": 1, "min_new_tokens": 1, "length_counts": "generated"}
     questions = {"blind": True, "clean_text": False, "forms": ("official",)}
-    answers = {**questions, "decoding": {**greedy, "max_new_tokens": 6}}
+    answers: dict[str, Any] = {**questions, "decoding": {**greedy, "max_new_tokens": 6}}
     config.tasks = ConfigDict(
         {
             "retrieval": task(
@@ -43,6 +49,10 @@ def get_config() -> ConfigDict:
             "vqa_held_out": task("vqa", "tfds", "held_out", **answers, examples=0),
         }
     )  # fmt: skip
+    chosen = tasks.split("+")
+    if unknown := set(chosen) - set(TASKS):
+        raise ConfigError(f"No task {min(unknown)!r}; known, joined by +: {', '.join(TASKS)}.")
+    config.tasks = ConfigDict({name: config.tasks[name] for name in chosen})
     for name, section in config.tasks.items():
         kind = {"retrieval": "retrieval", "caption": "captioning"}.get(name, "vqa")
         split = "held_out_split" if name == "vqa_held_out" else "split"

@@ -1,5 +1,7 @@
 """Stage 1 in the embedded world: ITC + ITM + ITG against the frozen encoder."""
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from configs.digits.common import get_config as common
@@ -14,6 +16,6 @@ def get_config() -> ConfigDict:
     return config
 
 
-def sweep(add) -> None:
+def sweep(add: Callable[..., None]) -> None:
     for seed in range(3):
         add(seed=seed)

@@ -1,5 +1,7 @@
 """Stage 2 in the embedded world: captions through the frozen language model."""
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from configs.digits.common import get_config as common
@@ -17,6 +19,6 @@ def get_config() -> ConfigDict:
     return config
 
 
-def sweep(add) -> None:
+def sweep(add: Callable[..., None]) -> None:
     for seed in range(3):
         add(seed=seed)

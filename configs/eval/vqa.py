@@ -14,7 +14,7 @@ from configs.eval.default import get_config as default
 from configs.eval.default import task
 
 # VQAv2 val and test-dev, OK-VQA test, GQA test-dev (paper, table 2); public weights.
-PAPER = {
+PAPER: dict[str, tuple[tuple[float, ...], str]] = {
     "vitl-opt2.7b": ((50.1, 49.7, 30.2, 33.9), ""),
     "vitg-opt2.7b": ((53.5, 52.3, 31.7, 34.6), "Salesforce/blip2-opt-2.7b"),
     "vitg-opt6.7b": ((54.3, 52.6, 36.4, 36.4), "Salesforce/blip2-opt-6.7b"),

@@ -141,6 +141,28 @@ def test_stories_grow_from_easy_to_hard(folder):
     assert batch["llm_ids"].shape == (8, 128)
 
 
+def test_a_share_of_the_pairs_is_mismatched_and_always_the_same_ones(folder):
+    right = loader.make_source(make_config(folder), "train")
+    for share in (0.3, 1.0):
+        config = make_config(folder, **{"data.mismatched": share})
+        wrong = loader.make_source(config, "train")
+        changed = [i for i in range(20) if wrong[i]["captions"] != right[i]["captions"]]
+        assert len(changed) == 20 * share
+        assert all(wrong[i]["image"] == right[i]["image"] for i in range(20))
+        known = {tuple(record["captions"]) for record in right}
+        assert {tuple(wrong[i]["captions"]) for i in range(20)} <= known
+        assert_same(take(config, 5)[2:], take(config, 3, 2))
+    # What is measured on is left alone.
+    assert (
+        loader.make_source(config, "test")[0] == loader.make_source(make_config(folder), "test")[0]
+    )
+
+
+def test_a_share_above_one_is_refused(folder):
+    with pytest.raises(ValueError, match="config.data.mismatched is 2"):
+        loader.make_source(make_config(folder, **{"data.mismatched": 2.0}), "train")
+
+
 def test_an_unknown_source_is_named(folder):
     with pytest.raises(ValueError, match="webdataset.*tfds, files, stories, easy_stories, coco"):
         loader.make_source(make_config(folder, **{"data.source": "webdataset"}), "train")

@@ -1,5 +1,6 @@
 """What the train steps of both stages promise."""
 
+import functools
 import math
 import re
 
@@ -116,6 +117,32 @@ def test_itm_of_two_pairs_takes_the_only_negative_there_is():
     batch = jax.tree.map(jnp.asarray, tiny.batch(run.config))
     loss = lambda key: run.stage.loss_fn(params, frozen, batch, key, spec=run.spec)[1]["itm/loss"]  # noqa: E731
     assert loss(jax.random.key(0)) == loss(jax.random.key(1)) == loss(None)
+
+
+@functools.cache
+def _first_losses(objectives: tuple[str, ...]):
+    config = tiny.config("stage1", **{"stage.objectives": objectives})
+    run = recipe.build(config, recipe.meshes.make_mesh(config.mesh, jax.devices()[:1]))
+    params, frozen = run.init_state(jax.random.key(0))["params"], tiny.frozen(run)
+    return run.eval_step(params, frozen, tiny.batch(config))
+
+
+@pytest.mark.parametrize("objectives", [("itc",), ("itm",), ("itc", "itm"), ("itc", "itg")])
+def test_objectives_that_are_left_out_leave_the_others_as_they_are(objectives):
+    """The loss is the sum of those that are named."""
+    part, whole = _first_losses(objectives), _first_losses(("itc", "itm", "itg"))
+    named = {name.partition("/")[0] for name in part if name[:3] in ("itc", "itm", "itg")}
+    assert named == {"itc", *objectives}  # the similarities of ITC are made in any case
+    for name in (name for name in whole if name.partition("/")[0] in objectives):
+        np.testing.assert_allclose(part[name], whole[name], rtol=1e-6, err_msg=name)
+    total = sum(part[f"{name}/loss"] for name in objectives)
+    np.testing.assert_allclose(part["loss"], total, rtol=1e-6)
+
+
+@pytest.mark.parametrize("objectives", [(), ("itc", "captioning")])
+def test_unknown_objectives_are_refused(objectives):
+    with pytest.raises(ValueError, match="names one or more of itc, itm, itg"):
+        recipe.build(tiny.config("stage1", **{"stage.objectives": objectives}))
 
 
 def test_a_typo_in_trainable_is_an_error():
