@@ -142,6 +142,12 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path, capsys):
     assert "does not define get_config()" in refused(capsys, f"--config={path}")
 
 
+def test_a_file_that_is_no_python_is_refused(tmp_path):
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(cli.ConfigError, match=r"recipe.json is no Python file.*\.py"):
+        cli.load_config(str(tmp_path / "recipe.json"))
+
+
 def test_a_list_of_dicts_is_refused_with_the_remedy(tmp_path):
     path = tmp_path / "listed.py"
     path.write_text(
