@@ -1,23 +1,56 @@
 """BLIP-2 in JAX: two-stage vision-language pre-training with a Querying Transformer.
 
+A model is loaded by `load`, from a Hugging Face folder or hub name, a LAVIS `.pth`, or the workdir
+of a run, and is a `Blip2`:
+
+```python
 import blip2_jax
 
 model = blip2_jax.load("Salesforce/blip2-opt-2.7b", dtype="bfloat16")
-model.caption(["beach.jpg"])
+model.caption(["beach.jpg"])  # list[str]
 model.answer(["beach.jpg"], ["How many people are there?"])
-"""
+
+model = blip2_jax.load("Salesforce/blip2-itm-vit-g")
+model.match(images, texts)  # float32[N] in 0..1 (ITM)
+model.embed_images(images)  # float32[N, 32, 256] (ITC)
+```
+
+That is the public interface for those who use a model. Those who train work with configs and
+commands; every config key is explained in `configs.default`, those of evaluations in
+`configs.eval.default`.
+
+| module | holds |
+| --- | --- |
+| `blip2_jax.train`, `blip2_jax.evaluate`, `blip2_jax.generate`, `blip2_jax.convert`, `blip2_jax.plan`, `blip2_jax.prepare`, `blip2_jax.sweep` | one file a command: `blip2 train --help` says the same |
+| `blip2_jax.recipe` | from a config to model, shardings and compiled step |
+| `blip2_jax.models` | what is computed: ViT, Q-Former, OPT, Llama, T5, and both compositions |
+| `blip2_jax.stages` | what is learned: losses and steps of both stages, and of the towers' own pre-training |
+| `blip2_jax.inference` | what is said: decoding, published defaults, and `Blip2` |
+| `blip2_jax.weights` | Hugging Face, LAVIS and native checkpoints, in and out |
+| `blip2_jax.runtime` | mesh, optimizer, state, checkpoints, metrics; knows nothing of BLIP-2 |
+| `blip2_jax.data` | what goes in: sources, transforms, tokenizers, batches, the embedded world |
+| `blip2_jax.evals`, `blip2_jax.tasks` | how good it is: metrics, and what can be evaluated |
+
+Shape words are the same everywhere: `B` batch, `Q` queries, `T` text tokens, `N` image tokens, `H`
+heads, `K` width of a head, `D` width of the model, `L` layers, `V` vocabulary.
+"""  # noqa: E501
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blip2_jax.inference.pipeline import Blip2
+    from blip2_jax.pretrained import load
 
 __version__ = "0.1.0"
-__all__ = ["Blip2", "__version__", "load"]
+__all__ = ["load", "Blip2", "__version__"]
 
 _HOMES = {"load": "pretrained", "Blip2": "inference.pipeline"}
 
 
 def __getattr__(name: str) -> Any:
     """Imports the public names when they are first used: jax alone takes a second."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"blip2_jax.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'blip2_jax' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'blip2_jax' has no attribute {name!r}")
+    globals()[name] = getattr(importlib.import_module(f"blip2_jax.{_HOMES[name]}"), name)
+    return globals()[name]

@@ -1,10 +1,10 @@
 """Turn weights from one format into another.
 
-  blip2 convert Salesforce/blip2-opt-2.7b runs/native --to=native --dtype=bfloat16
-  blip2 convert runs/stage2 exported/blip2 --to=huggingface
-  blip2 convert blip2_pretrained.pth exported/itm --to=huggingface --vit=eva_vit_g.pth
-  blip2 convert exported/blip2 blip2.pth --to=lavis
-  blip2 convert runs/towers/lm blip2_jax/assets/digits-opt --to=huggingface
+    blip2 convert Salesforce/blip2-opt-2.7b runs/native --to=native --dtype=bfloat16
+    blip2 convert runs/stage2 exported/blip2 --to=huggingface
+    blip2 convert blip2_pretrained.pth exported/itm --to=huggingface --vit=eva_vit_g.pth
+    blip2 convert exported/blip2 blip2.pth --to=lavis
+    blip2 convert runs/towers/lm blip2_jax/assets/digits-opt --to=huggingface
 
 SRC is a Hugging Face folder, a LAVIS .pth, a native folder or the workdir of a finished run (of
 BLIP-2, or of a tower's own pre-training). What SRC does not hold (a LAVIS file has no language
@@ -28,6 +28,7 @@ from blip2_jax.weights.files import WeightsError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `blip2 convert`."""
     parser.add_argument("source", metavar="SRC", help="what to convert (see above)")
     parser.add_argument(
         "target", metavar="DST", help="folder, or for --to=lavis the .pth, to write"
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs `blip2 convert`; returns its exit code."""
     args = cli.parse(__doc__, argv, add_arguments, prog="blip2 convert", config=False)
     try:
         return convert(args)

@@ -1,12 +1,12 @@
 """Evaluate a model as the paper reports it: question answering, captioning, retrieval, ranking.
 
-  blip2 evaluate --config=configs/eval/vqa.py:vitg-flant5xl --workdir=runs/eval/vqa
-  blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR --model=runs/caption
-  blip2 evaluate --config=configs/digits/evaluate.py --workdir=runs/quickstart
-  blip2 evaluate --config=configs/eval/vqa.py:vitg-flant5xl --workdir=DIR --task=okvqa \\
-      --config.tasks.okvqa.data.dir=/data/okvqa --config.tasks.okvqa.decoding.num_beams=1
-  blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR --task=coco \\
-      --predictions=captions_of_another_system.json
+    blip2 evaluate --config=configs/eval/vqa.py:vitg-flant5xl --workdir=runs/eval/vqa
+    blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR --model=runs/caption
+    blip2 evaluate --config=configs/digits/evaluate.py --workdir=runs/quickstart
+    blip2 evaluate --config=configs/eval/vqa.py:vitg-flant5xl --workdir=DIR --task=okvqa \\
+        --config.tasks.okvqa.data.dir=/data/okvqa --config.tasks.okvqa.decoding.num_beams=1
+    blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR --task=coco \\
+        --predictions=captions_of_another_system.json
 
 A config in configs/eval is one row of the paper's tables, with every prompt, beam and penalty that
 it was made with; configs/eval/default.py explains each key. SRC of --model is a run's workdir, a
@@ -14,11 +14,13 @@ Hugging Face folder or hub name, a native folder or a LAVIS .pth (with --config.
 one model serves all the tasks that it has the heads for.
 
 The workdir receives
-  lines/        what was said, image by image; the same command goes on where it was stopped, and
-                lines of other settings are refused
-  predictions/  the same in the form that evaluation servers take
-  metrics.json  scores, every setting that they were made with, and what was left out and why
-  report.html   a page with scores and examples
+
+    lines/        what was said, image by image; the same command goes on where it was stopped, and
+                  lines of other settings are refused
+    predictions/  the same in the form that evaluation servers take
+    metrics.json  scores, every setting that they were made with, and what was left out and why
+    report.html   a page with scores and examples
+
 Scores are fractions of 1, CIDEr-D is on its own scale of 10; a score ending in _blind is the same
 thing done without the image. With BLIP2_DISTRIBUTED=1 hosts share the images; each holds the model.
 """
@@ -55,6 +57,7 @@ LIBRARIES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `blip2 evaluate`."""
     parser.add_argument("--workdir", required=True, help="folder for the results")
     parser.add_argument(
         "--model", default="", metavar="SRC", help="instead of what the config names"
@@ -71,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs `blip2 evaluate`; returns its exit code."""
     args = cli.parse(__doc__, argv, add_arguments, prog="blip2 evaluate")
     try:
         return evaluate(args.config, Path(args.workdir), args.model, args.task, args.predictions)

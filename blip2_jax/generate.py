@@ -1,9 +1,9 @@
 """Caption images, or answer about them.
 
-  blip2 generate --model=runs/quickstart/stage2 --image=photo.jpg
-  blip2 generate --model=Salesforce/blip2-opt-2.7b --image=photos/ --dtype=bfloat16 --json
-  blip2 generate --model=SRC --image='shots/*.png' --prompt="Question: how many? Answer:"
-  blip2 generate --model=SRC --image=photos/ --output=captions.jsonl
+    blip2 generate --model=runs/quickstart/stage2 --image=photo.jpg
+    blip2 generate --model=Salesforce/blip2-opt-2.7b --image=photos/ --dtype=bfloat16 --json
+    blip2 generate --model=SRC --image='shots/*.png' --prompt="Question: how many? Answer:"
+    blip2 generate --model=SRC --image=photos/ --output=captions.jsonl
 
 SRC is a Hugging Face folder or hub name, a LAVIS .pth (with --vit and --llm), a native folder or
 the workdir of a finished run. Images may be files, folders (searched for images, not into their
@@ -52,6 +52,7 @@ NUMBERS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `blip2 generate`."""
     parser.add_argument("--model", required=True, metavar="SRC", help="see above")
     parser.add_argument(
         "--image", required=True, action="append", metavar="FILE", help="may be given repeatedly"
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs `blip2 generate`; returns its exit code."""
     doc = __doc__ + defaults.table()
     args = cli.parse(doc, argv, add_arguments, prog="blip2 generate", config=False)
     try:

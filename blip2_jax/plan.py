@@ -1,16 +1,16 @@
 """Plan a run on TPUs that are not there: does it fit, what does it move, how long does it take.
 
-  blip2 plan --config=configs/stage1.py --topology=v5p-128
-  blip2 plan --config=configs/stage2.py:vitg-flant5xxl-paper --topology=v5e-16 --mesh=search
-  blip2 plan --config=configs/stage1.py --topology=2xv6e-256 --config.mesh.data=2 --batch=nearest
+    blip2 plan --config=configs/stage1.py --topology=v5p-128
+    blip2 plan --config=configs/stage2.py:vitg-flant5xxl-paper --topology=v5e-16 --mesh=search
+    blip2 plan --config=configs/stage1.py --topology=2xv6e-256 --config.mesh.data=2 --batch=nearest
 
 The recipe's own train step, the one that blip2 train runs, is compiled for the slice by libtpu, on
 any Linux machine, without a TPU and without weights (pip install 'blip2_jax[plan]'). Names of
 slices are the cloud's: v5e-256 and v6e-64 count chips, v5p-128 and v4-128 TensorCores, two a chip.
 
-  measured    by the compiler: memory, matrix products, collectives (a loop's as often as it runs)
-  bounds      each of these over the chip's public peak: no run is faster than the slowest
-  expected    an estimate: products at --efficiency of the peak, and nothing hidden behind them
+    measured    by the compiler: memory, matrix products, collectives (a loop's as often as it runs)
+    bounds      each of these over the chip's public peak: no run is faster than the slowest
+    expected    an estimate: products at --efficiency of the peak, and nothing hidden behind them
 
 --mesh=search tries meshes and, where memory is short, remat policies and smaller parts of a batch
 (config.stage.accumulate), and ranks them. Compiled programs are kept in --workdir; the same command
@@ -50,6 +50,7 @@ Plan = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `blip2 plan`."""
     parser.add_argument("--topology", required=True, help="the slice, e.g. v5e-16 or 2xv5e-256")
     parser.add_argument(
         "--mesh",
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs `blip2 plan`; returns its exit code."""
     args = cli.parse(__doc__, argv, add_arguments, prog="blip2 plan")
     prepare_process()
     try:
@@ -287,6 +289,7 @@ def compile_step(run: recipe.Recipe, where: slices.Slice, workdir: Path) -> Comp
 
 
 def versions() -> dict[str, str]:
+    """Of what a plan depends on; "" of what is not installed."""
     found = {}
     for name in ("jax", "jaxlib", "libtpu"):
         try:

@@ -1,12 +1,12 @@
 """Turn what you have into shards that training reads: ArrayRecord, with random access.
 
-  blip2 prepare --source=digits --out=runs/quickstart/data
-  blip2 prepare --source=files --dir=cc3m/ --out=data/cc3m                  img2dataset's tars
-  blip2 prepare --source=files --dir=list.jsonl --images=photos/ --out=data/mine
-  blip2 prepare --source=coco --dir=/data/coco --split=train --out=data/coco
-  blip2 prepare --source=files --dir=cc3m/ --check                          look, write nothing
-  blip2 prepare --source=files --dir=cc3m/ --out=data/new --capfilt --model=runs/stage2 \\
-      --ranker=runs/stage1
+    blip2 prepare --source=digits --out=runs/quickstart/data
+    blip2 prepare --source=files --dir=cc3m/ --out=data/cc3m                  img2dataset's tars
+    blip2 prepare --source=files --dir=list.jsonl --images=photos/ --out=data/mine
+    blip2 prepare --source=coco --dir=/data/coco --split=train --out=data/coco
+    blip2 prepare --source=files --dir=cc3m/ --check                          look, write nothing
+    blip2 prepare --source=files --dir=cc3m/ --out=data/new --capfilt --model=runs/stage2 \\
+        --ranker=runs/stage1
 
 digits: the embedded world, scenes of real handwritten digits with captions and questions, drawn
 here; the same seed and sizes give the same bytes. files: a folder of tars (webdataset,
@@ -45,6 +45,7 @@ DIGITS, FILES = "digits", "files"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `blip2 prepare`."""
     known = [DIGITS, FILES, *datasets.NAMES]
     parser.add_argument("--source", required=True, choices=known, help="what to prepare")
     parser.add_argument("--out", default="", help="folder to write; made if need be")
@@ -99,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs `blip2 prepare`; returns its exit code."""
     args = cli.parse(__doc__, argv, add_arguments, config=False)
     if not args.out and not args.check:
         raise SystemExit("blip2 prepare: name a folder to write with --out.")

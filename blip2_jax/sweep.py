@@ -1,15 +1,15 @@
 """Run every point of a recipe's sweep, skipping what is done; a table and curves over all runs.
 
-  blip2 sweep --config=configs/digits/stage1.py --workdir=runs/seeds --backend=print
-  blip2 sweep --config=configs/digits/stage1.py --workdir=runs/seeds --backend=local --workers=2
-  TPU_NAME=mine TPU_TYPE=v5litepod-16 blip2 sweep --config=configs/R.py \\
-      --workdir=/gcs/BUCKET/runs --backend=tpu --workers=4
+    blip2 sweep --config=configs/digits/stage1.py --workdir=runs/seeds --backend=print
+    blip2 sweep --config=configs/digits/stage1.py --workdir=runs/seeds --backend=local --workers=2
+    TPU_NAME=mine TPU_TYPE=v5litepod-16 blip2 sweep --config=configs/R.py \\
+        --workdir=/gcs/BUCKET/runs --backend=tpu --workers=4
 
 The recipe says what is swept, in a function beside its get_config():
 
-  def sweep(add):
-      for lr in (1e-4, 3e-4):
-          add(seed=1, **{"optim.peak_lr": lr})
+    def sweep(add):
+        for lr in (1e-4, 3e-4):
+            add(seed=1, **{"optim.peak_lr": lr})
 
 or in get_hyper(hyper), with hyper.sweep, product, zipit and chainit. --config.KEY=VALUE holds for
 all runs. Everything is checked before anything starts. Each run has a folder in the workdir, named
@@ -51,6 +51,7 @@ _LONGEST_NAME = 100  # characters; file systems end at 255
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `blip2 sweep`."""
     parser.add_argument("--workdir", required=True, help="folder of all runs; made if need be")
     parser.add_argument(
         "--backend", choices=BACKENDS, default="print", help="where to run (default: print)"
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs `blip2 sweep`; returns its exit code."""
     words = sys.argv[1:] if argv is None else argv
     args = cli.parse(__doc__, words, add_arguments)
     common = [word for word in words if word.startswith(cli.OVERRIDE)]
@@ -185,6 +187,11 @@ class Run:
     workdir: Path
 
     def is_finished(self) -> bool:
+        """Whether its workdir holds its results.
+
+        Raises:
+          ConfigError: the workdir holds those of another run.
+        """
         done = self.workdir / "done.json"
         if not done.is_file():
             return False

@@ -1,8 +1,8 @@
 """Train a recipe, or resume it when the workdir holds a run.
 
-  blip2 train --config=configs/digits/stage1.py --workdir=runs/stage1
-  blip2 train --config=configs/digits/stage2.py --workdir=runs/stage2 \\
-      --config.init.checkpoint=runs/stage1 --config.optim.peak_lr=5e-4
+    blip2 train --config=configs/digits/stage1.py --workdir=runs/stage1
+    blip2 train --config=configs/digits/stage2.py --workdir=runs/stage2 \\
+        --config.init.checkpoint=runs/stage1 --config.optim.peak_lr=5e-4
 
 The same command continues a run that was killed, from its last checkpoint: same data order, same
 randomness, same numbers. Every key that --config.KEY=VALUE can set is in configs/default.py.
@@ -41,10 +41,12 @@ from blip2_jax.weights import bert, checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `blip2 train`."""
     parser.add_argument("--workdir", required=True, help="folder of the run; made if need be")
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs `blip2 train`; returns its exit code."""
     args = cli.parse(__doc__, argv, add_arguments, prog="blip2 train")
     return train(args.config, Path(args.workdir))
 

@@ -1,7 +1,9 @@
 """Captioning on COCO (paper, table 7): the image encoder is trained too, at 364 pixels.
 
+```bash
 blip2 train --config=configs/finetune_caption.py:vitg-opt2.7b --workdir=DIR \\
     --config.init.checkpoint=runs/stage2
+```
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,9 @@
 """Image-text retrieval on COCO (paper, table 9): stage 1's losses, the encoder trained, 364 pixels.
 
+```bash
 blip2 train --config=configs/finetune_retrieval.py:vitg --workdir=DIR \\
     --config.init.checkpoint=runs/stage1
+```
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """Visual question answering (paper, table 8): 490 pixels, and the Q-Former reads the question.
 
-blip2 train --config=configs/finetune_vqa.py:vitg-flant5xl --workdir=DIR \\
-    --config.init.checkpoint=runs/stage2
+    blip2 train --config=configs/finetune_vqa.py:vitg-flant5xl --workdir=DIR \\
+        --config.init.checkpoint=runs/stage2
 
 A stage-2 checkpoint has no text branch; it starts from BERT's. Whether the paper trained with the
 prompt, and how it weighed ten answers, is not published: here both as in its evaluation and in

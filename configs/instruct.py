@@ -1,7 +1,7 @@
 """Instruction tuning as InstructBLIP does it: the Q-Former reads the instruction too.
 
-blip2 train --config=configs/instruct.py:vitg-vicuna7b --workdir=DIR \\
-    --config.init.checkpoint=runs/stage2
+    blip2 train --config=configs/instruct.py:vitg-vicuna7b --workdir=DIR \\
+        --config.init.checkpoint=runs/stage2
 
 Give your own mixture of data sets with questions; parts are weighed by the root of their size, as
 published (Dai et al. 2023, section 2.3).

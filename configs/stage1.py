@@ -1,8 +1,10 @@
 """Stage 1 of the published models: ITC + ITM + ITG against a frozen image encoder.
 
+```bash
 blip2 train --config=configs/stage1.py --workdir=DIR                  ViT-g, the paper's recipe
 blip2 train --config=configs/stage1.py:vitl-paper --workdir=DIR       ViT-L
 blip2 train --config=configs/stage1.py:vitg-lavis --workdir=DIR       LAVIS's YAML
+```
 """
 
 from collections.abc import Callable

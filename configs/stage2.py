@@ -1,11 +1,13 @@
 """Stage 2 of the published models: captions through a frozen language model.
 
+```bash
 blip2 train --config=configs/stage2.py:vitg-opt2.7b-paper --workdir=DIR \\
     --config.init.checkpoint=runs/stage1
 blip2 train --config=configs/stage2.py:vitg-flant5xxl-paper --workdir=DIR \\
     --config.init.checkpoint=runs/stage1
 blip2 train --config=configs/stage2.py:vitg-opt2.7b-lavis --workdir=DIR \\
     --config.init.checkpoint=blip2_pretrained.pth
+```
 """
 
 from ml_collections import ConfigDict

@@ -304,6 +304,7 @@ class Reader:
         self.ranges = getattr(source, "ranges", [(0, len(source))])
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
+        """The example of a record, or of its replacement, with a note of what was wrong."""
         index = int(index)
         start, end = next(ends for ends in self.ranges if index < ends[1])
         faults: list[tuple[int, str, str]] = []
@@ -351,6 +352,7 @@ class Scored(Reader):
         return {"image": transforms.resize(image, self.image_size)}
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
+        """What `rows[index]` holds; black, and not valid, beyond the end or if it is unreadable."""
         faults: list[tuple[int, str, str]] = []
         example: Example = {"image": np.zeros((self.image_size, self.image_size, 3), np.uint8)}
         row = self.rows[index] if index < len(self.rows) else -1

@@ -1,8 +1,10 @@
 """Files that evaluation servers take, written and read.
 
-vqa        [{"question_id": 262148000, "answer": "red"}, ...]       VQAv2, OK-VQA
-gqa        [{"questionId": "201307251", "prediction": "red"}, ...]  GQA
-captions   [{"image_id": 391895, "caption": "a man rides"}, ...]    COCO, NoCaps
+    vqa        [{"question_id": 262148000, "answer": "red"}, ...]       VQAv2, OK-VQA
+    gqa        [{"questionId": "201307251", "prediction": "red"}, ...]  GQA
+    captions   [{"image_id": 391895, "caption": "a man rides"}, ...]    COCO, NoCaps
+
+Ids are written as the owners count them; what else a file holds is not read.
 """
 
 import json

@@ -139,7 +139,7 @@ def vqa_metrics(
       form: "official" or "lavis" (see the module's text).
 
     Returns:
-      {"accuracy": 0..1, "<type>": 0..1, ...}.
+      `{"accuracy": 0..1, "<type>": 0..1, ...}`.
 
     Raises:
       ValueError: predictions for unknown ids or missing ones (the first few are named), an id

@@ -1,0 +1,1 @@
+"""What is said: decoding, the published defaults of each family and task, images, and `Blip2`."""

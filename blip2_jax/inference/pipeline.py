@@ -46,11 +46,12 @@ class Blip2:
     model has no head for says so. Images may be paths, encoded bytes, `PIL.Image`s or arrays, of
     any size and mode (`inference.images`); they are resized as in the published evaluations.
 
-    Common arguments:
-      skip_unreadable: give None (NaN in arrays) for an image that cannot be read, and go on,
-        instead of an error that names it.
-      truncate: cut texts to this many tokens; without it, one too long for the model is an error.
-      progress: title of a progress bar, "" for none.
+    Arguments that several methods have, beside their own:
+
+    - `skip_unreadable`: give None (NaN in arrays) for an image that cannot be read, and go on,
+      instead of an error that names it.
+    - `truncate`: cut texts to this many tokens; without it, one too long for the model is an error.
+    - `progress`: title of a progress bar, "" for none.
 
     Args:
       config: the model's sizes.

@@ -55,7 +55,10 @@ KeysValues = tuple[jax.Array, jax.Array]
 
 Block = TypeVar("Block", bound=nnx.Module)
 
-normal = nnx.initializers.normal
+
+def normal(std: float) -> Callable[..., jax.Array]:
+    """An initializer: (key, shape, dtype) -> draws from N(0, std)."""
+    return nnx.initializers.normal(std)
 
 
 def split_batch(x: jax.Array, axes: tuple[str, ...] = ("data", "fsdp")) -> jax.Array:
@@ -79,6 +82,7 @@ class Linear(nnx.Linear):
 
     # Where the result lies is decided here, so Flax's second argument is not offered.
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        """float[..., D_in] -> float[..., D_out], with the low-rank path where there is one."""
         y = super().__call__(x)
         if self.lora_scale:
             a, b = (p[...].astype(y.dtype) for p in (self.lora_a, self.lora_b))
@@ -95,6 +99,7 @@ class Embed(nnx.Embed):
 
     # Where the result lies is decided here, so Flax's second argument is not offered.
     def __call__(self, ids: jax.Array) -> jax.Array:  # type: ignore[override]
+        """int32[...] -> float[..., D]."""
         x = super().__call__(ids)
         return split_batch(split_batch(x, ("data",))) if ids.ndim > 1 else x
 
@@ -326,6 +331,7 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., D] -> float[..., D]."""
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
@@ -341,6 +347,7 @@ class GatedMLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., D] -> float[..., D]."""
         return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
 
 
@@ -472,7 +479,7 @@ def _split(stacked: jax.Array) -> tuple[jax.Array, ...]:
 def causal_mask(num_queries: int, num_keys: int, offset: int = 0) -> jax.Array:
     """bool[T, S]: query t, which stands at position offset + t, sees keys 0 .. offset + t.
 
-    For T = S = 4 and offset 0 (x: seen)::
+    For T = S = 4 and offset 0 (x: seen):
 
         x . . .
         x x . .

@@ -2,7 +2,7 @@
 
 Queries and text share self-attention; every `cross_attention_frequency`-th layer lets the queries
 (never the text) attend to the image; queries and text have feed-forwards of their own. One module
-serves all objectives; what sees what is decided by which inputs are given, and by the mask::
+serves all objectives; what sees what is decided by which inputs are given, and by the mask:
 
     uni-modal (ITC)          bi-directional (ITM)       multi-modal causal (ITG)
            q q t t                  q q t t                    q q t t
@@ -87,6 +87,7 @@ class Residual(nnx.Module):
         self.dropout = config.dropout
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """float[B, T, D] -> float[B, T, D]; `key` is randomness of dropout, or None."""
         return self.norm(x + dropout(self.mlp(x), self.dropout, key))
 
 
@@ -121,6 +122,17 @@ class ResidualAttention(nnx.Module):
         mask: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
+        """Attends from x to given keys and values.
+
+        Args:
+          x: float[B, T, D].
+          keys_values: two of float[B, H, S, K].
+          mask: bool, broadcastable to [B, H, T, S]; None hides nothing.
+          key: randomness of dropout, or None.
+
+        Returns:
+          float[B, T, D].
+        """
         k1, k2 = split_key(key, 2)
         out = self.attention(x, keys_values, mask=mask, key=k1)
         return self.norm(x + dropout(out, self.dropout, k2))

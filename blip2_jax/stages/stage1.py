@@ -31,8 +31,8 @@ def loss_fn(
 
     Args:
       params: trainable part; frozen: the rest.
-      batch: `image` uint8[B, H, W, 3], `text_ids` and `text_mask` int32[B, T] ([CLS] first,
-        [SEP] last), and `image_id` int32[B]: pairs with the same image are no negatives.
+      batch: `image` uint8[B, H, W, 3]; the text from [CLS] to [SEP], `text_ids` and `text_mask`
+        int32[B, T]; and `image_id` int32[B]: pairs with the same image are no negatives.
       key: randomness of dropout and of the negatives; None: no dropout, fixed negatives.
       spec: what the recipe decides (`spec.stage`: `objectives`, `label_smoothing` and
         `itc_gather_grad`). ITM without ITC still draws its negatives by ITC's similarities.

@@ -1,7 +1,9 @@
 """The three evaluations of the embedded world, and the report.
 
+```bash
 blip2 evaluate --config=configs/digits/evaluate.py --workdir=runs/quickstart
 blip2 train ... --config.eval.tasks=configs/digits/evaluate.py:vqa+caption
+```
 """
 
 from typing import Any

@@ -1,8 +1,10 @@
 """The embedded world's language model: whole stories, continued from `lm_easy.py`.
 
+```bash
 blip2 train --config=configs/digits/lm.py --workdir=runs/towers/lm \\
     --config.init.checkpoint=runs/towers/lm_easy
 blip2 convert runs/towers/lm blip2_jax/assets/digits-opt --to=huggingface
+```
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """The first school year of the embedded world's language model: short, dense, easy stories.
 
-blip2 train --config=configs/digits/lm_easy.py --workdir=runs/towers/lm_easy
+    blip2 train --config=configs/digits/lm_easy.py --workdir=runs/towers/lm_easy
 
 An OPT that has never seen an image. Word lists said twice teach it to look back, retellings which
 attribute belongs to which digit; `lm.py` continues from here with whole stories.

@@ -1,7 +1,9 @@
 """The first school year of the embedded world's image encoder: what every patch shows.
 
+```bash
 blip2 prepare --source=digits --out=runs/towers/data --train=40000 --seed=1
 blip2 train --config=configs/digits/vit_easy.py --workdir=runs/towers/vit_easy
+```
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """Captioning after fine-tuning on COCO (paper, table 3): NoCaps by domain, and COCO's test split.
 
-blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR
-blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR --model=runs/caption
+    blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR
+    blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR --model=runs/caption
 
 NoCaps wants the owners' nocaps_val_4500_captions.json, which names each image's domain. LAVIS has
 since added a repetition penalty of 1.15 and a length penalty of 0 to its task, which the paper's

@@ -1,7 +1,7 @@
 """Image-text retrieval after fine-tuning on COCO (paper, table 5): Flickr30k zero-shot, and COCO.
 
-blip2 evaluate --config=configs/eval/retrieval.py:vitg --workdir=DIR
-blip2 evaluate --config=configs/eval/retrieval.py:vitg --workdir=DIR --model=runs/retrieval
+    blip2 evaluate --config=configs/eval/retrieval.py:vitg --workdir=DIR
+    blip2 evaluate --config=configs/eval/retrieval.py:vitg --workdir=DIR --model=runs/retrieval
 
 ITC over all pairs picks 128 candidates for each image and each text, which ITM reads; the score is
 the sum of ITM's logit and ITC's cosine, as in LAVIS.

@@ -1,7 +1,7 @@
 """Zero-shot visual question answering (paper, table 2): VQAv2, OK-VQA and GQA.
 
-blip2 evaluate --config=configs/eval/vqa.py:vitg-flant5xl --workdir=DIR
-blip2 evaluate --config=configs/eval/vqa.py:vitg-opt2.7b --workdir=DIR --model=runs/stage2
+    blip2 evaluate --config=configs/eval/vqa.py:vitg-flant5xl --workdir=DIR
+    blip2 evaluate --config=configs/eval/vqa.py:vitg-opt2.7b --workdir=DIR --model=runs/stage2
 
 Answers to test-dev are not public: its file in predictions/ is for the evaluation server. Prompts
 are the paper's; LAVIS's own files ask OPT with "Short answer:" too.

@@ -1,6 +1,7 @@
 """Fine-tuned visual question answering (paper, table 4): VQAv2's two test splits, for the server.
 
-blip2 evaluate --config=configs/eval/vqa_finetuned.py:vitg-flant5xl --workdir=DIR --model=runs/vqa
+    blip2 evaluate --config=configs/eval/vqa_finetuned.py:vitg-flant5xl --workdir=DIR \\
+        --model=runs/vqa
 
 No weights of these models were published; `configs/finetune_vqa.py` makes them. Five beams and the
 prompt are the paper's (table 8); the length penalty is that of its zero-shot evaluation.
