@@ -117,6 +117,9 @@ def load_module(path: str) -> ModuleType:
 
     A recipe can say `from configs.default import get_config` no matter where the command is called
     from, and one in a `configs/` folder of your own can build on those of the repository.
+
+    Raises:
+      ConfigError: no such file, or one that is not Python.
     """
     file = _find(path)
     spec = importlib.util.spec_from_file_location(f"_recipe_{file.stem}", file)

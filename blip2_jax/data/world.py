@@ -42,7 +42,11 @@ class Thing(NamedTuple):
 
     @property
     def corner(self) -> list[str]:
-        """The two words of the place: "top" or "bottom", and "left" or "right"."""
+        """The two words of the place: "top" or "bottom", and "left" or "right".
+
+        Raises:
+          ValueError: the place is not said.
+        """
         if self.place is None:
             raise ValueError(f"Nobody said where this is: {self}.")
         return self.place.split()

@@ -130,7 +130,8 @@ class Watchdog:
         # Each arming starts a thread: at most a hundred in the time that is watched.
         if self._seconds and now - self._armed > self._seconds / 100:
             self._armed = now
-            faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__ or 2)
+            to = sys.__stderr__ or 2  # its descriptor, where Python has none of its own
+            faulthandler.dump_traceback_later(self._seconds, exit=True, file=to)
 
 
 class Preemption:

@@ -47,6 +47,7 @@ class Work(NamedTuple):
     scores: float = 0.0
     first: float = 0.0
 
+    # Works add up and are multiplied, which is not what a tuple's own + and * mean.
     def __add__(self, other: "Work") -> "Work":  # type: ignore[override]
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
