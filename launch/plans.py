@@ -113,7 +113,7 @@ def table(rows: list[tuple[str, slices.Slice]], workdir: Path) -> str:
     """A table in Markdown of the rows there are; a star where the recipe's own mesh is none."""
     lines = [
         "| recipe | slice | batch (published) | data x fsdp x tensor | GiB a chip (of) "
-        "| samples/s expected (at most) | days |",
+        "| samples/s expected (at most) | whole schedule |",
         "| --- | --- | ---: | --- | ---: | ---: | ---: |",
     ]
     missing = 0
@@ -135,11 +135,15 @@ def table(rows: list[tuple[str, slices.Slice]], workdir: Path) -> str:
         m, rate, days = p["memory"], p["samples_per_second"], p["days"]
         lines.append(
             f"{start}{star} | {m['peak'] / GIB:.1f} ({m['usable'] / GIB:.1f}) | "
-            f"{rate['expected']:,.0f} ({rate['at_most']:,.0f}) | {days['expected']:.2f} |"
+            f"{rate['expected']:,.0f} ({rate['at_most']:,.0f}) | {duration(days['expected'])} |"
         )
     if missing:
         lines.append(f"\n{missing} of {len(rows)} are not compiled yet.")
     return "\n".join(lines)
+
+
+def duration(days: float) -> str:
+    return f"{days:.1f} days" if days >= 1 else f"{24 * days:.1f} h"
 
 
 def scaling(args: argparse.Namespace) -> int:
