@@ -48,6 +48,18 @@ def option(words: list[str], name: str, default: str = "") -> str:
     return next((w.partition("=")[2] for w in words if w.startswith(f"--{name}=")), default)
 
 
+def runs_on(host: Path, program: str) -> bool:
+    """Whether this host has a process of that program."""
+    for process in processes_of(host):
+        try:
+            words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+        except OSError:  # over
+            continue
+        if Path(words[0].decode()).name == program:
+            return True
+    return False
+
+
 def processes_of(host: Path) -> list[int]:
     """Processes whose HOME is this host."""
     found = []

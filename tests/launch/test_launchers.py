@@ -326,7 +326,8 @@ def test_a_launcher_that_was_killed_attaches_to_its_run(place):
     os.killpg(first.pid, signal.SIGKILL)  # with its connection
     first.communicate(timeout=60)
     second = place.start("tpu", *words)
-    time.sleep(1)
+    (_, environment), *_ = place.started()
+    wait_until(lambda: fakes.runs_on(Path(environment["HOME"]), "flock"))  # waits for the run's end
     (place.folder / "wait").unlink()
     out, errors = second.communicate(timeout=60)
     assert second.returncode == 0, errors
