@@ -115,6 +115,8 @@ def test_a_process_killed_while_saving_leaves_the_step_before(tmp_path, abstract
         checkpointer.save(1, {{"x": jnp.arange(3.0)}}, {{"step": 1}})
         checkpointer.wait()
         checkpointer.save(2, {{"x": jnp.ones(2**24)}}, {{"step": 2}})
+        while not any(name.startswith("2") for name in os.listdir({str(tmp_path)!r})):
+            pass  # it is saved in the background, and begins when it can
         os.kill(os.getpid(), signal.SIGKILL)
     """
     killed = subprocess.run(

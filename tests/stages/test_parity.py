@@ -120,7 +120,14 @@ def test_losses_and_gradients_equal_pytorch(both, tmp_path):
     sum(want.values()).backward()
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0))))
-    options = FrozenConfigDict({"label_smoothing": 0.1, "itc_gather_grad": True, "accumulate": 1})
+    options = FrozenConfigDict(
+        {
+            "objectives": stage1.OBJECTIVES,
+            "label_smoothing": 0.1,
+            "itc_gather_grad": True,
+            "accumulate": 1,
+        }
+    )
     mesh = meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
     spec = Spec(graph, None, None, options, mesh)
     frozen = {"vit": params["vit"]}
