@@ -52,7 +52,7 @@ def test_the_table_says_what_fits_how_and_what_is_missing(tmp_path):
     *_, first, second, _, last = plans.table(rows, tmp_path).splitlines()
     assert first == (
         "| `a.py:x` | v5e-16 | 128 (120) | 1x16x1, llm remat full, 5 parts * | 1.0 (2.0) | "
-        "10 (20) | 1.50 |"
+        "10 (20) | 1.5 days |"
     )
     assert "does not fit: too large" in second
     assert last == "1 of 3 are not compiled yet."
