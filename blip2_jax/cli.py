@@ -173,7 +173,7 @@ def _is_config_module(name: str) -> bool:
 
 def _override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """Applies `--config.key=value` words in their order."""
-    known = _flat_keys(config)
+    known = flat_keys(config)
     for word in overrides:
         key, _, value = word.removeprefix(OVERRIDE).partition("=")
         if key not in known:
@@ -189,6 +189,9 @@ def _set(config: ConfigDict, key: str, value: str) -> None:
         holder = holder[parent]
     if isinstance(holder[name], ConfigDict):
         inner = sorted(holder[name].keys())
+        if value == "{}" and all(isinstance(part, ConfigDict) for part in holder[name].values()):
+            holder[name] = ConfigDict()  # of a recipe's own names, as data.mixture: it may be empty
+            return
         raise ConfigError(f"{OVERRIDE}{key} is a group; set one of its keys: {', '.join(inner)}.")
     wanted = holder.get_type(name)
     if wanted is type(None):  # A key without a default takes any Python literal, or else text.
@@ -212,13 +215,13 @@ def _set(config: ConfigDict, key: str, value: str) -> None:
         ) from error
 
 
-def _flat_keys(config: ConfigDict, prefix: str = "") -> list[str]:
+def flat_keys(config: ConfigDict, prefix: str = "") -> list[str]:
     """All keys with their dots, groups included."""
     keys = []
     for name, value in config.items():
         keys.append(prefix + name)
         if isinstance(value, ConfigDict):
-            keys += _flat_keys(value, f"{prefix}{name}.")
+            keys += flat_keys(value, f"{prefix}{name}.")
     return keys
 
 

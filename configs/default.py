@@ -150,7 +150,8 @@ def get_config() -> ConfigDict:
             "split": "train",
             "eval_split": "test",
             # Several sources: name -> {"dir": ..., "weight": 1.0, and "source", "images", "form"
-            # and "split" where they differ from those above}. Empty: the one above.
+            # and "split" where they differ from those above}. Empty: the one above; a recipe's
+            # own is emptied by --config.data.mixture={}.
             "mixture": ConfigDict(),
             "mixture_by": "weight",  # weight, size or sqrt_size (of the parts, in records)
             "batch_size": 1680,  # global; the paper's for ViT-g

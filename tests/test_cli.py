@@ -89,6 +89,14 @@ def test_a_list_can_be_set(recipe):
     assert cli.load_config(recipe, ["--config.layers=(3,4,5)"]).layers == (3, 4, 5)
 
 
+def test_a_group_of_a_recipes_own_names_can_be_emptied():
+    """The mixture of a published recipe, for data of one's own; no group of fixed keys."""
+    config = cli.load_config("configs/stage1.py", ["--config.data.mixture={}"])
+    assert config.data.mixture == FrozenConfigDict()
+    with pytest.raises(cli.ConfigError, match="optim is a group"):
+        cli.load_config("configs/stage1.py", ["--config.optim={}"])
+
+
 def test_the_config_cannot_be_changed(recipe):
     config = cli.load_config(recipe)
     with pytest.raises(AttributeError):

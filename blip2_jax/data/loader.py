@@ -215,13 +215,19 @@ def make_source(config: ConfigDict, split: str) -> Any:
     """The config's records of a split: one source, or a mixture.
 
     Raises:
-      ValueError: there is no such source, nothing that can be read, or a key of a mixture that is
-        not known.
+      ValueError: a folder and a mixture are both given, there is no such source, nothing that can
+        be read, or a key of a mixture that is not known.
     """
     data = config.data
     training = split == data.split
     if not data.mixture:
         return _source(config, data, split, training)
+    if data.dir:
+        raise ValueError(
+            f"config.data.dir is {data.dir!r}, and the recipe has a mixture of "
+            f"{', '.join(data.mixture)}. Add --config.data.mixture={{}} to train on the former "
+            "alone, or leave config.data.dir empty for the mixture."
+        )
     parts = {}
     for name, part in data.mixture.items():
         unknown = set(part) - {"source", "dir", "images", "form", "split", "weight"}

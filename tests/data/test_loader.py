@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 def make_config(folder, stage="stage1", **changes):
     names = {
-        "data.dir": str(folder),
+        "data.dir": "" if "data.mixture" in changes else str(folder),
         "data.qformer_tokenizer": "package:digits-bert",
         "data.llm_tokenizer": "package:digits-opt",
         "data.text_length": 28,
@@ -305,6 +305,14 @@ def test_a_part_may_have_a_source_and_a_split_of_its_own(mixed, tmp_path):
     source = loader.make_source(changed, "train")
     assert source.names == ["coco", "own", "web"] and len(source) == 3 + 10 + 24
     assert source[0]["captions"] == ["number 0"]
+
+
+def test_a_folder_beside_a_mixture_is_refused(mixed):
+    """Of a recipe with a mixture, --config.data.dir alone would change nothing."""
+    both = mixed.copy_and_resolve_references()
+    both.data.dir = "mine"
+    with pytest.raises(ValueError, match="'mine'.* mixture of own, web.*data.mixture={}"):
+        loader.make_source(both, "train")
 
 
 def test_an_unknown_key_of_a_mixture_is_refused(mixed):
