@@ -3,7 +3,7 @@
   python launch/benchmark_data.py index --folder=/tmp/tars     a million records in tars (4 GB)
   python launch/benchmark_data.py speed --folder=/tmp/photos   JPEG to tensor, beside its peers
 
-index: writes tars as img2dataset does (100 of 10,000 records; kept for the next time) and opens
+index: writes tars as img2dataset does (--shards of --records; kept for the next time) and opens
 them in a process of its own: seconds and memory of the first start, which scans them, and of the
 next; then reads records anywhere and checks that each is the one asked for.
 
@@ -26,9 +26,8 @@ import sys
 import time
 from pathlib import Path
 
-SHARDS, RECORDS = 100, 10_000
 SIZES = {"500x375": (500, 375), "640x480": (640, 480)}
-PHOTOS, BATCH, SIDE = 256, 64, 224
+BATCH, SIDE = 64, 224
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -41,7 +40,7 @@ def memory_mb(field: str) -> float:
 # -------------------------------------------------------------------------------------- index
 
 
-def write_tars(folder: Path) -> None:
+def write_tars(folder: Path, shards: int, records: int) -> None:
     """Records of one kilobyte of "image", a caption and its .json, by the million."""
     import tarfile
 
@@ -62,12 +61,12 @@ def write_tars(folder: Path) -> None:
     image = template("jpg", b"\xff\xd8" + os.urandom(998))
     text = template("txt", b"a caption of some length about a picture")
     meta = template("json", json.dumps({"caption": "a caption", "url": "http://x/y"}).encode())
-    for shard in tqdm(range(SHARDS), desc="writing tars"):
+    for shard in tqdm(range(shards), desc="writing tars"):
         path = folder / f"{shard:05d}.tar"
         if path.exists():
             continue
         parts = []
-        for record in range(RECORDS):
+        for record in range(records):
             key = f"{shard:05d}{record:04d}".encode()
             for whole, base in (image, text, meta):
                 whole[:9] = key
@@ -79,23 +78,23 @@ def write_tars(folder: Path) -> None:
         draft.rename(path)
 
 
-def open_tars(folder: str) -> dict[str, float]:
+def open_tars(folder: str, shards: int, records: int) -> dict[str, float]:
     """One start: seconds and memory, and reading anywhere."""
     import numpy as np
 
     from blip2_jax.data import tars
 
-    paths = sorted(map(str, Path(folder).glob("*.tar")))
+    paths = sorted(map(str, Path(folder).glob("*.tar")))[:shards]
     before = memory_mb("VmRSS")
     started, cpu = time.perf_counter(), time.process_time()
     source = tars.TarSource(paths)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     opened = memory_mb("VmRSS") - before
-    assert len(source) == SHARDS * RECORDS
+    assert len(source) == shards * records, "tars of another --records are in --folder"
     positions = np.random.default_rng(0).integers(len(source), size=20_000)
     started = time.perf_counter()
     for position in positions.tolist():
-        shard, record = divmod(position, RECORDS)
+        shard, record = divmod(position, records)
         assert source[position]["id"] == f"{shard:05d}{record:04d}", position
     access = (time.perf_counter() - started) / len(positions)
     source.keys().sum()  # touches every page of every index
@@ -112,13 +111,14 @@ def open_tars(folder: str) -> dict[str, float]:
 def index(args: argparse.Namespace) -> None:
     """Writes what is missing, and starts twice."""
     folder = Path(args.folder)
-    write_tars(folder)
+    write_tars(folder, args.shards, args.records)
     for path in folder.glob("*.idx*"):
         path.unlink()
     size = sum(path.stat().st_size for path in folder.glob("*.tar")) / 1e9
-    print(f"{SHARDS * RECORDS:,} records in {SHARDS} tars, {size:.1f} GB")
+    print(f"{args.shards * args.records:,} records in {args.shards} tars, {size:.1f} GB")
+    words = (f"--folder={folder}", f"--shards={args.shards}", f"--records={args.records}")
     for name in ("first start (scans)", "next start"):
-        found = run_self("index", f"--folder={folder}", "--one")
+        found = run_self("index", *words, "--one")
         print(
             f"{name:<20} {found['seconds']:6.2f} s ({found['cpu']:.2f} of CPU)   "
             f"opened {found['opened_mb']:5.1f} MB, with every page of the index "
@@ -139,18 +139,18 @@ def run_self(*words: str) -> dict:
 # -------------------------------------------------------------------------------------- speed
 
 
-def write_photos(folder: Path) -> None:
+def write_photos(folder: Path, sizes: list[str], count: int) -> None:
     """JPEGs (quality 90) of random parts of two photographs that scikit-learn ships."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(array) for array in load_sample_images().images]
-    for name, size in SIZES.items():
-        place = folder / name
+    for name in sizes:
+        size, place = SIZES[name], folder / name
         place.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(0)
-        for number in range(PHOTOS):
+        for number in range(count):
             photo = photos[number % len(photos)]
             share = rng.uniform(0.6, 1)
             width, height = (round(share * length) for length in photo.size)
@@ -160,7 +160,7 @@ def write_photos(folder: Path) -> None:
             )
             part = photo.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.LANCZOS)
             part.save(place / f"{number:04d}.jpg", quality=90)
-        rows = [{"image": f"{number:04d}.jpg", "caption": "a photo"} for number in range(PHOTOS)]
+        rows = [{"image": f"{number:04d}.jpg", "caption": "a photo"} for number in range(count)]
         (place / "list.json").write_text(json.dumps(rows))
 
 
@@ -233,7 +233,7 @@ def tensorflow_batches(folder: str):
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1
     files = tf.data.Dataset.list_files(f"{folder}/*.jpg", shuffle=False)
-    dataset = files.cache().shuffle(PHOTOS).repeat().map(image, num_parallel_calls=1).batch(BATCH)
+    dataset = files.cache().shuffle(1000).repeat().map(image, num_parallel_calls=1).batch(BATCH)
     yield from dataset.with_options(options)
 
 
@@ -284,12 +284,12 @@ def speed_one(args: argparse.Namespace) -> None:
 def speed(args: argparse.Namespace) -> None:
     """All loaders in turn, round by round."""
     folder = Path(args.folder)
-    write_photos(folder)
+    write_photos(folder, args.sizes, args.photos)
     known = dict(LOADERS)
     if not importlib.util.find_spec("tensorflow"):
         known.pop("tf.data, float32")
         print("tf.data is left out: pip install tensorflow-cpu to have it measured too.")
-    for size in SIZES:
+    for size in args.sizes:
         place = folder / size
         kilobytes = statistics.mean(p.stat().st_size for p in place.glob("*.jpg")) / 1000
         print(f"{size}, {kilobytes:.0f} KB a file")
@@ -334,12 +334,20 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     indexing = commands.add_parser("index", help="a million records in tars")
     indexing.add_argument("--folder", required=True, help="where the 4 GB are, or go")
+    indexing.add_argument("--shards", type=int, default=100, help="tars (default: 100)")
+    indexing.add_argument("--records", type=int, default=10_000, help="of each (default: 10000)")
     indexing.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     indexing.set_defaults(
-        run=lambda a: print(json.dumps(open_tars(a.folder))) if a.one else index(a)
+        run=lambda a: (
+            print(json.dumps(open_tars(a.folder, a.shards, a.records))) if a.one else index(a)
+        )
     )
     speeding = commands.add_parser("speed", help="JPEG to tensor, beside PyTorch and tf.data")
     speeding.add_argument("--folder", required=True, help="where the photographs go (25 MB)")
+    speeding.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    speeding.add_argument(
+        "--photos", type=int, default=256, help=f"of each size, {BATCH} or more (default: 256)"
+    )
     speeding.add_argument("--rounds", type=int, default=5)
     speeding.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     speeding.add_argument("--core", type=int, default=0, help="the core to measure on")

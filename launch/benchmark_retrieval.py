@@ -2,11 +2,13 @@
 
   python launch/benchmark_retrieval.py --folder=/tmp/retrieval --model=runs/quickstart/stage1
   python launch/benchmark_retrieval.py --folder=/tmp/retrieval      an untrained model of that size
+  python launch/benchmark_retrieval.py --folder=DIR --images 100 500
 
 Draws scenes of the embedded world, five captions each, and runs `blip2 evaluate` on the first 250
-and on 1,000 of them, each in a process of its own: every image against every text by ITC, then the
-best 128 of each image and each text by ITM. Memory is the process's peak, beside that of the same
-command on 50 images (libraries, the model, compiled programs); pairs are those that ITM read.
+and on 1,000 of them (or as --images says), each in a process of its own: every image against every
+text by ITC, then the best 128 of each image and each text by ITM. Memory is the process's peak,
+beside that of the same command on 50 images (libraries, the model, compiled programs); pairs are
+those that ITM read.
 """
 
 import argparse
@@ -28,10 +30,15 @@ def main() -> None:
     )
     parser.add_argument("--folder", required=True, help="for the data and the results")
     parser.add_argument("--model", help="a finished stage-1 run of the embedded world")
+    parser.add_argument("--images", type=int, nargs="+", default=SIZES, help="how many, in turn")
     args = parser.parse_args()
     folder = Path(args.folder)
     data = folder / "data"
-    sizes = [f"--train={64 if args.model is None else 1}", f"--test={SIZES[-1]}", "--held_out=1"]
+    sizes = [
+        f"--train={64 if args.model is None else 1}",
+        f"--test={max(args.images)}",
+        "--held_out=1",
+    ]
     blip2("prepare", "--source=digits", f"--out={data}", *sizes)
     model = args.model
     if model is None:
@@ -39,7 +46,7 @@ def main() -> None:
         changes = ["--config.steps=1", "--config.eval.every=0", f"--config.data.dir={data}"]
         blip2("train", "--config=configs/digits/stage1.py", f"--workdir={model}", *changes)
     print(f"{'images':>8}{'texts':>8}{'pairs':>10}{'seconds':>9}{'pairs/s':>9}{'peak GB':>9}")
-    for images in SIZES:
+    for images in args.images:
         workdir = folder / f"{images}"
         shutil.rmtree(workdir, ignore_errors=True)
         keys = {"rerank": 128, "captions": 0, "group": 0, "data.first": images, "data.dir": data}
