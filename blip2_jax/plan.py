@@ -1,6 +1,6 @@
 """Plan a run on TPUs that are not there: does it fit, what does it move, how long does it take.
 
-    blip2 plan --config=configs/stage1.py --topology=v5p-128
+    blip2 plan --config=configs/stage1.py --topology=v5p-128 --batch=nearest
     blip2 plan --config=configs/stage2.py:vitg-flant5xxl-paper --topology=v5e-16 --mesh=search
     blip2 plan --config=configs/stage1.py --topology=2xv6e-256 --config.mesh.data=2 --batch=nearest
 
