@@ -1,5 +1,6 @@
 """Published-shaped folders with random weights and the embedded world's tokenizers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,23 +13,33 @@ from tests.weights import models
 SIDE = models.VISION["image_size"]
 
 
-def generation_folder(folder: Path, llm: str = "opt") -> torch.nn.Module:
+def generation_folder(
+    folder: Path,
+    llm: str = "opt",
+    *,
+    num_query_tokens: int = 5,
+    vision: Mapping[str, int] = models.VISION,
+    **text_config: int,
+) -> torch.nn.Module:
     """A `Blip2ForConditionalGeneration` with processor and tokenizer, as the hub has it."""
+    side = vision["image_size"]
     tokenizer = t5_tokenizer() if llm == "t5" else tokenizers.load("package:digits-opt")
     processor = transformers.Blip2Processor(
-        BlipImageProcessorPil(size={"height": SIDE, "width": SIDE}), tokenizer, num_query_tokens=5
+        BlipImageProcessorPil(size={"height": side, "width": side}),
+        tokenizer,
+        num_query_tokens=num_query_tokens,
     )
     image = tokenizer.convert_tokens_to_ids("<image>")
     eos = tokenizer("\n")["input_ids"][-1]
     special = {"vocab_size": 256, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
     if llm != "t5":
         special["bos_token_id"] = tokenizer.bos_token_id
-    text = models.TEXT[llm] | special
+    text = models.TEXT[llm] | special | text_config
     config = transformers.Blip2Config(
-        vision_config=models.VISION,
+        vision_config=vision,
         qformer_config=models.QFORMER | {"use_qformer_text_input": False},
         text_config=text,
-        num_query_tokens=5,
+        num_query_tokens=num_query_tokens,
         image_token_index=image,
     )
     theirs = transformers.Blip2ForConditionalGeneration(config)
@@ -53,7 +64,9 @@ def t5_tokenizer():
     )
 
 
-def retrieval_folder(folder: Path) -> torch.nn.Module:
+def retrieval_folder(
+    folder: Path, *, num_query_tokens: int = 5, projection_dim: int = 24
+) -> torch.nn.Module:
     """A `Blip2ForImageTextRetrieval` with the embedded world's BERT tokenizer."""
     tokenizer = tokenizers.load("package:digits-bert")
     config = transformers.Blip2Config(
@@ -65,8 +78,8 @@ def retrieval_folder(folder: Path) -> torch.nn.Module:
             "max_position_embeddings": 40,
         },
         text_config={"model_type": "opt"},
-        num_query_tokens=5,
-        image_text_hidden_size=24,
+        num_query_tokens=num_query_tokens,
+        image_text_hidden_size=projection_dim,
     )
     config.image_token_index = None
     theirs = models.randomize(transformers.Blip2ForImageTextRetrieval(config))

@@ -31,6 +31,17 @@ def install(folder: Path, commands=COMMANDS) -> Path:
     return programs
 
 
+def copy_checkout(root: Path, folder: Path) -> None:
+    """The files of a checkout that git knows, and new ones, as they are now: a fresh clone."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=root, capture_output=True, check=True, text=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (root / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, folder / name)
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+
+
 def calls(folder: Path, command: str | None = None) -> list[list[str]]:
     """All calls so far, in their order, the command's name first."""
     log = folder / "calls.jsonl"
