@@ -20,12 +20,14 @@ SIZES = {
     "cpu": {
         "vit": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072},
         "llm": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "ffn_dim": 3072},
+        "qformer": {"num_layers": 12},
         "batch": {"stage1": 8, "stage2": 8},
         "dtype": "float32",
     },
     "gpu": {
         "vit": {"hidden_size": 1408, "num_layers": 39, "num_heads": 16, "mlp_dim": 6144},
         "llm": {"hidden_size": 2560, "num_layers": 32, "num_heads": 32, "ffn_dim": 10240},
+        "qformer": {"num_layers": 12},
         "batch": {"stage1": 128, "stage2": 64},
         "dtype": "bfloat16",
     },
@@ -64,6 +66,7 @@ def ours(stage: str, sizes: dict, batch_size: int):
         config.model.llm.remat = "full" if sizes["dtype"] == "bfloat16" else "none"
     config.model.vit.update(sizes["vit"])
     config.model.llm.update(sizes["llm"])
+    config.model.qformer.update(sizes["qformer"])
     config.data.batch_size = batch_size
     run = recipe.build(config, meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
     vocabulary = run.model_config.qformer.vocab_size
@@ -120,7 +123,11 @@ def theirs(stage: str, sizes: dict, batch_size: int):
         "num_attention_heads": llm["num_heads"],
         "dropout": 0.0,
     }
-    qformer = {"encoder_hidden_size": vit["hidden_size"], "vocab_size": 30523}
+    qformer = {
+        "encoder_hidden_size": vit["hidden_size"],
+        "vocab_size": 30523,
+        "num_hidden_layers": sizes["qformer"]["num_layers"],
+    }
     config = transformers.Blip2Config(
         vision_config=vision,
         qformer_config={**qformer, "use_qformer_text_input": stage == "stage1"},
@@ -247,6 +254,9 @@ MAKERS = {"blip2_jax": ours, "pytorch": theirs}
 def measure(args: argparse.Namespace) -> None:
     """One side of one stage in this process; prints its figures as JSON."""
     sizes = SIZES[args.device]
+    if args.layers:
+        models = ("vit", "qformer", "llm")
+        sizes = {**sizes, **{name: {**sizes[name], "num_layers": args.layers} for name in models}}
     size = args.batch_size or sizes["batch"][args.stage]
     step, flops = MAKERS[args.only](args.stage, sizes, size)
     losses = [step(), step()]  # compiled, allocated
@@ -274,6 +284,7 @@ def train(args: argparse.Namespace) -> None:
         for name in MAKERS:
             words = ["--stage", stage, "--only", name, "--steps", str(args.steps)]
             words += ["--device", args.device, "--batch_size", str(args.batch_size)]
+            words += ["--layers", str(args.layers)]
             command = [sys.executable, sys.argv[0], "train", *words]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             found[name] = json.loads(output.splitlines()[-1])
@@ -293,6 +304,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=list(SIZES), default="cpu", help="gpu: full size")
     parser.add_argument("--stages", default=",".join(STAGES), help="which, separated by commas")
     parser.add_argument("--batch_size", type=int, default=0, help="0: 8 (cpu), 128 and 64 (gpu)")
+    parser.add_argument("--layers", type=int, default=0, help="of each model; 0: all it has")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=list(MAKERS), help=argparse.SUPPRESS)

@@ -237,23 +237,34 @@ def _(ran):
     assert "<html" in (ran.home / "runs/quickstart/report.html").read_text()
 
 
-def run_the_tests(shell: Shell, text: str) -> Ran:
-    """The script itself, with stand-ins for ruff, shellcheck and pytest, which would run this."""
-    checker = shell.stands.folder / "checker"
-    (checker / "bin").mkdir(parents=True)
-    for name in ("python", "ruff", "shellcheck"):
-        program = checker / "bin" / name
-        program.write_text(f'#!/bin/sh\necho {name} "$@"\n')
-        program.chmod(0o755)
-    (checker / ".installed[test]").touch()
+def with_stand_ins(shell: Shell, text: str) -> Ran:
+    """The script itself; the programs that its environment has say their words and do no more."""
+    programs = shell.stands.folder / "environment"
+    if not programs.exists():
+        (programs / "bin").mkdir(parents=True)
+        for name in ("python", "ruff", "shellcheck", "mypy"):
+            program = programs / "bin" / name
+            program.write_text(f'#!/bin/sh\necho {name} "$@"\n')
+            program.chmod(0o755)
+        for extra in ("test", "docs"):
+            (programs / f".installed[{extra}]").touch()
     return shell.type(text)
 
 
-@command("./launch/test.sh", run=run_the_tests, environment={"BLIP2_VENV": "../stands/checker"})
+STAND_INS = {"BLIP2_VENV": "../stands/environment"}
+
+
+# Its tests would run this one; tests/launch/test_docs.py makes the reference.
+@command("./launch/test.sh", run=with_stand_ins, environment=STAND_INS)
 def _(ran):
     lint, layout, *_, tests = ran.out.splitlines()
     assert (lint, layout, tests) == ("ruff check .", "ruff format --check .", "python -m pytest")
-    assert ".ci/run" in ran.out
+    assert "mypy" in ran.out and ".ci/run" in ran.out
+
+
+@command("./launch/docs.sh", run=with_stand_ins, environment=STAND_INS)
+def _(ran):
+    assert ran.out == "python launch/docs.py --out=runs/docs\n"
 
 
 PREPARE = "blip2 prepare --source=digits --out=DIR"
@@ -326,6 +337,15 @@ def _(ran):
 def _(ran):
     trained(ran.home / "runs/mine/stage2")
     assert "fresh: language_projection" in ran.out  # the rest is stage 1's
+
+
+@command(
+    "python launch/benchmark.py train",
+    small="--only=blip2_jax --stage=stage2 --layers=2 --steps=1 --batch_size=1",
+    beside=True,
+)
+def _(ran):
+    assert json.loads(ran.out.splitlines()[-1])["seconds"] > 0
 
 
 # --- evaluation
@@ -616,6 +636,42 @@ def _(ran):
         assert name in ran.out
 
 
+# --- your own towers
+
+
+# The published recipes, without their mixture and BERT, and with fewer and smaller layers.
+SMALL_QFORMER = " ".join(
+    f"--config.model.qformer.{key}"
+    for key in (
+        *("num_query_tokens=4", "num_layers=2", "hidden_size=64", "num_heads=2", "mlp_dim=64"),
+        "dropout=0",
+    )
+)
+OWN = f"{PAIRS} {SMALL_QFORMER} --config.optim.warmup_steps=1"
+OWN += " --config.data.mixture={} --config.data.dir=runs/mine/data"
+OWN_STAGE1 = (
+    "blip2 train --config=configs/stage1.py --workdir=runs/own/stage1 "
+    "--config.model.vit.source=my-clip --config.model.vit.layers=23"
+)
+
+
+@command(OWN_STAGE1, small=f"{OWN} --config.init.bert=", after=[SHARDS])
+def _(ran):
+    trained(ran.home / "runs/own/stage1")
+
+
+@command(
+    "blip2 train --config=configs/stage2.py --workdir=runs/own/stage2 "
+    "--config.model.vit.source=my-clip --config.model.vit.layers=23 "
+    "--config.model.llm.source=my-llm --config.init.checkpoint=runs/own/stage1",
+    small=OWN,
+    after=[OWN_STAGE1],
+)
+def _(ran):
+    trained(ran.home / "runs/own/stage2")
+    assert "fresh: language_projection" in ran.out
+
+
 # --- weights
 
 
@@ -826,7 +882,13 @@ def sweep(shell: Shell, code: str) -> None:
     assert code in (shell.home / "configs/swept.py").read_text()
 
 
-# ------------------------------------------------------------------------------- files they make
+# ------------------------------------------------------------------------- what they log and make
+
+
+@pytest.mark.parametrize("name", README.metrics)
+def test_a_metric_that_the_readme_names_is_logged(shell, name):
+    ran = shell.ran(STAGE1)
+    assert name in read_jsonl(ran.home / "runs/mine/stage1/metrics.jsonl")[-1]
 
 
 # Files that the README names and that its commands make: by which, and where.

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import fsspec
 import torch
+import transformers
 
 from blip2_jax.data import tokenizers
 from blip2_jax.weights import checkpoint, lavis
@@ -136,7 +137,12 @@ def write_models(home: Path) -> None:
         word_embed_proj_dim=32,
         max_position_embeddings=128,
     )
-    # Towers: that of a whole model serves.
+    # Towers: those of a whole model serve, but for an encoder of CLIP's depth.
+    vision = models.VISION | {"num_hidden_layers": 24, "hidden_size": 32, "intermediate_size": 32}
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vision)).save_pretrained(
+        home / "my-clip"
+    )
+    (home / "my-llm").symlink_to(hub / "blip2-opt-2.7b")
     (home / "facebook").mkdir()
     (home / "facebook/opt-2.7b").symlink_to(hub / "blip2-opt-2.7b")
     (home / "google/flan-t5-xxl").mkdir(parents=True)

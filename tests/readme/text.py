@@ -90,10 +90,17 @@ class Page:
         return list(dict.fromkeys(found))
 
     @cached_property
+    def metrics(self) -> list[str]:
+        """Quotes that are names of what stage 1 logs: `itm/accuracy`."""
+        names = (quote for quote in self.quotes if re.fullmatch(r"it[cmg]/\w+", quote))
+        return list(dict.fromkeys(names))
+
+    @cached_property
     def files(self) -> list[str]:
         """Quotes that are paths of files or folders: a slash in them, or at their end."""
         path = re.compile(r"\.?[\w.-]+(/[\w.-]+)*/[\w.-]*")
-        return [quote for quote in self.quotes if path.fullmatch(quote)]
+        paths = dict.fromkeys(quote for quote in self.quotes if path.fullmatch(quote))
+        return [path for path in paths if path not in self.metrics]
 
 
 def lines_of(block: str) -> list[tuple[str, str]]:
