@@ -50,6 +50,7 @@ from blip2_jax.report import write_report
 from blip2_jax.runtime import distributed
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.metrics import read_jsonl
+from blip2_jax.tasks.task import Lines, Metrics, Rows, Task, wait
 
 LIBRARIES = (
     "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "pycocoevalcap", "pillow",
@@ -129,20 +130,20 @@ def evaluate(
             continue
         print(f"{task.name}: {source}")
         task.model = loaded
-        lines = tasks.Lines(workdir / "lines", task.name, task.request(), host)
+        lines = Lines(workdir / "lines", task.name, task.request(), host)
         task.predict(lines, host)
-        tasks.wait(host, task.name)
+        wait(host, task.name)
         if host.index == 0:
             lines.read()
             result.add(task, lines.rows, source)
         task.model = None
     if host.index == 0:
         result.finish(time.monotonic() - started, loaded)
-    tasks.wait(host, "end")
+    wait(host, "end")
     return 0
 
 
-def open_tasks(config: ConfigDict, only: Sequence[str] = ()) -> list[tasks.Task]:
+def open_tasks(config: ConfigDict, only: Sequence[str] = ()) -> list[Task]:
     """The tasks of a config, without a model yet; those of one kind side by side.
 
     Raises:
@@ -215,10 +216,10 @@ class DuringTraining:
         else:
             self.model.use(recipe.all_params(self.run, params, self.frozen))
         together = Host(0, 1)
-        found: tasks.Metrics = {}
+        found: Metrics = {}
         for task in self.tasks:
             task.model = self.model
-            lines = tasks.Lines(None, task.name, {}, together)
+            lines = Lines(None, task.name, {}, together)
             task.predict(lines, together)
             found |= task.score(lines.rows)[0]
         self.model.use(None)
@@ -234,9 +235,9 @@ class Result:
         self.left_out: dict[str, str] = {}
         self.settings: dict[str, Any] = {}
         self.sources: dict[str, str] = {}
-        self.done: list[tuple[tasks.Task, tasks.Rows]] = []
+        self.done: list[tuple[Task, Rows]] = []
 
-    def add(self, task: tasks.Task, rows: tasks.Rows, source: str) -> None:
+    def add(self, task: Task, rows: Rows, source: str) -> None:
         """Scores a task, and writes what was said."""
         metrics, left_out = task.score(rows)
         self.metrics |= metrics
@@ -278,7 +279,7 @@ def versions() -> dict[str, str]:
 
 
 def costs(
-    models: Iterable[str], done: Sequence[tuple[tasks.Task, tasks.Rows]], seconds: float
+    models: Iterable[str], done: Sequence[tuple[Task, Rows]], seconds: float
 ) -> dict[str, float]:
     """Seconds of each part over all its restarts, and the most host memory of any of them.
 
@@ -338,9 +339,9 @@ def page(result: Result, model: Blip2 | None) -> None:
     )
 
 
-def pictures(done: Sequence[tuple[tasks.Task, tasks.Rows]], seed: int) -> Iterator[dict[str, Any]]:
+def pictures(done: Sequence[tuple[Task, Rows]], seed: int) -> Iterator[dict[str, Any]]:
     """Some images of each data set, with all that was said about them."""
-    by_dataset: dict[int, list[tuple[tasks.Task, tasks.Rows]]] = {}
+    by_dataset: dict[int, list[tuple[Task, Rows]]] = {}
     for task, rows in done:
         by_dataset.setdefault(id(task.dataset), []).append((task, rows))
     for group in by_dataset.values():

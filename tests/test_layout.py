@@ -19,6 +19,7 @@ ALLOWED = {
     "stages": {"models", "runtime"},
     "weights": {"models", "runtime"},
     "inference": {"models", "data", "runtime"},
+    "tasks": {"inference", "data", "evals", "runtime"},
     "cli": {"runtime"},
     "report": set(),
 }
