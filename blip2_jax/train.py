@@ -175,6 +175,9 @@ def loop(
     key = make_key(config.seed)
     metrics: dict[str, Any] = {}
     scores = DuringTraining(run, frozen, config.eval.tasks) if config.eval.tasks else None
+    train_step = run.lower_step().compile()  # the very program that `blip2 plan` looks at
+    if distributed.is_first_process():
+        print(_memory(train_step))
     with (
         loader.train_batches(config, run.image_size, start_step=step, source=source) as batches,
         MetricsWriter(workdir, restored_step=step) as writer,
@@ -184,15 +187,10 @@ def loop(
         ) as profiler,
     ):
         ahead = batches.ahead(lambda batch: mesh.global_batch(batch, run.mesh))
-        train_step = None
+        clock.start()
         # All hosts look at the same numbers: they leave after the same step.
         while step < config.steps and not bad_steps.too_many:
             batch = next(ahead)
-            if train_step is None:
-                train_step = run.train_step.lower(state, frozen, batch, key).compile()
-                if distributed.is_first_process():
-                    print(_memory(train_step))
-                clock.start()
             profiler.before(step, metrics)
             state, metrics = train_step(state, frozen, batch, key)
             step += 1
