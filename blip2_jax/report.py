@@ -47,6 +47,7 @@ BASELINES = {"_blind": "no image", "_chance": "chance", "_shuffled": "wrong imag
 _NOT_SCORES = re.compile(r"seconds/|.*(_gb|/candidates|/candidate_texts|/unreadable)$")
 _INK, _LINE = "#010203", "#040506"  # stand-ins, replaced by the page's own colors
 _CURVE_COLORS = ("#0f8b8d", "#e08e0b", "#6c6fe0", "#d6487e", "#7a8699", "#5a9e3a")
+_HELD_OUT = "eval/"  # what begins so was measured on test data
 _CIDER_MOST = 10.0  # of CIDEr-D, whose scale is not 0..1
 _COMPARED = ("loss", "accuracy")  # what a sweep's runs are compared by
 _MOST_POINTS = 300
@@ -315,6 +316,10 @@ def _draw_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tupl
                 number = isinstance(value, (int, float)) and math.isfinite(value)
                 if name.endswith("loss") and number and "step" in record:
                     series.setdefault(name, []).append((record["step"], value))
+        for name in [name for name in series if name.removeprefix(_HELD_OUT) != "loss"]:
+            total = series.get(f"{_HELD_OUT * name.startswith(_HELD_OUT)}loss")
+            if series[name] == total:  # the only loss of its stage
+                del series[name]
         if series:
             drawn.append((LABELS.get(stage, _words(stage)), _svg(series, f"curve{len(drawn)}-")))
     return drawn
@@ -336,13 +341,23 @@ def _svg(
     with matplotlib.rc_context(style | ink | {"axes.labelcolor": _INK}):
         figure = Figure(figsize=(5.2, 3.2), layout="constrained")
         axes = figure.add_subplot()
-        for i, (name, points) in enumerate(sorted(series.items(), key=lambda s: s[0] != "loss")):
-            steps, values = _thin(np.array(points, float))
-            color = colors[name] if colors else _CURVE_COLORS[i % len(_CURVE_COLORS)]
-            label = "total" if name == "loss" and len(series) > 1 else name.removesuffix("/loss")
-            wide = i == 0 and not colors
-            width, marker = 2.2 if wide else 1.5, "o" if len(steps) == 1 else None
-            axes.plot(steps, values, color=color, label=label, lw=width, marker=marker)
+        kinds = {name: name.removeprefix(_HELD_OUT) for name in series}
+        order = sorted(dict.fromkeys(kinds.values()), key=lambda kind: kind != "loss")  # the total
+        for name in sorted(series, key=lambda name: order.index(kinds[name])):
+            place, held_out = (
+                order.index(kinds[name]),
+                kinds[name] != name and kinds[name] in series,
+            )
+            steps, values = _thin(np.array(series[name], float))
+            label = "total" if name == "loss" and len(order) > 1 else name.removesuffix("/loss")
+            axes.plot(
+                *(steps, values),
+                color=colors[name] if colors else _CURVE_COLORS[place % len(_CURVE_COLORS)],
+                label=None if held_out else label,
+                linestyle="--" if held_out else "-",
+                linewidth=2.2 if kinds[name] == "loss" and not colors else 1.5,
+                marker="o" if len(steps) == 1 else None,
+            )
         axes.set_xlabel("step")
         axes.set_ylabel(what)
         axes.set_ylim(bottom=0.0 if min(v for p in series.values() for _, v in p) >= 0 else None)

@@ -233,3 +233,20 @@ def test_asked_queries_are_shown_and_otherwise_the_concentrated_ones(tmp_path):
 def test_pictures_of_the_wrong_shape_are_named(tmp_path, parts, message):
     with pytest.raises(ValueError, match=message):
         write(tmp_path, **parts)
+
+
+def test_no_curve_is_drawn_twice_and_held_out_ones_are_dashed():
+    """In stage 2 the total is the only loss; on test images it has the color of the other."""
+    one = [{"step": s, "loss": 2.0 / s, "lm/loss": 2.0 / s} for s in (1, 2, 3)]
+    one[-1] |= {"eval/loss": 1.0, "eval/lm/loss": 1.0}
+    many = [{"step": s, "loss": 3.0 / s, "itc/loss": 1.0 / s, "itm/loss": 2.0 / s} for s in (1, 2)]
+    many += [{"step": s, "eval/loss": 4.0 / s, "eval/itc/loss": 2.0 / s} for s in (1, 2)]
+    (_, first), (_, second) = report._draw_curves({"stage2": one, "stage1": many})
+    assert legend(first) == ["loss"] and legend(second) == ["total", "itc", "itm"]
+    assert second.count("stroke-dasharray") == 2
+    for color in report._CURVE_COLORS[:2]:  # a line, its place in the legend, and the dashed one
+        assert second.count(f"stroke: {color}") == 3
+
+
+def legend(svg: str) -> list[str]:
+    return re.findall(r"<text [^>]*>([a-z]+)</text>", svg.partition('legend_1"')[2])

@@ -72,8 +72,11 @@ class Page:
 
     @cached_property
     def links(self) -> list[str]:
-        """Targets of links, without those to the web."""
-        return [to for to in re.findall(r"\]\(([^)\s]+)\)", self.text) if "://" not in to]
+        """Targets of links and pictures, without those to the web."""
+        targets = re.findall(r"\]\(([^)\s]+)\)", self.text) + re.findall(
+            r'src="([^"]+)"', self.text
+        )
+        return [target for target in targets if "://" not in target]
 
     @cached_property
     def recipes(self) -> list[str]:
