@@ -6,8 +6,8 @@
 
 What was held fixed, and why, is written in configs/digits/claims.py, from before the runs. The data
 and the frozen towers are the quickstart's; run that first, or blip2 prepare --source=digits.
-Prints a table (mean, lowest and highest of the seeds; how many of them agree with the claim) and
-draws launch/pictures/claims.svg.
+Prints a table (mean, lowest and highest of the seeds; in how many of them the whole stage 1 is
+better) and draws launch/pictures/claims.svg.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from blip2_jax import cli
 from blip2_jax.runtime.metrics import read_jsonl
 from blip2_jax.sweep import as_text, run_name
 
-claims = cli.load_module("configs/digits/claims.py")
 ROOT = Path(__file__).resolve().parent.parent
+claims = cli.load_module(str(ROOT / "configs/digits/claims.py"))
 PICTURE = ROOT / "launch" / "pictures" / "claims.svg"
 NOTHING = "no stage 1"
 COLORS = {
