@@ -2,8 +2,8 @@
 
 The paper says
 
-1. without stage 1, question answering after stage 2 is worse (section 4.1, figure 5);
-2. without ITG, retrieval after stage 1 is worse (section 4.4, table 6).
+- without stage 1, question answering after stage 2 is worse (section 4.1, figure 5);
+- without ITG, retrieval after stage 1 is worse (section 4.4, table 6).
 
 Stage 1 is the quickstart's and is trained in three ways (`claims_stage1.py`): with all objectives;
 without ITG; and, as a control, with all objectives on captions of other images, where there is
