@@ -54,6 +54,19 @@ def test_the_planned_batch_is_the_loaders(stage):
 
 
 @compiles_for_tpu
+@pytest.mark.parametrize(
+    ("name", "data", "fsdp"),
+    [("v6e-64", 4, 16), ("v6e-256", 16, 16), ("v5p-128", 2, 32), ("2xv6e-64", 8, 16)],
+)
+def test_a_mesh_fits_any_torus(name, data, fsdp):
+    """Also where an axis takes a part of one of the torus's: 16 of 8 by 8 chips."""
+    devices = slices.parse(name).devices()
+    mesh = recipe.meshes.make_mesh({"data": data, "fsdp": fsdp, "tensor": 1}, devices)
+    assert mesh.devices.shape == (data, fsdp, 1) and set(mesh.devices.flat) == set(devices)
+    assert all(len({getattr(d, "slice_index", 0) for d in row.flat}) == 1 for row in mesh.devices)
+
+
+@compiles_for_tpu
 @pytest.mark.parametrize(("stage", "axis"), [("stage1", "data"), ("stage2", "fsdp")])
 def test_a_small_recipe_on_a_small_slice(stage, axis, workdir):
     split = {"mesh.data": 1, "mesh.fsdp": 1, f"mesh.{axis}": 4}

@@ -52,11 +52,8 @@ def make_mesh(config_mesh: Mapping[str, int], devices: Sequence[Any] | None = No
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(config_mesh, len(devices))
-    num_slices = _num_slices(devices)
-    if num_slices == 1:
-        types = (AxisType.Auto,) * len(AXES)
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
-    return Mesh(_hybrid_grid(sizes, num_slices, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+    grid = _grid(sizes, _num_slices(devices), devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_sizes(config_mesh: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
@@ -92,16 +89,23 @@ def _num_slices(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
-def _hybrid_grid(sizes: tuple[int, ...], num_slices: int, devices: Sequence[Any]) -> np.ndarray:
-    """A grid of devices in which only the `data` axis crosses from one slice to another."""
+def _grid(sizes: tuple[int, ...], num_slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """A grid of devices in which only the `data` axis crosses from one slice to another.
+
+    A mesh axis may take a part of an axis of the torus: 16 chips of a v6e-64, which is 8 by 8.
+    """
     data, fsdp, tensor = sizes
     if data % num_slices:
         raise ValueError(
             f"The devices are {num_slices} TPU slices and config.mesh.data is {data}. Only `data` "
             f"may cross slices: set --config.mesh.data={num_slices} (or a multiple of it)."
         )
+    if num_slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     within_slice = (data // num_slices, fsdp, tensor)
-    return mesh_utils.create_hybrid_device_mesh(within_slice, (num_slices, 1, 1), devices)
+    return mesh_utils.create_hybrid_device_mesh(
+        within_slice, (num_slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
