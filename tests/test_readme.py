@@ -528,15 +528,20 @@ def _(ran):
     planned(ran, 64)
 
 
+@command("pytest tests/stages/test_flops.py", run=known_tests)
+def _(ran):
+    assert "test_" in ran.out
+
+
 # Full-size programs take minutes each: only what there is is shown, which is nothing yet.
 @command("python launch/plans.py table", small="--show")
 def _(ran):
     assert "| recipe | slice |" in ran.out and "are not compiled yet" in ran.out
 
 
-@command("pytest tests/stages/test_flops.py", run=known_tests)
+@command("python launch/plans.py scaling", small="--show")
 def _(ran):
-    assert "test_" in ran.out
+    assert "| 8 rows a chip, MiB sent | v6e-16 |" in ran.out
 
 
 # --- data
