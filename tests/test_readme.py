@@ -560,34 +560,19 @@ def _(ran):
     assert "usable: 332 train records" in ran.out
 
 
-@command(
-    "blip2 train --config=configs/R.py --workdir=DIR --config.data.source=files "
-    "--config.data.dir='cc3m/{00000..00331}.tar'",
-    small=PAIRS,
-    beside=True,
-)
-def _(ran):
-    trained(ran.dir)
+for where in (
+    "files --config.data.dir='cc3m/{00000..00331}.tar'",
+    "files --config.data.dir=list.jsonl --config.data.images=photos",
+    "coco --config.data.dir=/data/coco",
+):
 
-
-@command(
-    "blip2 train --config=configs/R.py --workdir=DIR --config.data.source=files "
-    "--config.data.dir=list.jsonl --config.data.images=photos",
-    small=PAIRS,
-    beside=True,
-)
-def _(ran):
-    trained(ran.dir)
-
-
-@command(
-    "blip2 train --config=configs/R.py --workdir=DIR --config.data.source=coco "
-    "--config.data.dir=/data/coco",
-    small=PAIRS,
-    beside=True,
-)
-def _(ran):
-    trained(ran.dir)
+    @command(
+        f"blip2 train --config=configs/R.py --workdir=DIR --config.data.source={where}",
+        small=PAIRS,
+        beside=True,
+    )
+    def _(ran):
+        trained(ran.dir)
 
 
 COCO = "blip2 prepare --source=coco --dir=/data/coco --split=train --out=data/coco"

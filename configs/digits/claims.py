@@ -14,8 +14,8 @@ Stage 2 is an eighth as long as stage 1; in the paper it is a third. In this wor
 that there is to see, and the language model is small, so its gradient alone soon teaches queries to
 read: in trials with seed 0 (which is why it is none of these) stage 2 alone, in a run of 300 steps,
 was 6 points behind after 100 of them, 1 after 200, and level at the end. A weaker encoder (its
-first two blocks) or captions of which a third are wrong would be nearer to the paper's images and
-web; but then a stage 1 that a laptop can afford hardly learns to match, and helps nothing.
+first two blocks) would be nearer to the paper's, but a stage 1 that a laptop can afford hardly
+learns to match with it, and helped nothing. Wrong captions, as the web has them, were not tried.
 """
 
 from typing import Any
