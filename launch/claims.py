@@ -6,11 +6,13 @@
 
 What was held fixed, and why, is written in configs/digits/claims.py, from before the runs. The data
 and the frozen towers are the quickstart's; run that first, or blip2 prepare --source=digits.
-Prints a table (mean, lowest and highest of the seeds; in how many of them the whole stage 1 is
-better) and draws launch/pictures/claims.svg.
+Keeps the scores of all finished runs in launch/pictures/claims.csv. When every run is there, prints
+a table (mean, lowest and highest of the seeds; in how many of them the whole stage 1 is better) and
+draws launch/pictures/claims.svg.
 """
 
 import argparse
+import csv
 import statistics
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ from blip2_jax.sweep import as_text, run_name
 
 ROOT = Path(__file__).resolve().parent.parent
 claims = cli.load_module(str(ROOT / "configs/digits/claims.py"))
-PICTURE = ROOT / "launch" / "pictures" / "claims.svg"
+PICTURES = ROOT / "launch" / "pictures"
 NOTHING = "no stage 1"
 COLORS = {
     "stage 1": "#1b6ca8",
@@ -31,37 +33,7 @@ COLORS = {
     "mismatched pairs": "#8a8a8a",
     NOTHING: "#2d2d2d",
 }
-Curve = dict[int, float]  # step -> score
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="default: %(default)s")
-    args = parser.parse_args()
-    answers = {
-        way: [curve(stage2_folder(way, seed), ["eval/vqa/accuracy"]) for seed in claims.SEEDS]
-        for way in (*claims.WAYS, NOTHING)
-    }
-    retrieval = {
-        way: [curve(claims.stage1_folder(way, seed), recall("")) for seed in claims.SEEDS]
-        for way in claims.WAYS
-    }
-    contrast = {
-        way: [curve(claims.stage1_folder(way, seed), recall("itc_")) for seed in claims.SEEDS]
-        for way in claims.WAYS
-    }
-    print(table(answers, retrieval, contrast))
-    args.picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(answers, retrieval, args.picture)
-    return 0
-
-
-def stage2_folder(way: str, seed: int) -> str:
-    start = "" if way == NOTHING else claims.stage1_folder(way, seed)
-    point = {"init.checkpoint": as_text(start), "seed": as_text(seed)}
-    return f"{claims.FOLDER}/stage2/{run_name(point)}"
+ANSWERS = ["eval/vqa/accuracy"]
 
 
 def recall(kind: str) -> list[str]:
@@ -69,17 +41,98 @@ def recall(kind: str) -> list[str]:
     return [f"eval/retrieval/{kind}{way}_r1" for way in ("image_to_text", "text_to_image")]
 
 
-def curve(folder: str, names: list[str]) -> Curve:
-    """The mean of some metrics of a finished run, by step."""
-    if not (Path(folder) / "done.json").is_file():
-        sys.exit(f"{folder} holds no finished run. Run the sweeps first: see --help.")
-    records = read_jsonl(Path(folder) / "metrics.jsonl")
-    found = {r["step"]: statistics.mean(r[n] for n in names) for r in records if names[0] in r}
-    return dict(sorted(found.items()))
+METRICS = {"stage1": [*recall(""), *recall("itc_")], "stage2": ANSWERS}
+COLUMNS = ("stage", "way", "seed", "step", "metric", "value")
+Curve = dict[int, float]  # step -> score
+Run = tuple[str, str, int]  # stage, way, seed
+Scores = dict[Run, dict[str, Curve]]
 
 
-def last(curves: list[Curve]) -> list[float]:
-    return [list(c.values())[-1] for c in curves]
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pictures", type=Path, default=PICTURES, help="default: %(default)s")
+    args = parser.parse_args()
+    args.pictures.mkdir(parents=True, exist_ok=True)
+    kept = args.pictures / "claims.csv"
+    scores = read(kept) | {run: finished(run) for run in all_runs() if is_finished(run)}
+    write(scores, kept)
+    if missing := [run for run in all_runs() if run not in scores]:
+        sys.exit(
+            f"{len(scores)} runs are in {kept}; no finished run is in\n  "
+            + "\n  ".join(folder(run) for run in missing)
+            + "\nRun the sweeps first: see --help."
+        )
+    ways = (*claims.WAYS, NOTHING)
+    answers = {way: curves(scores, "stage2", way, ANSWERS) for way in ways}
+    retrieval = {way: curves(scores, "stage1", way, recall("")) for way in claims.WAYS}
+    contrast = {way: curves(scores, "stage1", way, recall("itc_")) for way in claims.WAYS}
+    print(table(answers, retrieval, contrast))
+    draw(answers, retrieval, args.pictures / "claims.svg")
+    return 0
+
+
+def all_runs() -> list[Run]:
+    stage1 = [("stage1", way, seed) for seed in claims.SEEDS for way in claims.WAYS]
+    return stage1 + [
+        ("stage2", way, seed) for seed in claims.SEEDS for way in (*claims.WAYS, NOTHING)
+    ]
+
+
+def folder(run: Run) -> str:
+    """Where its sweep leaves a run."""
+    stage, way, seed = run
+    if stage == "stage1":
+        return claims.stage1_folder(way, seed)
+    start = "" if way == NOTHING else claims.stage1_folder(way, seed)
+    point = {"init.checkpoint": as_text(start), "seed": as_text(seed)}
+    return f"{claims.FOLDER}/stage2/{run_name(point)}"
+
+
+def is_finished(run: Run) -> bool:
+    return (Path(folder(run)) / "done.json").is_file()
+
+
+def finished(run: Run) -> dict[str, Curve]:
+    records = read_jsonl(Path(folder(run)) / "metrics.jsonl")
+    return {
+        metric: {record["step"]: record[metric] for record in records if metric in record}
+        for metric in METRICS[run[0]]
+    }
+
+
+def read(path: Path) -> Scores:
+    scores: Scores = {}
+    if path.is_file():
+        with path.open(newline="") as lines:
+            for row in csv.DictReader(lines):
+                run = (row["stage"], row["way"], int(row["seed"]))
+                curve = scores.setdefault(run, {}).setdefault(row["metric"], {})
+                curve[int(row["step"])] = float(row["value"])
+    return scores
+
+
+def write(scores: Scores, path: Path) -> None:
+    with path.open("w", newline="") as lines:
+        rows = csv.writer(lines, lineterminator="\n")
+        rows.writerow(COLUMNS)
+        for run in sorted(scores):
+            for metric, curve in scores[run].items():
+                rows.writerows((*run, step, metric, value) for step, value in curve.items())
+
+
+def curves(scores: Scores, stage: str, way: str, metrics: list[str]) -> list[Curve]:
+    """The mean of some metrics by step; a curve for each seed."""
+    runs = [scores[stage, way, seed] for seed in claims.SEEDS]
+    return [
+        {step: statistics.mean(run[m][step] for m in metrics) for step in sorted(run[metrics[0]])}
+        for run in runs
+    ]
+
+
+def last(seeds: list[Curve]) -> list[float]:
+    return [list(curve.values())[-1] for curve in seeds]
 
 
 def table(*scores: dict[str, list[Curve]]) -> str:
@@ -92,8 +145,8 @@ def table(*scores: dict[str, list[Curve]]) -> str:
     ]
     for head, ways in zip(heads, scores, strict=True):
         full = last(ways["stage 1"])
-        for way, curves in ways.items():
-            values = last(curves)
+        for way, seeds in ways.items():
+            values = last(seeds)
             gains = [a - b for a, b in zip(full, values, strict=True)]
             cells = [
                 f"{statistics.mean(values):.1%}",
@@ -113,9 +166,9 @@ def draw(answers: dict[str, list[Curve]], retrieval: dict[str, list[Curve]], pat
         (axes[1], retrieval, "R@1 of 100, ITC + ITM", "steps of stage 1"),
     )
     for axis, ways, title, label in panels:
-        for way, curves in ways.items():
-            steps = list(curves[0])
-            values = [[c[step] for c in curves] for step in steps]
+        for way, seeds in ways.items():
+            steps = list(seeds[0])
+            values = [[curve[step] for curve in seeds] for step in steps]
             axis.plot(steps, [statistics.mean(v) for v in values], color=COLORS[way], label=way)
             bounds = ([min(v) for v in values], [max(v) for v in values])
             axis.fill_between(steps, *bounds, color=COLORS[way], alpha=0.15, linewidth=0)
