@@ -29,6 +29,17 @@ class ConfigError(ValueError):
     """A config file or an override that cannot be used; the message says what to do."""
 
 
+@contextlib.contextmanager
+def mistakes_in_config() -> Iterator[None]:
+    """While a run is set up, a ValueError is about what its config asks for: a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def parse(
     doc: str | None,
     argv: Sequence[str] | None = None,

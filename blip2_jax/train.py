@@ -31,7 +31,7 @@ from blip2_jax.data import loader, sources
 from blip2_jax.evaluate import DuringTraining
 from blip2_jax.runtime import distributed, jobs, mesh
 from blip2_jax.runtime.bad_steps import BadSteps
-from blip2_jax.runtime.checkpoint import Checkpointer
+from blip2_jax.runtime.checkpoint import Checkpointer, SaveError
 from blip2_jax.runtime.clock import Clock
 from blip2_jax.runtime.distributed import PREEMPTED
 from blip2_jax.runtime.metrics import MetricsWriter, Profiler, Progress
@@ -48,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs `blip2 train`; returns its exit code."""
     args = cli.parse(__doc__, argv, add_arguments, prog="blip2 train")
-    return train(args.config, Path(args.workdir))
+    try:
+        return train(args.config, Path(args.workdir))
+    except (cli.ConfigError, jobs.Busy, FloatingPointError, SaveError) as error:
+        raise SystemExit(f"blip2 train: {error}") from error
 
 
 def train(config: ConfigDict, workdir: Path) -> int:
@@ -93,10 +96,11 @@ def _train(
         return 0
 
     # Shapes and shardings first, then what is checked before anything expensive starts.
-    run = recipe.build(config)
-    frozen, fingerprints = run.load_frozen()
+    with cli.mistakes_in_config():
+        run = recipe.build(config)
+        frozen, fingerprints = run.load_frozen()
+        source = loader.make_source(config, config.data.split)
     identity["fingerprints"] = fingerprints
-    source = loader.make_source(config, config.data.split)
     identity["data"] = sources.identity(source)  # other records would be other batches
     flops = sum(part.total for part in flops_per_sample(config, run.model_config).values())
     clock = Clock(examples=config.data.batch_size, flops=flops)
@@ -108,21 +112,8 @@ def _train(
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
     ) as checkpointer:
-        # A checkpoint of this run; else another run's parameters; else fresh ones.
-        restored = checkpointer.restore_newest(run.abstract_state, expect=identity)
-        if restored is not None:
-            state, extra = restored
-            clock.resume(seconds=extra["seconds"], useful=extra["useful_seconds"])
-            print(f"Resuming at step {int(state['step'])} of {config.steps}.")
-        else:
-            state = run.load_trained_towers(run.init_state(jax.random.key(config.seed)))
-            if config.init.bert:
-                qformer = bert.initialize(
-                    state["params"]["qformer"], run.model_config.qformer, config.init.bert
-                )
-                state = {**state, "params": {**state["params"], "qformer": qformer}}
-            if config.init.checkpoint:
-                state = start_from(state, config, fingerprints)
+        with cli.mistakes_in_config():
+            state = first_state(run, checkpointer, identity, clock)
 
         def save(state: State) -> None:
             times = {"seconds": clock.seconds, "useful_seconds": clock.useful}
@@ -151,6 +142,28 @@ def _train(
     return 0
 
 
+def first_state(
+    run: recipe.Recipe, checkpointer: Checkpointer, identity: dict[str, Any], clock: Clock
+) -> State:
+    """A checkpoint of this run; else another run's parameters; else fresh ones."""
+    config = run.config
+    restored = checkpointer.restore_newest(run.abstract_state, expect=identity)
+    if restored is not None:
+        state, extra = restored
+        clock.resume(seconds=extra["seconds"], useful=extra["useful_seconds"])
+        print(f"Resuming at step {int(state['step'])} of {config.steps}.")
+        return state
+    state = run.load_trained_towers(run.init_state(jax.random.key(config.seed)))
+    if config.init.bert:
+        qformer = bert.initialize(
+            state["params"]["qformer"], run.model_config.qformer, config.init.bert
+        )
+        state = {**state, "params": {**state["params"], "qformer": qformer}}
+    if config.init.checkpoint:
+        state = start_from(state, config, identity["fingerprints"])
+    return state
+
+
 def loop(
     run: recipe.Recipe,
     state: State,
@@ -174,7 +187,8 @@ def loop(
     make_key = jax.jit(jax.random.key, static_argnums=0, out_shardings=mesh.replicated(run.mesh))
     key = make_key(config.seed)
     metrics: dict[str, Any] = {}
-    scores = DuringTraining(run, frozen, config.eval.tasks) if config.eval.tasks else None
+    with cli.mistakes_in_config():
+        scores = DuringTraining(run, frozen, config.eval.tasks) if config.eval.tasks else None
     train_step = run.lower_step().compile()  # the very program that `blip2 plan` looks at
     if distributed.is_first_process():
         print(_memory(train_step))

@@ -233,6 +233,21 @@ def test_a_start_from_nothing_is_refused(world, tmp_path):
         run(flags(world, "stage2", **{"init.checkpoint": str(tmp_path)}), tmp_path / "stage2")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.dir={folder}/none", "blip2 train: .*none"),
+        ("model.vit.source={folder}", "blip2 train: .*{folder}"),
+        ("mesh.tensor=3", "blip2 train: config.mesh is .*there are 8"),
+    ],
+)
+def test_a_mistake_in_the_config_is_one_message(change, message, tmp_path):
+    """And no traceback: SystemExit has none."""
+    word = f"--config.{change.format(folder=tmp_path)}"
+    with pytest.raises(SystemExit, match=message.format(folder=tmp_path)):
+        train.main(["--config=configs/digits/stage1.py", f"--workdir={tmp_path}/run", word])
+
+
 @pytest.fixture
 def bad_at_3_and_5(monkeypatch):
     """Images of two steps that make the loss and its gradient not finite."""
