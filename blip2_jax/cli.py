@@ -40,6 +40,17 @@ def mistakes_in_config() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
+def make_workdir(workdir: Path) -> None:
+    """Makes the folder that `--workdir` names if it is not there; ConfigError if that cannot be."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={workdir} cannot be made ({error.strerror}); take a folder that you may "
+            "write to."
+        ) from error
+
+
 def parse(
     doc: str | None,
     argv: Sequence[str] | None = None,

@@ -106,7 +106,7 @@ def evaluate(
     distributed.initialize(config.distributed)
     distributed.setup_compilation_cache()
     host = Host.this()
-    workdir.mkdir(parents=True, exist_ok=True)
+    cli.make_workdir(workdir)
     result = Result(config, workdir)
     planned = open_tasks(config, only)  # what is wrong with any of them shows here
     loaded: Blip2 | None = None

@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--tries is {args.tries}; a search compiles at least one program.")
         where = slices.parse(args.topology)
         config, workdir = ConfigDict(args.config.to_dict()), Path(args.workdir)
+        cli.make_workdir(workdir)
         samples = config.steps * config.data.batch_size
         options = {"efficiency": args.efficiency, "samples": samples}
         if args.batch == "nearest":
@@ -549,7 +550,6 @@ def describe(plan: Plan) -> str:
 
 def write(plan: Plan, workdir: Path) -> Path:
     """Keeps a plan as JSON; returns where."""
-    workdir.mkdir(parents=True, exist_ok=True)
     how = re.sub(r"[^\w.]+", "-", way(plan))
     path = workdir / f"{plan['recipe']}.{plan['topology']}.b{plan['batch_size']}.{how}.json"
     path.write_text(json.dumps(plan, indent=2) + "\n")

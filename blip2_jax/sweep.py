@@ -104,7 +104,7 @@ def sweep(path: str, workdir: Path, common: Sequence[str], backend: str, workers
             subprocess.run(words, env={**os.environ, **environment})
         return 0
 
-    workdir.mkdir(parents=True, exist_ok=True)
+    cli.make_workdir(workdir)
     with jobs.only_one(workdir / "sweep.lock", f"Another blip2 sweep is at work in {workdir}."):
         remember(workdir, identity, runs)
         if backend in ("slurm", "gke"):

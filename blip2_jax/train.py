@@ -74,7 +74,7 @@ def _alone_in(workdir: Path) -> contextlib.AbstractContextManager[None]:
     """Two runs that write one folder would spoil each other's files."""
     if not distributed.is_first_process():
         return contextlib.nullcontext()
-    workdir.mkdir(parents=True, exist_ok=True)
+    cli.make_workdir(workdir)
     return jobs.only_one(
         workdir / "train.lock",
         f"Another run is at work in {workdir}. Wait for its end or stop it, or take another "

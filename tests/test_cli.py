@@ -195,6 +195,12 @@ def test_a_workdir_of_another_run_is_refused(tmp_path):
         cli.check_same_run(saved, {"config": {"seed": 2, "steps": 5}}, tmp_path)
 
 
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(cli.ConfigError, match="--workdir=.*file/run cannot be made .Not a direct"):
+        cli.make_workdir(tmp_path / "file/run")
+
+
 def test_a_recipes_sweep_is_within_reach(recipe):
     with open(recipe, "a") as file:
         file.write("\ndef sweep(add):\n    add(name='a')\n")
