@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -254,10 +255,11 @@ class Checkpointer:
             which = "A checkpoint" if step is None else f"The checkpoint of step {step}, or before,"
             # What is on disk, not what was to be.
             whole = max(ocp.utils.checkpoint_steps(self.directory), default=None)
+            peers = "and whether all processes are alive, " if jax.process_count() > 1 else ""
             raise SaveError(
                 f"{which} could not be written to {self.directory}: {_reason(error)}\nThe last "
-                f"whole one is of step {whole}. Look for space and rights there, then start the "
-                "same command again: it goes on from that step."
+                f"whole one is of step {whole}. Look for space and rights there, {peers}then start "
+                "the same command again: it goes on from that step."
             ) from error
 
     def _existing(self, step: int | None) -> int:
