@@ -46,3 +46,4 @@ blip2 evaluate --config=configs/digits/evaluate.py --workdir="$workdir" \
   --config.models.retrieval="$workdir/stage1" \
   --config.models.captioning="$workdir/stage2" \
   --config.models.vqa="$workdir/stage2"
+echo "Next: source ${BLIP2_VENV:-.venv}/bin/activate makes blip2 a command of your shell; blip2 --help"

@@ -41,6 +41,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import venv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -267,12 +269,55 @@ def _(ran):
     assert ran.out == "python launch/docs.py --out=runs/docs\n"
 
 
+def activate(shell: Shell, text: str) -> Ran:
+    """In an environment as the scripts make it, with a stand-in for what pip would install."""
+    venv.create(shell.home / ".venv")
+    program = shell.home / ".venv/bin/blip2"
+    program.touch(mode=0o755)
+    said = subprocess.run(
+        ["bash", "-c", f"{text} && command -v blip2"], capture_output=True, text=True, check=False
+    )
+    return Ran(said.returncode, said.stdout, said.stderr, shell.home)
+
+
+@command("source .venv/bin/activate", run=activate)
+def _(ran):
+    assert ran.out == f"{ran.home}/.venv/bin/blip2\n"
+
+
 PREPARE = "blip2 prepare --source=digits --out=DIR"
 
 
 @command(PREPARE, small=SCENES)
 def _(ran):
     assert (ran.dir / "done.json").is_file() and "24 train, 8 test" in ran.out
+
+
+# --- the two claims
+
+
+def show_the_sweep(shell: Shell, text: str) -> Ran:
+    """Without `--backend=local`: its commands are shown, of which each would take minutes."""
+    return shell.blip2(shlex.split(text.removesuffix(" --backend=local"))[1:])
+
+
+for stage, runs in (("stage1", 9), ("stage2", 12)):
+
+    @command(
+        f"blip2 sweep --config=configs/digits/claims_{stage}.py --workdir=runs/claims/{stage} "
+        "--backend=local",
+        run=show_the_sweep,
+    )
+    def _(ran, stage=stage, runs=runs):
+        assert ran.out.count(f"blip2 train --config=configs/digits/claims_{stage}.py") == runs
+
+
+# From the scores that are kept beside the picture.
+@command("python launch/claims.py")
+def _(ran):
+    table = ran.out.strip().splitlines()
+    assert len(table) == 12 and all(line in README.text.splitlines() for line in table)
+    assert "<svg" in (ran.home / "launch/pictures/claims.svg").read_text()
 
 
 # --- using a model
