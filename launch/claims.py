@@ -6,9 +6,10 @@
 
 What was held fixed, and why, is written in configs/digits/claims.py, from before the runs. The data
 and the frozen towers are the quickstart's; run that first, or blip2 prepare --source=digits.
-Keeps the scores of all finished runs in launch/pictures/claims.csv. When every run is there, prints
-a table (mean, lowest and highest of the seeds; in how many of them the whole stage 1 is better) and
-draws launch/pictures/claims.svg.
+Keeps the scores of all finished runs in launch/pictures/claims.csv, from then on with or without
+their folders; remove it when the conditions change. When every run is there, prints a table (mean,
+lowest and highest of the seeds; in how many of them the whole stage 1 is better) and draws
+launch/pictures/claims.svg.
 """
 
 import argparse
