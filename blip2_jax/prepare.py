@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `blip2 prepare`; returns its exit code."""
-    args = cli.parse(__doc__, argv, add_arguments, config=False)
+    args = cli.parse(__doc__, argv, add_arguments, prog="blip2 prepare", config=False)
     if not args.out and not args.check:
         raise SystemExit("blip2 prepare: name a folder to write with --out.")
     if args.source == DIGITS:

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs `blip2 sweep`; returns its exit code."""
     words = sys.argv[1:] if argv is None else argv
-    args = cli.parse(__doc__, words, add_arguments)
+    args = cli.parse(__doc__, words, add_arguments, prog="blip2 sweep")
     common = [word for word in words if word.startswith(cli.OVERRIDE)]
     try:
         return sweep(args.config_path, Path(args.workdir), common, args.backend, args.workers)

@@ -42,7 +42,8 @@ def test_every_command_is_explained():
     """In the README; and each --help teaches, with examples."""
     assert blip2.COMMANDS.keys() == {text.split()[1] for text in ALL}
     for name in blip2.COMMANDS:
-        assert f"blip2 {name}" in help_of(name), f"blip2 {name} --help has no example"
+        assert help_of(name).startswith(f"usage: blip2 {name} ")
+        assert help_of(name).count(f"blip2 {name}") > 1, f"blip2 {name} --help has no example"
 
 
 @pytest.mark.parametrize("text", ALL)
