@@ -10,7 +10,10 @@ import contextlib
 import difflib
 import importlib.util
 import json
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -76,7 +79,7 @@ def parse(
     """
     parser = argparse.ArgumentParser(
         prog=prog,
-        description=(doc or "").strip(),
+        description=_fitted((doc or "").strip()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -103,6 +106,16 @@ def parse(
         except ConfigError as error:
             parser.error(str(error))
     return args
+
+
+def _fitted(doc: str) -> str:
+    """Paragraphs fit the terminal; what is indented (commands, tables) stays as it is."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    blocks = re.split(r"\n{2,}", doc)
+    return "\n\n".join(
+        block if re.search(r"^\s", block, re.M) else textwrap.fill(block, width - 2)
+        for block in blocks
+    )
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> FrozenConfigDict:

@@ -188,6 +188,15 @@ def test_the_help_is_the_docstring(capsys):
     assert "--config.KEY=VALUE" in out
 
 
+def test_help_fits_the_terminal_and_keeps_what_is_indented(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "50")
+    command = "    blip2 train --config=configs/digits/stage1.py --workdir=DIR"
+    with pytest.raises(SystemExit):
+        cli.parse(f"Trains. {12 * 'word '}\n\n{command}\n\nEnd.", ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert command in lines and all(len(line) <= 50 for line in lines if line != command)
+
+
 def test_a_workdir_of_another_run_is_refused(tmp_path):
     saved = {"recipe": "stage1", "config": {"seed": 1, "steps": 5}, "seconds": 3}
     cli.check_same_run(saved, {"recipe": "stage1"}, tmp_path)
