@@ -14,7 +14,9 @@ blip2_environment() {
     if [[ "$extras" == *test* ]]; then
       "$venv/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.13.0 || return 1
     fi
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".$extras" || return 1
+    # Without setuptools' warning, given for every editable install, of folders with its name.
+    PYTHONWARNINGS=ignore "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+      -e ".$extras" || return 1
     touch "$stamp"
   fi
   PATH="$(cd "$venv/bin" && pwd):$PATH"
