@@ -36,6 +36,7 @@ heads, `K` width of a head, `D` width of the model, `L` layers, `V` vocabulary.
 """  # noqa: E501
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["load", "Blip2", "__version__"]
+
+# What transformers is imported for here (tokenizers, processors) needs no PyTorch; it says at its
+# import that there is none, unless told not to.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _HOMES = {"load": "pretrained", "Blip2": "inference.pipeline"}
 

@@ -4,7 +4,6 @@ The embedded world's own two are trained here and ship with the package; all oth
 transformers saves them. The two are different on purpose, as in the published models.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -24,7 +23,6 @@ BOS = ""  # in a list of pieces of text, the token that begins a text
 
 def load(source: str) -> Any:
     """The tokenizer in a folder, in the package (`package:NAME`), or under its name on the hub."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found"
     from transformers import AutoTokenizer  # seconds of import, only where texts are read
 
     folder = Path(source)

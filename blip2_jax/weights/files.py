@@ -148,13 +148,19 @@ def to_torch(array: np.ndarray) -> Any:
     return torch.from_numpy(array)
 
 
-def _load_torch(path: Path) -> dict[str, Any]:
+def import_torch(path: Path) -> Any:
+    """PyTorch, which only its own files need; WeightsError if it is not installed."""
     try:
         import torch
     except ImportError as error:
         raise WeightsError(
-            f"{path} is a torch file; reading it needs torch: pip install 'blip2_jax[convert]'."
+            f"{path} is a torch file, which needs torch: pip install 'blip2_jax[convert]'."
         ) from error
+    return torch
+
+
+def _load_torch(path: Path) -> dict[str, Any]:
+    torch = import_torch(path)
     try:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -187,10 +187,9 @@ def save(
       with_vit: whether to write the image encoder too, as in fine-tuned checkpoints.
       dtype: of the tensors; by default the parameters' own.
     """
-    import torch
-
     if path.suffix != ".pth":
         raise WeightsError(f"{path}: LAVIS's files end in .pth.")
+    torch = files.import_torch(path)
     kept = {k: v for k, v in params.items() if k != "llm" and (with_vit or k != "vit")}
     files.check_space(path, transfer.num_bytes(kept, dtype))
     state = {

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -164,6 +165,16 @@ def test_torch_bin_and_shards_hold_the_same(opt_folder, tmp_path):
     shutil.copy(opt_folder / "config.json", tmp_path / "bin")
     torch.save(theirs.state_dict(), tmp_path / "bin/pytorch_model.bin")
     jax.tree.map(np.testing.assert_array_equal, want, read(tmp_path / "bin")[1])
+
+
+def test_without_torch_its_files_are_refused_with_the_remedy(opt_folder, tmp_path, monkeypatch):
+    found, params = read(opt_folder)
+    (tmp_path / "there.pth").touch()
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    with pytest.raises(WeightsError, match=r"new.pth is a torch file.*'blip2_jax\[convert\]'"):
+        lavis.save(tmp_path / "new.pth", found.config, params, with_vit=True)
+    with pytest.raises(WeightsError, match=r"there.pth is a torch file.*'blip2_jax\[convert\]'"):
+        checkpoint.open_checkpoint(str(tmp_path / "there.pth"))
 
 
 def test_shards_are_written_with_an_index(opt_folder, tmp_path):
