@@ -378,6 +378,8 @@ def main() -> None:
     training = commands.add_parser("train", help="train steps, beside PyTorch")
     benchmark_train.add_arguments(training)
     args = parser.parse_args()
+    if getattr(args, "only", None) != "blip2_jax" and not importlib.util.find_spec("torch"):
+        sys.exit("benchmark.py: the peers run on PyTorch: pip install 'blip2_jax[convert]'.")
     args.run(args)
 
 

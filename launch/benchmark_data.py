@@ -283,6 +283,8 @@ def speed_one(args: argparse.Namespace) -> None:
 
 def speed(args: argparse.Namespace) -> None:
     """All loaders in turn, round by round."""
+    if not importlib.util.find_spec("torch"):
+        sys.exit("benchmark_data.py: a peer is torch's loader: pip install 'blip2_jax[convert]'.")
     folder = Path(args.folder)
     write_photos(folder, args.sizes, args.photos)
     known = dict(LOADERS)
