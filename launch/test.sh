@@ -12,4 +12,5 @@ ruff format --check .
 bash -n launch/*.sh .ci/run
 shellcheck --shell=bash --external-sources launch/*.sh .ci/run
 mypy
-exec python -m pytest "$@"
+# Two processes, each test file in one of them: compiling, which tests mostly do, is on one core.
+exec python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

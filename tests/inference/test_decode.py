@@ -158,28 +158,28 @@ def test_a_row_alone_is_the_row_in_a_batch(models):
         np.testing.assert_array_equal(alone[0], together[row])
 
 
+WARPERS = {
+    "temperature": transformers.TemperatureLogitsWarper,
+    "top_k": transformers.TopKLogitsWarper,
+    "top_p": transformers.TopPLogitsWarper,
+}
+
+
 @pytest.mark.parametrize(
-    "how, warpers",
+    "how",
     [
-        (dict(temperature=0.7), [transformers.TemperatureLogitsWarper(0.7)]),
-        (dict(top_k=4), [transformers.TopKLogitsWarper(4)]),
-        (dict(top_p=0.6), [transformers.TopPLogitsWarper(0.6)]),
-        (
-            dict(temperature=1.5, top_k=12, top_p=0.9),
-            [
-                transformers.TemperatureLogitsWarper(1.5),
-                transformers.TopKLogitsWarper(12),
-                transformers.TopPLogitsWarper(0.9),
-            ],
-        ),
+        dict(temperature=0.7),
+        dict(top_k=4),
+        dict(top_p=0.6),
+        dict(temperature=1.5, top_k=12, top_p=0.9),
     ],
     ids=str,
 )
-def test_sampling_sharpens_as_transformers_does(how, warpers):
+def test_sampling_sharpens_as_transformers_does(how):
     scores = np.random.default_rng(0).normal(size=(8, 50)).astype(np.float32) * 3
     want = torch.tensor(scores)
-    for warper in warpers:
-        want = warper(None, want)
+    for name, value in how.items():
+        want = WARPERS[name](value)(None, want)
     got = _sharpen(jnp.asarray(scores)[:, None], Decoding(do_sample=True, **how))[:, 0]
     np.testing.assert_allclose(got, want.numpy(), rtol=1e-6)
 
