@@ -110,11 +110,15 @@ def parse(
 
 def _fitted(doc: str) -> str:
     """Paragraphs fit the terminal; what is indented (commands, tables) stays as it is."""
-    width = min(shutil.get_terminal_size().columns, 100)
-    blocks = re.split(r"\n{2,}", doc)
+    # No break at hyphens: options have them.
+    wrapper = textwrap.TextWrapper(
+        min(shutil.get_terminal_size().columns, 100) - 2,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
     return "\n\n".join(
-        block if re.search(r"^\s", block, re.M) else textwrap.fill(block, width - 2)
-        for block in blocks
+        block if re.search(r"^\s", block, re.M) else wrapper.fill(block)
+        for block in re.split(r"\n{2,}", doc)
     )
 
 
