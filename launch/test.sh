@@ -12,5 +12,4 @@ ruff format --check .
 bash -n launch/*.sh .ci/run
 shellcheck --shell=bash --external-sources launch/*.sh .ci/run
 mypy
-# Two processes, each test file in one of them: compiling, which tests mostly do, is on one core.
-exec python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"
+exec python -m pytest "$@"
