@@ -105,7 +105,7 @@ def _train(
     flops = sum(part.total for part in flops_per_sample(config, run.model_config).values())
     clock = Clock(examples=config.data.batch_size, flops=flops)
     if distributed.is_first_process():
-        print(describe(run, fingerprints, flops))
+        print(describe(run, fingerprints, flops), flush=True)
 
     with Checkpointer(
         workdir / "checkpoints",
@@ -151,7 +151,8 @@ def first_state(
     if restored is not None:
         state, extra = restored
         clock.resume(seconds=extra["seconds"], useful=extra["useful_seconds"])
-        print(f"Resuming at step {int(state['step'])} of {config.steps}.")
+        # Now, not when a buffer is full: who follows the log, or reads that of a killed run, sees it.
+        print(f"Resuming at step {int(state['step'])} of {config.steps}.", flush=True)
         return state
     state = run.load_trained_towers(run.init_state(jax.random.key(config.seed)))
     if config.init.bert:
@@ -191,7 +192,7 @@ def loop(
         scores = DuringTraining(run, frozen, config.eval.tasks) if config.eval.tasks else None
     train_step = run.lower_step().compile()  # the very program that `blip2 plan` looks at
     if distributed.is_first_process():
-        print(_memory(train_step))
+        print(_memory(train_step), flush=True)
     with (
         loader.train_batches(config, run.image_size, start_step=step, source=source) as batches,
         MetricsWriter(workdir, restored_step=step) as writer,
