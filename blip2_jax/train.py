@@ -151,7 +151,7 @@ def first_state(
     if restored is not None:
         state, extra = restored
         clock.resume(seconds=extra["seconds"], useful=extra["useful_seconds"])
-        # Now, not when a buffer is full: who follows the log, or reads that of a killed run, sees it.
+        # Now, not when a buffer is full: for those who follow the log, or read a killed run's.
         print(f"Resuming at step {int(state['step'])} of {config.steps}.", flush=True)
         return state
     state = run.load_trained_towers(run.init_state(jax.random.key(config.seed)))
