@@ -13,6 +13,9 @@ bits unless --dtype asks otherwise, and what a format has no place for is said.
 """
 
 import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,11 @@ import jax
 import jax.numpy as jnp
 
 from blip2_jax import cli, recipe
+from blip2_jax.data import tokenizers
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.vit import ViTConfig
 from blip2_jax.runtime import state as states
-from blip2_jax.weights import checkpoint, huggingface, lavis, transfer
+from blip2_jax.weights import checkpoint, files, huggingface, lavis, transfer
 from blip2_jax.weights.files import WeightsError
 
 
@@ -60,12 +64,13 @@ def convert(args: argparse.Namespace) -> int:
     """Converts; returns the exit code."""
     target, dtype = Path(args.target), args.dtype and jnp.dtype(args.dtype)
     if (Path(args.source) / "done.json").is_file():
-        config, params, companions = _of_run(Path(args.source))
+        config, params, companions, special_tokens = _of_run(Path(args.source))
         if not isinstance(config, Blip2Config):
             return _write_tower(args, config, params, dtype)
     else:
         found = checkpoint.open_checkpoint(args.source, vit=args.vit, llm=args.llm)
         config, companions = found.config, found.companions
+        special_tokens = found.llm_special_tokens
         abstract = found.abstract()
         for planned, share in found.plans(abstract):
             print(transfer.summary(planned, share))
@@ -76,26 +81,41 @@ def convert(args: argparse.Namespace) -> int:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     if args.dry_run:
         return 0
-    if args.to == "huggingface":
-        huggingface.save_blip2(target, config, params, companions=companions)
-    elif args.to == "lavis":
+    if args.to == "lavis":
         lavis.save(target, config, params, with_vit=not args.without_vit)
         if "llm" in params:
             print(f"The language model is not in {target}: LAVIS loads it from its own folder.")
     else:
-        checkpoint.save_native(target, config, params, companions=companions)
+        save = huggingface.save_blip2 if args.to == "huggingface" else checkpoint.save_native
+        with _with_special_tokens(companions, special_tokens) as folder:
+            save(target, config, params, companions=folder)
     size = transfer.num_bytes(params) / 1e9
     print(f"{target}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {size:.2f} GB.")
     return 0
 
 
-def _of_run(workdir: Path) -> tuple[Any, Any, Path | None]:
-    """Sizes, all parameters and the tokenizer's folder of a finished run."""
+@contextlib.contextmanager
+def _with_special_tokens(
+    companions: Path | None, special_tokens: Mapping[str, str]
+) -> Iterator[Path | None]:
+    """The folder of the tokenizer; a copy of it where special tokens are others than its own."""
+    if companions is None or not special_tokens:
+        yield companions
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        files.copy_companions(companions, Path(folder))
+        tokenizers.load(folder, special_tokens).save_pretrained(folder)
+        yield Path(folder)
+
+
+def _of_run(workdir: Path) -> tuple[Any, Any, Path | None, Mapping[str, str]]:
+    """Sizes, all parameters, the tokenizer's folder and special tokens of a finished run."""
     run, trained = recipe.load_params(workdir)
     frozen, _ = run.load_frozen()
     source = run.config.model.llm.source if "llm" in frozen else ""
     companions = huggingface.find(source) if source else None
-    return run.model_config, run.whole(frozen, trained), companions
+    special_tokens = run.config.data.llm_special_tokens.to_dict()
+    return run.model_config, run.whole(frozen, trained), companions, special_tokens
 
 
 def _write_tower(args: argparse.Namespace, sizes: Any, params: Any, dtype: Any) -> int:

@@ -90,7 +90,7 @@ def _tokenizers(found: Checkpoint, llm: str, qformer: str, language: str) -> dic
                 f"{found.source} has no tokenizer for its language model. Name the folder of one "
                 "with llm_tokenizer=."
             )
-        chosen["llm_tokenizer"] = tokenizers.load(own)
+        chosen["llm_tokenizer"] = tokenizers.load(own, found.llm_special_tokens)
     if config.llm is None or config.qformer_reads_prompt:
         folder = beside / "qformer_tokenizer" if config.llm is not None and beside else beside
         if not qformer and folder is not None and any(folder.glob("tokenizer*")):

@@ -21,8 +21,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from blip2_jax import cli
 from blip2_jax.data import tokenizers
+from blip2_jax.data.examples import llm_lengths, llm_tokenizer
 from blip2_jax.inference.pipeline import Blip2
-from blip2_jax.models import blip2, lora, opt, vit
+from blip2_jax.models import blip2, lora, opt, t5, vit
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime import optim
@@ -91,7 +92,9 @@ class Recipe:
             if config.stage.name == "stage1" or sizes.qformer_reads_prompt:
                 arrays |= words(data.text_length, "text_ids", "text_mask")
             if config.stage.name == "stage2":
-                arrays |= words(data.llm_length, "llm_ids", "llm_mask", "llm_labels")
+                two = isinstance(sizes.llm, t5.T5Config)
+                read, learned = llm_lengths(config, encoder_decoder=two)
+                arrays |= words(read, "llm_ids", "llm_mask") | words(learned, "llm_labels")
         place = meshes.batch_sharding(self.mesh)
         return {
             name: jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=place)
@@ -383,7 +386,7 @@ def _blip2(run: Recipe, params: Params, dtype: Any, batch_size: int, source: str
         dtype=jnp.dtype(dtype or run.config.dtype),
         mesh=run.mesh,
         qformer_tokenizer=tokenizers.load(data.qformer_tokenizer),
-        llm_tokenizer=tokenizers.load(words) if words else None,
+        llm_tokenizer=llm_tokenizer(run.config) if words else None,
         batch_size=batch_size,
         source=source,
     )

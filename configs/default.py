@@ -149,16 +149,24 @@ def get_config() -> ConfigDict:
             "index_dir": "",  # where indexes of tars are kept; "": beside them, or in the cache
             "split": "train",
             "eval_split": "test",
-            # Several sources: name -> {"dir": ..., "weight": 1.0, and "source", "images", "form"
-            # and "split" where they differ from those above}. Empty: the one above; a recipe's
-            # own is emptied by --config.data.mixture={}.
+            # Several sources: name -> {"dir": ..., "weight": 1.0, and "source", "images", "form",
+            # "split" and "randaugment" where they differ from those here}. Empty: the one above; a
+            # recipe's own is emptied by --config.data.mixture={}.
             "mixture": ConfigDict(),
             "mixture_by": "weight",  # weight, size or sqrt_size (of the parts, in records)
             "batch_size": 1680,  # global; the paper's for ViT-g
-            "text_length": 32,  # Q-Former tokens, [CLS] and [SEP] included
+            # Tokens of what the Q-Former reads, [CLS] and [SEP] included. A caption loses its end,
+            # an instruction its begin.
+            "text_length": 32,
+            # Tokens of a caption and its prompt, for the LLM; or of an answer. The end is cut off.
             "llm_length": 32,
+            # Tokens of an answer's prompt; a longer one loses its begin. Also of a caption's, where
+            # the Q-Former reads the prompt.
+            "max_prompt_length": 64,
             "qformer_tokenizer": "bert-base-uncased",
             "llm_tokenizer": "",  # "": the LLM's source
+            # {"bos_token": "</s>", ...}: special tokens that are others than the tokenizer's own.
+            "llm_special_tokens": ConfigDict(),
             # Stage 2: stands before every text and is not learned; {} stands for the question.
             "prompt": "",
             # Ends what a decoder-only LLM is taught: a newline for OPT; "": its own end token.

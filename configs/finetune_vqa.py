@@ -36,4 +36,5 @@ def get_config(variant: str = "vitg-flant5xl") -> ConfigDict:
     config.data.mixture_by = "size"
     config.data.task = "answer"
     config.data.prompt = "Question: {} Answer:"
+    config.data.text_length = config.data.max_prompt_length = 64  # room for 50 words
     return config

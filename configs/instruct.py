@@ -33,7 +33,9 @@ def get_config(variant: str = "vitg-vicuna7b") -> ConfigDict:
     )
     config.data.mixture_by = "sqrt_size"
     config.data.batch_size = BATCH_SIZE[llm]
-    config.data.text_length, config.data.llm_length = 128, 256
+    # LAVIS: instructions have 128 tokens and are cut on the left, answers 256.
+    config.data.text_length = config.data.max_prompt_length = 128
+    config.data.llm_length = 256
     config.data.task = "answer"
     config.data.prompt = "Question: {} Short answer:"
     return config

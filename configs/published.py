@@ -5,6 +5,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from blip2_jax.cli import ConfigError
+from blip2_jax.weights.lavis import LLAMA_TOKENS
 from configs.default import get_config as default
 
 VITS: dict[str, dict[str, Any]] = {
@@ -42,6 +43,8 @@ def get_config(vit: str, llm: str = "") -> ConfigDict:
         config.model.llm.source = LLMS[llm]
         config.model.llm.remat = "full"  # activations of a frozen LLM are cheap to make again
         config.data.end_of_text = "\n" if llm.startswith("opt") else ""
+        if llm.startswith("vicuna"):  # LAVIS alone has published BLIP-2 with it
+            config.data.llm_special_tokens = ConfigDict(LLAMA_TOKENS)
     return config
 
 

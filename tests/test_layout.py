@@ -16,7 +16,7 @@ ALLOWED = {
     "runtime": set(),
     "data": set(),
     "evals": set(),
-    "stages": {"models", "runtime"},
+    "stages": {"models", "data", "runtime"},
     "weights": {"models", "runtime"},
     "inference": {"models", "data", "runtime"},
     "tasks": {"inference", "data", "evals", "runtime"},

@@ -35,11 +35,11 @@ def make_example(config: ConfigDict, image_size: int, *, train: bool) -> Example
     if stage == "stage1":
         encode = _qformer_text(tokenizers.load(data.qformer_tokenizer), data.text_length)
     else:
-        tokenizer = tokenizers.load(data.llm_tokenizer or config.model.llm.source)
+        tokenizer = llm_tokenizer(config)
         reads_prompt = None
         if config.model.qformer_reads_prompt:
             reads_prompt = tokenizers.load(data.qformer_tokenizer)
-        encode = _llm_text(tokenizer, data, reads_prompt)
+        encode = _llm_text(tokenizer, data, reads_prompt, is_instruction(config))
         if data.task == "answer":
             return _answer_example(image, encode, data, train=train)
         if data.task != "caption":
@@ -52,6 +52,29 @@ def make_example(config: ConfigDict, image_size: int, *, train: bool) -> Example
         return {"image": image(record, rng), "image_id": number, **encode(text, rng)}
 
     return example
+
+
+def llm_tokenizer(config: ConfigDict) -> Any:
+    """The tokenizer of a config's language model, with the config's special tokens."""
+    data = config.data
+    return tokenizers.load(
+        data.llm_tokenizer or config.model.llm.source, data.llm_special_tokens.to_dict()
+    )
+
+
+def llm_lengths(config: ConfigDict, *, encoder_decoder: bool) -> tuple[int, int]:
+    """Tokens a row of what the language model reads in stage 2, and of its labels."""
+    data = config.data
+    prompt = data.max_prompt_length if is_instruction(config) else data.llm_length
+    if encoder_decoder:
+        return prompt, data.llm_length
+    whole = data.max_prompt_length + data.llm_length if is_instruction(config) else data.llm_length
+    return whole, whole
+
+
+def is_instruction(config: ConfigDict) -> bool:
+    """Whether prompt and text have lengths of their own, as in LAVIS's InstructBLIP."""
+    return config.data.task == "answer" or config.model.qformer_reads_prompt
 
 
 def _captions(record: Record, data: ConfigDict) -> list[str]:
@@ -91,28 +114,51 @@ def _qformer_text(tokenizer: Any, length: int) -> Callable[..., Example]:
     return encode
 
 
-def _llm_text(tokenizer: Any, data: ConfigDict, reads_prompt: Any) -> Callable[..., Example]:
+def _llm_text(
+    tokenizer: Any, data: ConfigDict, reads_prompt: Any, instruction: bool
+) -> Callable[..., Example]:
     """A decoder-only LLM reads the whole text; an encoder-decoder its prefix or the prompt (T5).
 
     Args:
       tokenizer: the LLM's.
       data: the config's section.
       reads_prompt: the Q-Former's tokenizer, if it reads the prompt too.
+      instruction: see `is_instruction`.
     """
     whole = not tokenizers.is_encoder_decoder(tokenizer)
+    side = "left" if instruction else "right"
+    prompt_length = data.max_prompt_length if instruction else data.llm_length
+    if whole and not instruction:
+        taken = len(tokenizers.tokenize(tokenizer, [data.prompt])[0])
+        if taken >= data.llm_length:
+            raise ValueError(
+                f"config.data.prompt has {taken} tokens, and config.data.llm_length is "
+                f"{data.llm_length}: no caption would be learned. Take a longer llm_length."
+            )
+
+    def arrays(text: str, prompt: str, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        if not whole:  # with a prompt the encoder reads that, as in caption fine-tuning
+            prefix, suffix = (prompt, text) if prompt else texts.split_prefix(text, rng)
+            return tokenizers.encode_prefix(
+                tokenizer, [prefix], [suffix], prompt_length, data.llm_length, truncation_side=side
+            )
+        if instruction:
+            return tokenizers.encode_answers(
+                tokenizer, [prompt], [text], prompt_length, data.llm_length, data.end_of_text
+            )
+        return tokenizers.encode_captions(
+            tokenizer, [text], data.llm_length, prompt, data.end_of_text
+        )
 
     def encode(text: str, rng: np.random.Generator, prompt: str = data.prompt) -> Example:
-        if whole:
-            arrays = tokenizers.encode_captions(
-                tokenizer, [text], data.llm_length, prompt, data.end_of_text
-            )
-        else:  # with a prompt the encoder reads that, as in caption fine-tuning
-            prefix, suffix = (prompt, text) if prompt else texts.split_prefix(text, rng)
-            arrays = tokenizers.encode_prefix(tokenizer, [prefix], [suffix], data.llm_length)
         names = ("llm_ids", "llm_mask", "llm_labels")
-        example = {name: array[0] for name, array in zip(names, arrays, strict=True)}
+        example = {
+            name: array[0] for name, array in zip(names, arrays(text, prompt, rng), strict=True)
+        }
         if reads_prompt is not None:
-            ids, mask = tokenizers.encode_qformer(reads_prompt, [prompt], data.text_length)
+            ids, mask = tokenizers.encode_qformer(
+                reads_prompt, [prompt], data.text_length, truncation_side=side
+            )
             example |= {"text_ids": ids[0], "text_mask": mask[0]}
         return example
 

@@ -4,7 +4,7 @@ The embedded world's own two are trained here and ship with the package; all oth
 transformers saves them. The two are different on purpose, as in the published models.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,51 @@ UNFORESEEN, RETOLD, ANSWER = 0.1, 0.5, 1.0
 BOS = ""  # in a list of pieces of text, the token that begins a text
 
 
-def load(source: str) -> Any:
-    """The tokenizer in a folder, in the package (`package:NAME`), or under its name on the hub."""
+# Marks in front of a token that begins a word (SentencePiece, byte-level BPE).
+WORD_MARKS = ("\u2581", "\u0120")
+
+
+def load(source: str, special_tokens: Mapping[str, str] | None = None) -> Any:
+    """The tokenizer in a folder, in the package (`package:NAME`), or under its name on the hub.
+
+    Args:
+      source: folder or name.
+      special_tokens: names of special tokens ("bos_token") -> tokens of the vocabulary, where they
+        are others than the source's own.
+
+    Raises:
+      ValueError: no tokenizer there, or a special token that it does not have.
+    """
     from transformers import AutoTokenizer  # seconds of import, only where texts are read
 
     folder = Path(source)
     if source.startswith(PACKAGE):
         folder = Path(str(resources.files("blip2_jax") / "assets" / source.removeprefix(PACKAGE)))
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=folder.is_dir())
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=folder.is_dir())
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No tokenizer in {source!r}: it is no folder with tokenizer.json, as transformers' "
             "save_pretrained writes it, nor can it be had from the Hugging Face hub under this "
             "name."
         ) from error
+    if special_tokens:
+        _set_special_tokens(tokenizer, special_tokens, source)
+    return tokenizer
+
+
+def _set_special_tokens(tokenizer: Any, special_tokens: Mapping[str, str], source: str) -> None:
+    vocabulary = tokenizer.get_vocab()
+    for name, token in special_tokens.items():
+        if token not in vocabulary:
+            raise ValueError(
+                f"The tokenizer in {source!r} has no token {token!r}, which is to be its {name}; "
+                "it is another than the one that the model was trained with."
+            )
+    begins = tokenizer.bos_token_id in tokenizer("")["input_ids"]
+    tokenizer.add_special_tokens(dict(special_tokens))
+    if begins:
+        tokenizer.add_bos_token = True  # texts begin with the new one: its template is made again
 
 
 # ----------------------------------------------------------------------------------- training
@@ -130,10 +160,15 @@ def newline_id(tokenizer: Any) -> int:
 
 
 def encode_qformer(
-    tokenizer: Any, texts: Sequence[str], length: int
+    tokenizer: Any, texts: Sequence[str], length: int, *, truncation_side: str = "right"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[CLS] text [SEP], cut and right-padded: ids and mask, int32[B, length]."""
-    return pad_rows(tokenizer, tokenize(tokenizer, texts, length), length, side="right")
+    """[CLS] text [SEP], cut and right-padded: ids and mask, int32[B, length].
+
+    LAVIS cuts captions on the right (`blip2_qformer.py`) and instructions on the left
+    (`blip2_vicuna_instruct.py`).
+    """
+    rows = tokenize(tokenizer, texts, length, truncation_side=truncation_side)
+    return pad_rows(tokenizer, rows, length, side="right")
 
 
 def encode_captions(
@@ -144,8 +179,8 @@ def encode_captions(
     Args:
       tokenizer: the LLM's.
       texts: what is to be learned.
-      length: S; what is longer is cut.
-      prompt: stands before every text.
+      length: S; what is longer is cut on the right (LAVIS `blip2_opt.py`).
+      prompt: stands before every text, a space between them.
       end: ends every text: a newline for OPT (LAVIS), "" for the tokenizer's own end token.
 
     Returns:
@@ -153,18 +188,83 @@ def encode_captions(
       there is a prompt, at BOS and prompt; without a prompt BOS is a label (LAVIS
       `blip2_opt.py`). A text that is too long loses its end, not its place.
     """
-    head = [tokenizer.bos_token_id]
-    if prompt:
-        head += tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    space = " " if prompt else ""
-    lines = [f"{space}{text}{end}" for text in texts]
-    bodies = tokenizer(lines, add_special_tokens=False)["input_ids"]
-    if not end:
-        bodies = [[*body, tokenizer.eos_token_id] for body in bodies]
-    hidden = [IGNORED] * len(head) if prompt else head
-    ids = _pad([head + body for body in bodies], length, pad_id(tokenizer))
-    mask = _pad([[1] * (len(head) + len(body)) for body in bodies], length, 0)
-    return ids, mask, _pad([hidden + body for body in bodies], length, IGNORED)
+    prompt = prompt.rstrip(" ")
+    begin = _begin(tokenizer)
+    # One text, as in LAVIS; the prompt is as many of its tokens as it has alone.
+    space = " " if prompt and not prompt[-1].isspace() else ""
+    bodies = _ended(tokenizer, [f"{prompt}{space}{text}" for text in texts], end)
+    hidden = len(begin) + len(_ids(tokenizer, [prompt])[0]) if prompt else 0
+    return _labelled(tokenizer, [(begin + body, hidden) for body in bodies], length)
+
+
+def encode_answers(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    prompt_length: int,
+    length: int,
+    end: str = "\n",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Questions with answers for a decoder-only LLM: BOS, prompt, answer, end; right-padded.
+
+    Prompt and answer are tokenized and cut apart, so that no prompt, however long, takes the
+    answer's place (LAVIS `blip2_vicuna_instruct.py`).
+
+    Args:
+      tokenizer: the LLM's.
+      prompts: with the question in them.
+      answers: what is to be learned; their first word begins a word.
+      prompt_length: tokens of a prompt, BOS included; a longer one is cut on the left, behind BOS.
+      length: tokens of an answer, its end and, as LAVIS counts, one BOS included; a longer one is
+        cut on the right.
+      end: see `encode_captions`.
+
+    Returns:
+      ids, mask and labels, int32[B, prompt_length + length]; labels are -100 at padding, BOS and
+      prompt.
+    """
+    begin = _begin(tokenizer)
+    room = prompt_length - len(begin)
+    heads = [begin + ids[max(0, len(ids) - room) :] for ids in _ids(tokenizer, prompts)]
+    texts = [
+        f"{_space(tokenizer, prompt, answer)}{answer}"
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    bodies = [ids[: length - len(begin)] for ids in _ended(tokenizer, texts, end)]
+    rows = [(head + body, len(head)) for head, body in zip(heads, bodies, strict=True)]
+    return _labelled(tokenizer, rows, prompt_length + length)
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts without special tokens."""
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _space(tokenizer: Any, prompt: str, answer: str) -> str:
+    """What stands between the two; SentencePiece puts a space before every text by itself."""
+    first = tokenizer.convert_ids_to_tokens(_ids(tokenizer, [answer])[0][:1])
+    marked = bool(first) and first[0].startswith(WORD_MARKS)
+    return "" if marked or prompt[-1:].isspace() else " "
+
+
+def _begin(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def _ended(tokenizer: Any, texts: Sequence[str], end: str) -> list[list[int]]:
+    """Ids of texts with their end; see `encode_captions`."""
+    rows = _ids(tokenizer, [text + end for text in texts])
+    return rows if end else [[*row, tokenizer.eos_token_id] for row in rows]
+
+
+def _labelled(
+    tokenizer: Any, rows: Sequence[tuple[list[int], int]], length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, each with the number of tokens at its start that are not learned, as arrays."""
+    ids = _pad([row for row, _ in rows], length, pad_id(tokenizer))
+    mask = _pad([[1] * len(row) for row, _ in rows], length, 0)
+    labels = [[IGNORED] * hidden + row[hidden:] for row, hidden in rows]
+    return ids, mask, _pad(labels, length, IGNORED)
 
 
 def is_encoder_decoder(tokenizer: Any) -> bool:
@@ -173,32 +273,63 @@ def is_encoder_decoder(tokenizer: Any) -> bool:
 
 
 def encode_prefix(
-    tokenizer: Any, prefixes: Sequence[str], suffixes: Sequence[str], length: int
+    tokenizer: Any,
+    prefixes: Sequence[str],
+    suffixes: Sequence[str],
+    prefix_length: int,
+    length: int,
+    *,
+    truncation_side: str = "right",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Stage 2's text for an encoder-decoder LLM (LAVIS `blip2_t5.py`); right-padded.
+    """Stage 2's text for an encoder-decoder LLM; right-padded.
+
+    Args:
+      tokenizer: the LLM's.
+      prefixes: what its encoder reads.
+      suffixes: what its decoder learns; cut on the right.
+      prefix_length, length: tokens of them, `</s>` included.
+      truncation_side: where prefixes are cut: LAVIS's `blip2_t5.py` cuts captions and their prompt
+        on the right, its `blip2_t5_instruct.py` instructions on the left.
 
     Returns:
-      ids and mask of the encoder's text, labels of the decoder's, int32[B, length] each. Both
-      texts end in `</s>`; labels are -100 at padding.
+      ids and mask of the encoder's text, int32[B, prefix_length]; labels of the decoder's,
+      int32[B, length]. Both texts end in `</s>`; labels are -100 at padding.
     """
-    texts = [list(prefixes), list(suffixes)]
-    ids, labels = (
-        tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts
-    )
-    mask = _pad([[1] * len(row) for row in ids], length, 0)
-    return _pad(ids, length, tokenizer.pad_token_id), mask, _pad(labels, length, IGNORED)
+    rows = tokenize(tokenizer, prefixes, prefix_length, truncation_side=truncation_side)
+    ids, mask = pad_rows(tokenizer, rows, prefix_length, side="right")
+    return ids, mask, _pad(tokenize(tokenizer, suffixes, length), length, IGNORED)
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], truncate: int | None = None) -> list[list[int]]:
+def tokenize(
+    tokenizer: Any,
+    texts: Sequence[str],
+    truncate: int | None = None,
+    *,
+    truncation_side: str = "right",
+) -> list[list[int]]:
     """Ids of texts with the tokenizer's own special tokens.
 
     Args:
       tokenizer: OPT's and Llama's begin a text with BOS, T5's ends it with EOS, BERT's does both.
       texts: any number.
-      truncate: the most tokens of a text, special ones included; longer ones are cut.
+      truncate: the most tokens of a text, special ones included; longer ones are cut. The special
+        ones stay.
+      truncation_side: "left" or "right".
     """
-    cut = {} if truncate is None else {"truncation": True, "max_length": truncate}
-    return tokenizer(list(texts), **cut)["input_ids"]
+    # Not by the tokenizer: it keeps length and side as its state, which threads share.
+    found = tokenizer(list(texts), return_special_tokens_mask=True, verbose=False)
+    rows = zip(found["input_ids"], found["special_tokens_mask"], strict=True)
+    return [_cut(ids, special, truncate, truncation_side) for ids, special in rows]
+
+
+def _cut(ids: list[int], special: list[int], length: int | None, side: str) -> list[int]:
+    if length is None or len(ids) <= length:
+        return ids
+    start = next((i for i, mark in enumerate(special) if not mark), 0)
+    stop = len(ids) - next((i for i, mark in enumerate(reversed(special)) if not mark), 0)
+    room = max(0, length - start - (len(ids) - stop))
+    kept = ids[stop - room : stop] if side == "left" else ids[start : start + room]
+    return [*ids[:start], *kept, *ids[stop:]]
 
 
 def pad_rows(

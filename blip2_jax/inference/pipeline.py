@@ -535,14 +535,14 @@ class Blip2:
         def encode(row: int) -> tuple[np.ndarray, ...]:
             prompt, answer = prompts[row], answers[row]
             if isinstance(self.config.llm, T5Config):
-                return tokenizers.encode_prefix(tokenizer, [prompt], [answer], room)
-            return tokenizers.encode_captions(tokenizer, [answer], room, prompt, end)
+                return tokenizers.encode_prefix(tokenizer, [prompt], [answer], room, room)
+            return tokenizers.encode_answers(tokenizer, [prompt], [answer], room, room, end)
 
         def read(start: int, stop: int) -> list[Any]:
             rows = [encode(row) for row in range(start, stop)]
             ids, mask, labels = map(np.concatenate, zip(*rows, strict=True))
             longest = int(max(mask.sum(axis=1).max(), (labels >= 0).sum(axis=1).max()))
-            if longest == room:
+            if longest >= room:
                 raise ValueError(
                     f"A prompt with one of its candidates has {room} tokens or more, which is all "
                     "there is room for. Shorten it."

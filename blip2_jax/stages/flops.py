@@ -14,6 +14,7 @@ XLA counts the same within 3% (tests/stages/test_flops.py).
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from blip2_jax.data.examples import llm_lengths
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.llama import LlamaConfig
 from blip2_jax.models.opt import OPTConfig
@@ -141,7 +142,8 @@ def _stage1(config: Any, sizes: Blip2Config) -> dict[str, Flops]:
 
 def _stage2(config: Any, sizes: Blip2Config) -> dict[str, Flops]:
     """One pass of the Q-Former, and the LLM on its output and the text."""
-    c, length, trained = sizes.qformer, config.data.llm_length, _trained(config)
+    c, trained = sizes.qformer, _trained(config)
+    read, learned = llm_lengths(config, encoder_decoder=isinstance(sizes.llm, T5Config))
     queries = c.num_query_tokens
     text = config.data.text_length if sizes.qformer_reads_prompt else 0
     qformer = _qformer(c, queries, text, sizes.vit.num_tokens) + _image_keys_values(c, sizes.vit)
@@ -149,9 +151,9 @@ def _stage2(config: Any, sizes: Blip2Config) -> dict[str, Flops]:
         raise ValueError("A stage-2 model has a language model; Blip2Config.llm is None.")
     projection = _linear(queries, c.hidden_size, sizes.llm.hidden_size)
     if isinstance(sizes.llm, T5Config):
-        llm = _encoder_decoder(sizes.llm, queries + length, length)
+        llm = _encoder_decoder(sizes.llm, queries + read, learned)
     else:
-        llm = _decoder(sizes.llm, queries + length, length)
+        llm = _decoder(sizes.llm, queries + read, learned)
     return {
         "vit": _encoder(sizes, trained),
         "qformer": qformer.flops(trained="qformer" in trained),

@@ -6,7 +6,7 @@ encoder, which then come from files of their own. Each part brings its name tabl
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from blip2_jax.models.blip2 import LLMS, Blip2Config, make_model
-from blip2_jax.models.llama import RopeConfig
+from blip2_jax.models.llama import LlamaConfig, RopeConfig
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.models.vit import ViTConfig
 from blip2_jax.runtime.checkpoint import Checkpointer
@@ -39,12 +39,15 @@ class Checkpoint:
       config: the model's sizes.
       parts: name tables with the tensors they are for; none in a native folder.
       companions: folder with tokenizer and processor files, or None.
+      llm_special_tokens: of the language model's tokenizer, where they are others than the
+        companions' own.
     """
 
     source: str
     config: Blip2Config
     parts: tuple[tuple[Table, Tensors], ...]
     companions: Path | None
+    llm_special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def abstract(self) -> dict[str, Any]:
         """Shapes of all parameters that the files hold, in the files' own dtypes.
@@ -217,7 +220,9 @@ def _open_lavis(source: str, vit: str, llm: str) -> Checkpoint:
     if config.llm is not None:
         table, held = huggingface.tower(llm, config.llm)
         parts.append((table.inside("llm/"), held))
-    return Checkpoint(source, config, tuple(parts), huggingface.find(llm) if llm else None)
+    companions = huggingface.find(llm) if llm else None
+    special = lavis.LLAMA_TOKENS if isinstance(config.llm, LlamaConfig) else {}
+    return Checkpoint(source, config, tuple(parts), companions, special)
 
 
 # ------------------------------------------------------------------------------------- native

@@ -22,6 +22,10 @@ LN_VISION_EPS = 1e-5  # torch's default; Hugging Face's port computes with its e
 HEAD_DIM = 64  # of BERT-base, and so of every Q-Former that LAVIS trains
 HEADS = ("opt", "t5", "llm")  # whose projection a file holds
 
+# Special tokens of every Llama's tokenizer in LAVIS (`blip2_vicuna_instruct.py`). It also adds a
+# random row for padding to the embedding; padding is masked, and has no row here.
+LLAMA_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
+
 # The two encoders LAVIS has, by width (`eva_vit.py`, `clip_vit.py`).
 EVA_G = ViTConfig()
 CLIP_L = ViTConfig(

@@ -9,7 +9,6 @@ Depths are two layers, which says the same: counts are linear in depth. At full 
 import functools
 
 import jax
-import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
@@ -18,15 +17,6 @@ from blip2_jax import cli, recipe
 from blip2_jax.runtime import chips
 from blip2_jax.stages.flops import flops_per_sample
 from blip2_jax.weights import published
-
-
-def abstract_batch(config, image_size):
-    rows, ints = config.data.batch_size, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    text, llm = (rows, config.data.text_length), (rows, config.data.llm_length)
-    image = jax.ShapeDtypeStruct((rows, image_size, image_size, 3), jnp.uint8)
-    names = {"text_ids": text, "text_mask": text}
-    names |= {"llm_ids": llm, "llm_mask": llm, "llm_labels": llm, "image_id": (rows,)}
-    return {"image": image, **{name: ints(shape) for name, shape in names.items()}}
 
 
 def counted_by_xla(config, monkeypatch) -> tuple[float, recipe.Recipe]:
@@ -38,8 +28,7 @@ def counted_by_xla(config, monkeypatch) -> tuple[float, recipe.Recipe]:
     devices = jax.devices()[:2] if config.stage.name == "stage1" else jax.devices()[:1]
     run = recipe.build(config, recipe.meshes.make_mesh(config.mesh, devices))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    batch = abstract_batch(config, run.image_size)
-    lowered = run.train_step.lower(run.abstract_state, run.abstract_frozen, batch, key)
+    lowered = run.train_step.lower(run.abstract_state, run.abstract_frozen, run.abstract_batch, key)
     return lowered.cost_analysis()["flops"] / config.data.batch_size, run
 
 
