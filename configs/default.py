@@ -55,6 +55,9 @@ def get_config() -> ConfigDict:
             # True: ITC's gradient through both sides of the global batch. False: LAVIS on several
             # devices, where each direction trains its row side only.
             "itc_gather_grad": True,
+            # Pairs of the same image are positives of each other. False: every pair is alone, as in
+            # LAVIS where a part of the mixture has no image ids.
+            "use_image_ids": True,
             # pretrain_vit: attribute of a patch -> classes, background last.
             "labels": ConfigDict(),
         }
@@ -115,8 +118,8 @@ def get_config() -> ConfigDict:
             "ffn_dim": 10240,
             "max_position_embeddings": 2048,
             "activation": "relu",
-            # LAVIS leaves the frozen LLM in training mode, so its dropout (0.1) is on; the paper
-            # does not say. 0 here: a frozen model is a fixed function.
+            # LAVIS leaves the frozen LLM in training mode, so its dropout (0.1) is on: so do the
+            # -lavis recipes. The paper does not say; 0 here: a frozen model is a fixed function.
             "dropout": 0.0,
             # Low-rank paths beside the frozen weights, in the layers named; 0: none. They are the
             # part `llm_lora`, to be named in `trainable`.
@@ -195,6 +198,10 @@ def get_config() -> ConfigDict:
             "warmup_start_lr": 1e-6,
             "end_lr": 1e-5,  # LAVIS; the paper states none for stage 1
             "warmup_steps": 2000,
+            # per_step: warmup and cosine move every step. per_epoch: as LAVIS; the warmup ends with
+            # the first epoch, wherever it is, and the cosine moves once an epoch.
+            "schedule": "per_step",
+            "steps_per_epoch": 0,  # of schedule=per_epoch
             "betas": (0.9, 0.98),
             "eps": 1e-8,
             "weight_decay": 0.05,

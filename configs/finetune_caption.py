@@ -3,7 +3,11 @@
 ```bash
 blip2 train --config=configs/finetune_caption.py:vitg-opt2.7b --workdir=DIR \\
     --config.init.checkpoint=runs/stage2
+blip2 train --config=configs/finetune_caption.py:vitg-opt2.7b-lavis --workdir=DIR \\
+    --config.init.checkpoint=blip2_pretrained_opt2.7b.pth
 ```
+
+The second is LAVIS's `caption_coco_ft.yaml`.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +18,9 @@ DECAY = {"opt6.7b": 0.95}  # of the encoder's rates, by block; 1 for the others
 
 
 def get_config(variant: str = "vitg-opt2.7b") -> ConfigDict:
-    vit, llm = published.words(variant, tuple(published.VITS), tuple(published.LLMS))
+    vit, llm, recipe = published.words(
+        variant, tuple(published.VITS), tuple(published.LLMS), ("", "lavis")
+    )
     config = published.get_config(vit, llm)
     config.name = f"caption-{variant}"
     config.stage.name = "stage2"
@@ -25,4 +31,6 @@ def get_config(variant: str = "vitg-opt2.7b") -> ConfigDict:
     config.optim.vit_layer_decay = DECAY.get(llm, 1.0)
     config.data.update({"source": "coco", "dir": "data/coco", "form": "caption"})
     config.data.prompt = "a photo of"
+    if recipe == "lavis":
+        published.lavis(config, batch_size=256, samples=published.COCO_CAPTIONS, epochs=5)
     return config

@@ -23,14 +23,23 @@ LLMS = {
 }
 COCO_CAPTIONS = 566_747  # of Karpathy's training split, five of most images
 VG_CAPTIONS = 821_774
+GPUS = 16  # of LAVIS's runs (paper, section 3.4); its YAMLs give the batch of one
 VISUAL = ("ln_vision", "query_tokens", "qformer")  # what every stage trains
 
 
 def words(argument: str, *known: tuple[str, ...]) -> list[str]:
-    """Splits "vitg-opt2.7b" by hyphens, one of each of `known`; says what there is otherwise."""
+    """Splits "vitg-opt2.7b" by hyphens, one of each of `known`; says what there is otherwise.
+
+    A last group that holds "" may be left out.
+    """
     parts = argument.split("-")
+    if len(parts) == len(known) - 1 and "" in known[-1]:
+        parts.append("")
     if len(parts) != len(known) or any(p not in k for p, k in zip(parts, known, strict=False)):
-        choices = "-".join("{" + ",".join(k) + "}" for k in known)
+        groups = ["{" + ",".join(filter(None, k)) + "}" for k in known]
+        choices = "-".join(groups)
+        if "" in known[-1]:
+            choices = f"{'-'.join(groups[:-1])}[-{groups[-1]}]"
         raise ConfigError(f"{argument!r}: this recipe takes FILE.py:{choices}.")
     return parts
 
@@ -60,12 +69,44 @@ def web_mixture(config: ConfigDict) -> None:
     )
 
 
-def lavis(config: ConfigDict, *, batch_size: int, warmup_steps: int) -> None:
-    """LAVIS's own pre-training YAMLs: COCO and VG, ten epochs, the default second beta."""
-    config.data.mixture = ConfigDict({name: {"dir": f"data/{name}"} for name in ("coco", "vg")})
+def lavis(config: ConfigDict, *, batch_size: int, samples: int, epochs: int) -> None:
+    """What LAVIS's code does whatever its YAML says, on 16 GPUs.
+
+    Each GPU reads a sixteenth of the samples and drops what fills no batch at an epoch's end. Its
+    runner sets no second beta and moves the rate once an epoch; the rates by block are computed
+    and never used; features are gathered without their gradient; the frozen language model is in
+    training mode.
+    """
     config.data.batch_size = batch_size
-    config.steps = 10 * (COCO_CAPTIONS + VG_CAPTIONS) // batch_size
-    config.optim.update({"betas": (0.9, 0.999), "warmup_steps": warmup_steps, "end_lr": 1e-5})
+    config.optim.steps_per_epoch = -(-samples // GPUS) // (batch_size // GPUS)
+    config.steps = epochs * config.optim.steps_per_epoch
+    config.optim.update({"schedule": "per_epoch", "betas": (0.9, 0.999), "vit_layer_decay": 1.0})
+    config.stage.itc_gather_grad = False
+    config.model.llm.dropout = 0.1
+
+
+def lavis_pretraining(config: ConfigDict, *, batch_size: int, warmup_steps: int) -> None:
+    """LAVIS's `pretrain_stage1.yaml` and `pretrain_stage2.yaml`: COCO and VG, ten epochs.
+
+    A record is a caption, and the captions of both are shuffled together. VG's have RandAugment
+    and no image ids, so a batch with one of them has none, which is every batch.
+    """
+    config.data.mixture = ConfigDict(
+        {
+            "coco": {"source": "coco", "dir": "data/coco"},
+            "vg": {
+                "source": "files",
+                "dir": "data/vg/annotations/vg_caption.json",
+                "images": "data/vg/images",
+                "randaugment": (2, 5),
+            },
+        }
+    )
+    config.data.mixture_by = "size"
+    config.data.form = "caption"
+    config.stage.use_image_ids = False
+    lavis(config, batch_size=batch_size, samples=COCO_CAPTIONS + VG_CAPTIONS, epochs=10)
+    config.optim.update({"warmup_steps": warmup_steps, "end_lr": 1e-5})
 
 
 def finetune(config: ConfigDict, *, batch_size: int, samples: int) -> None:

@@ -23,7 +23,7 @@ def get_config(variant: str = "vitg-paper") -> ConfigDict:
     config.data.batch_size = {"vitg": 1680, "vitl": 2320}[vit]
     published.web_mixture(config)
     if recipe == "lavis":
-        published.lavis(config, batch_size=1600, warmup_steps=5000)
+        published.lavis_pretraining(config, batch_size=1600, warmup_steps=5000)
     return config
 
 

@@ -29,5 +29,5 @@ def get_config(variant: str = "vitg-opt2.7b-paper") -> ConfigDict:
     config.optim.end_lr = 5e-5
     published.web_mixture(config)
     if recipe == "lavis":
-        published.lavis(config, batch_size=1024, warmup_steps=2000)
+        published.lavis_pretraining(config, batch_size=1024, warmup_steps=2000)
     return config

@@ -89,6 +89,10 @@ def _captions(record: Record, data: ConfigDict) -> list[str]:
 
 
 def _image(data: ConfigDict, size: int, *, train: bool) -> ImageOf:
+    augmented = {
+        name: part["randaugment"] for name, part in data.mixture.items() if "randaugment" in part
+    }
+
     def image(record: Record, rng: np.random.Generator) -> np.ndarray:
         if not train:
             return transforms.resize(transforms.decode_image(record["image"]), size)
@@ -98,7 +102,7 @@ def _image(data: ConfigDict, size: int, *, train: bool) -> ImageOf:
             rng,
             scale=data.crop_scale,
             flip=data.flip,
-            randaugment=data.randaugment,
+            randaugment=augmented.get(record.get("part", ""), data.randaugment),
             resize=data.resize,
         )
 

@@ -209,6 +209,8 @@ def _read(dataset: grain.MapDataset[Batch], threads: int) -> grain.IterDataset[B
 # ------------------------------------------------------------------------------------- sources
 
 STORIES = ("stories", "easy_stories")
+# Of a mixture's part; `randaugment` is read by `make_example`.
+PART_KEYS = ("source", "dir", "images", "form", "split", "weight", "randaugment")
 
 
 def make_source(config: ConfigDict, split: str) -> Any:
@@ -230,7 +232,7 @@ def make_source(config: ConfigDict, split: str) -> Any:
         )
     parts = {}
     for name, part in data.mixture.items():
-        unknown = set(part) - {"source", "dir", "images", "form", "split", "weight"}
+        unknown = set(part) - set(PART_KEYS)
         if unknown:
             raise ValueError(f"config.data.mixture.{name} has no key {sorted(unknown)[0]!r}.")
         whole = {**{key: data[key] for key in ("source", "images", "form", "index_dir")}, **part}

@@ -2,8 +2,9 @@
 
 A source has a length, records by number, and `where(number)`, which names a record's place in
 reports. A record is a dict: `image` (encoded bytes), `id`, `captions` (list of texts), maybe
-`questions` (list of {"question", "answers" or "answer", ...}), and `image_number` where several
-records show one image. A record that cannot be read raises RecordError.
+`questions` (list of {"question", "answers" or "answer", ...}), `image_number` where several
+records show one image, and `part`, the name of a mixture's part. A record that cannot be read
+raises RecordError.
 """
 
 import json
@@ -120,7 +121,7 @@ class Mixture:
         index -= self.ranges[part][0]
         record = self.parts[part][index]
         number = self._first_image[part] + record.get("image_number", index)
-        return {**record, "image_number": number}
+        return {**record, "image_number": number, "part": self.names[part]}
 
 
 class Mismatched:

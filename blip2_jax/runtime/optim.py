@@ -5,7 +5,7 @@ and names ending in `bias`. Our layers are stacked, so a LayerNorm scale is `flo
 the decision is therefore by name first and by shape second.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,12 +22,12 @@ TEMPERATURES = ("temp", "temperature", "logit_scale")
 def make_optimizer(
     config_optim: Mapping[str, Any], abstract_params: Any, scales: Any = None
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW with linear warmup and cosine decay, both per step.
+    """AdamW with linear warmup and cosine decay.
 
     Args:
-      config_optim: `peak_lr`, `warmup_start_lr`, `end_lr`, `warmup_steps`, `total_steps`,
-        `betas` (two numbers), `eps`, `weight_decay`, `clip_norm` (global norm; 0 = no clipping),
-        `decay_biases`, `decay_temperature` (bools; LAVIS: False, True).
+      config_optim: what `make_schedule` reads, and `betas` (two numbers), `eps`, `weight_decay`,
+        `clip_norm` (global norm; 0 = no clipping), `decay_biases`, `decay_temperature` (bools;
+        LAVIS: False, True).
       abstract_params: the trainable parameters, arrays or `jax.ShapeDtypeStruct`s.
       scales: factors on each parameter's learning rate, a tree like them, or None.
 
@@ -61,16 +61,36 @@ def _scale_each(scales: Any) -> optax.GradientTransformation:
 
 
 def make_schedule(config_optim: Mapping[str, Any]) -> optax.Schedule:
-    """Linear from `warmup_start_lr` to `peak_lr`, then a half cosine to `end_lr`.
+    """The learning rate of a step, by `config_optim["schedule"]`.
 
-    LAVIS warms up within its first epoch and then steps the cosine once an epoch; a step is the
-    only unit of time here, as in the paper (section 3.4), so streams without epochs work.
+    - "per_step": linear from `warmup_start_lr` to `peak_lr` in `warmup_steps`, then a half cosine
+      to `end_lr` at `total_steps`. A step is the only unit of time, as in the paper (section 3.4),
+      so streams without epochs work.
+    - "per_epoch": what LAVIS trains with (`LinearWarmupCosineLRScheduler`). The linear warmup
+      holds in the first epoch alone, however far it has come there. From the second epoch on the
+      rate is the cosine's at the epoch's start, for the whole epoch; the cosine begins at step 0
+      and would reach `end_lr` with the epoch after the last.
+
+    Args:
+      config_optim: `schedule`, `peak_lr`, `warmup_start_lr`, `end_lr`, `warmup_steps`,
+        `total_steps` and, for "per_epoch", `steps_per_epoch`.
+
+    Raises:
+      ValueError: an unknown schedule, a warmup that leaves nothing of the run, or no length of an
+        epoch.
     """
+    kind = config_optim["schedule"]
+    if kind not in SCHEDULES:
+        raise ValueError(f"config.optim.schedule is {kind!r}; known: {', '.join(SCHEDULES)}.")
+    return SCHEDULES[kind](config_optim)
+
+
+def _per_step(config_optim: Mapping[str, Any]) -> optax.Schedule:
     warmup, total = config_optim["warmup_steps"], config_optim["total_steps"]
     if not 0 <= warmup < total:
         raise ValueError(
-            f"config.optim.warmup_steps is {warmup} and total_steps is {total}; "
-            "the warmup must be shorter than the run."
+            f"config.optim.warmup_steps is {warmup} and config.steps is {total}; the warmup must "
+            f"be shorter than the run. For a short run: --config.optim.warmup_steps={total // 10}."
         )
     return optax.warmup_cosine_decay_schedule(
         init_value=config_optim["warmup_start_lr"],
@@ -79,6 +99,32 @@ def make_schedule(config_optim: Mapping[str, Any]) -> optax.Schedule:
         decay_steps=total,
         end_value=config_optim["end_lr"],
     )
+
+
+def _per_epoch(config_optim: Mapping[str, Any]) -> optax.Schedule:
+    start, peak, end = (config_optim[k] for k in ("warmup_start_lr", "peak_lr", "end_lr"))
+    warmup, length = config_optim["warmup_steps"], config_optim["steps_per_epoch"]
+    if length < 1 or warmup < 0:
+        raise ValueError(
+            f"config.optim.steps_per_epoch is {length} and warmup_steps is {warmup}; "
+            "schedule='per_epoch' needs at least 1 and 0. For a run without epochs take "
+            "config.optim.schedule='per_step'."
+        )
+    epochs = -(-config_optim["total_steps"] // length)
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        epoch = jnp.minimum(jnp.asarray(step) // length, epochs)
+        warm = jnp.minimum(peak, start + (peak - start) * (step / max(warmup, 1)))
+        cosine = end + (peak - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * epoch / epochs))
+        return jnp.where(epoch == 0, warm, cosine)
+
+    return schedule
+
+
+SCHEDULES: dict[str, Callable[[Mapping[str, Any]], optax.Schedule]] = {
+    "per_step": _per_step,
+    "per_epoch": _per_epoch,
+}
 
 
 def decay_mask(params: Any, *, decay_biases: bool, decay_temperature: bool) -> Any:

@@ -32,16 +32,20 @@ def loss_fn(
     Args:
       params: trainable part; frozen: the rest.
       batch: `image` uint8[B, H, W, 3]; the text from [CLS] to [SEP], `text_ids` and `text_mask`
-        int32[B, T]; and `image_id` int32[B]: pairs with the same image are no negatives.
+        int32[B, T]; and `image_id` int32[B]: pairs with the same image are no negatives, unless
+        `spec.stage.use_image_ids` is False.
       key: randomness of dropout and of the negatives; None: no dropout, fixed negatives.
-      spec: what the recipe decides (`spec.stage`: `objectives`, `label_smoothing` and
-        `itc_gather_grad`). ITM without ITC still draws its negatives by ITC's similarities.
+      spec: what the recipe decides (`spec.stage`: `objectives`, `label_smoothing`,
+        `itc_gather_grad` and `use_image_ids`). ITM without ITC still draws its negatives by ITC's
+        similarities.
     """
     model: Blip2Stage1 = spec.merge(params, frozen)
     options = spec.stage
     ids, mask = batch["text_ids"], batch["text_mask"]
     k_image, k_text, k_itm, k_itg, k_negatives = split_key(key, 5)
-    same = batch["image_id"][:, None] == batch["image_id"][None, :]
+    same = jnp.eye(len(ids), dtype=bool)
+    if options.use_image_ids:
+        same = batch["image_id"][:, None] == batch["image_id"][None, :]
 
     k_vit = None if key is None else jax.random.fold_in(key, 1)
     features = model.image_features(batch["image"], k_vit)

@@ -1,8 +1,11 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blip2_jax import cli
 from blip2_jax.runtime import optim, state
 
 CONFIG = {
@@ -10,6 +13,8 @@ CONFIG = {
     "warmup_start_lr": 1e-6,
     "end_lr": 1e-5,
     "warmup_steps": 10,
+    "schedule": "per_step",
+    "steps_per_epoch": 0,
     "total_steps": 100,
     "betas": (0.9, 0.98),
     "eps": 1e-8,
@@ -45,8 +50,59 @@ def test_a_run_without_warmup_starts_at_the_peak():
 
 
 def test_a_warmup_longer_than_the_run_is_refused():
-    with pytest.raises(ValueError, match="warmup_steps is 100 and total_steps is 100"):
+    with pytest.raises(
+        ValueError, match="is 100 and config.steps is 100.*--config.optim.warmup_steps=10"
+    ):
         optim.make_schedule(CONFIG | {"warmup_steps": 100})
+
+
+# LAVIS's YAMLs in lavis/projects/blip2/train: peak, least and first rate, warmup, epochs; and the
+# steps of an epoch on 16 GPUs: each has ceil(samples / 16), and drops what fills no batch.
+LAVIS = {
+    "stage1.py:vitg-lavis": (1e-4, 1e-5, 1e-6, 5000, 10, 867),  # pretrain_stage1.yaml
+    "stage2.py:vitg-opt2.7b-lavis": (1e-4, 1e-5, 1e-6, 2000, 10, 1355),  # pretrain_stage2.yaml
+    "finetune_caption.py:vitg-opt2.7b-lavis": (1e-5, 0.0, 1e-8, 1000, 5, 2213),  # caption_coco_ft
+    "finetune_retrieval.py:vitg-lavis": (1e-5, 0.0, 1e-8, 1000, 5, 2530),  # retrieval_coco_ft
+}
+
+
+@pytest.mark.parametrize("name", LAVIS)
+def test_the_rate_is_lavis_at_every_step_of_its_recipes(name):
+    """Its scheduler is asked before each step, by epoch and by step within the epoch."""
+    peak, least, first, warmup, epochs, length = LAVIS[name]
+    want = []
+    for epoch in range(epochs):
+        for step in range(length):
+            if epoch == 0:
+                want.append(min(peak, first + (peak - first) * step / warmup))
+            else:
+                want.append(least + (peak - least) * (1 + math.cos(math.pi * epoch / epochs)) / 2)
+    config = cli.load_config(f"configs/{name}")
+    schedule = optim.make_schedule({**config.optim, "total_steps": config.steps})
+    got = jax.jit(jax.vmap(schedule))(jnp.arange(config.steps))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert len(want) == config.steps
+
+
+def test_a_warmup_beyond_the_first_epoch_is_cut_off_and_a_missing_one_is_one_step():
+    of = lambda **changes: optim.make_schedule(  # noqa: E731
+        CONFIG | {"schedule": "per_epoch", "steps_per_epoch": 4, "total_steps": 12} | changes
+    )
+    rates = [float(of()(step)) for step in range(14)]
+    slope = (1e-3 - 1e-6) / 10
+    cosine = [1e-5 + (1e-3 - 1e-5) * 0.5 * (1 + math.cos(math.pi * n / 3)) for n in (1, 2, 3)]
+    want = [1e-6 + slope * n for n in range(4)] + [cosine[0]] * 4 + [cosine[1]] * 4
+    np.testing.assert_allclose(rates, want + [cosine[2]] * 2, rtol=1e-5)
+    np.testing.assert_allclose([of(warmup_steps=0)(n) for n in (0, 1)], [1e-6, 1e-3], rtol=1e-5)
+    # A run that is shorter than an epoch has the first part of the first.
+    np.testing.assert_allclose(of(total_steps=2)(1), want[1], rtol=1e-5)
+
+
+def test_a_schedule_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="schedule is 'hourly'; known: per_step, per_epoch"):
+        optim.make_schedule(CONFIG | {"schedule": "hourly"})
+    with pytest.raises(ValueError, match="config.optim.steps_per_epoch is 0"):
+        optim.make_schedule(CONFIG | {"schedule": "per_epoch"})
 
 
 def test_what_lavis_decays_is_decayed_in_stacks_too():

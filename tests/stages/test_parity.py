@@ -134,6 +134,7 @@ def test_losses_and_gradients_equal_pytorch(both, tmp_path, monkeypatch):
             "objectives": stage1.OBJECTIVES,
             "label_smoothing": 0.1,
             "itc_gather_grad": True,
+            "use_image_ids": True,
             "accumulate": 1,
         }
     )

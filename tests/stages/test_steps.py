@@ -170,6 +170,19 @@ def test_itm_of_two_pairs_takes_the_only_negative_there_is():
     assert loss(jax.random.key(0)) == loss(jax.random.key(1)) == loss(None)
 
 
+def test_pairs_of_one_image_are_strangers_without_image_ids():
+    """As in LAVIS, where a part of the mixture has none."""
+    changes = {"stage.objectives": ("itc",), "stage.use_image_ids": False}
+    config = tiny.config("stage1", **changes)
+    run = recipe.build(config, recipe.meshes.make_mesh(config.mesh, jax.devices()[:1]))
+    params, frozen = run.init_state(jax.random.key(0))["params"], tiny.frozen(run)
+    batch = {**tiny.batch(config), "image_id": np.zeros(config.data.batch_size, np.int32)}
+    found = run.eval_step(params, frozen, batch)
+    want = _first_losses(("itc",))  # of as many images as pairs
+    assert found["itc/loss"] == pytest.approx(float(want["itc/loss"]), rel=1e-6)
+    assert found["itc/accuracy"] == want["itc/accuracy"]
+
+
 @functools.cache
 def _first_losses(objectives: tuple[str, ...]):
     config = tiny.config("stage1", **{"stage.objectives": objectives})

@@ -1,0 +1,136 @@
+"""From records to arrays: which texts, cut where, and which images are augmented."""
+
+import numpy as np
+import pytest
+import transformers
+from ml_collections import ConfigDict
+
+import tests.data.made as made
+import tests.tiny as tiny
+from blip2_jax import recipe
+from blip2_jax.data import examples, loader, sources, tokenizers, transforms
+
+LONG = "is the 3 red and " * 20 + "what color is the 7?"
+
+
+def make_config(**changes):
+    names = {
+        "data.qformer_tokenizer": "package:digits-bert",
+        "data.llm_tokenizer": "package:digits-opt",
+        "data.clean_text": False,
+        "data.prompt": "Question: {} Answer:",
+        "data.task": "answer",
+        "data.text_length": 7,
+        "data.max_prompt_length": 9,
+        "data.llm_length": 4,
+        "model.qformer_reads_prompt": True,
+        **changes,
+    }
+    return tiny.config("stage2", **names)
+
+
+def example_of(config, **record):
+    record = {"image": made.jpeg(0), "captions": ["a red 3"], **record}
+    return examples.make_example(config, 16, train=True)(record, 0, np.random.default_rng(0))
+
+
+def test_an_instruction_that_is_too_long_loses_its_begin_and_no_answer_its_place():
+    """As LAVIS's InstructBLIP, for the language model and the Q-Former alike."""
+    config = make_config()
+    example = example_of(config, questions=[{"question": LONG, "answers": ["red"]}])
+    opt, bert = (
+        tokenizers.load(config.data[name]) for name in ("llm_tokenizer", "qformer_tokenizer")
+    )
+    learned = example["llm_labels"] >= 0
+    assert opt.decode(example["llm_ids"][learned]) == " red\n"
+    asked = example["llm_ids"][(example["llm_mask"] > 0) & ~learned]
+    assert opt.decode(asked) == "</s> what color is the 7? Answer:" and len(asked) == 9
+    assert bert.decode(example["text_ids"]) == "[CLS] the 7? answer : [SEP]"
+
+
+@pytest.mark.parametrize("task", ["answer", "caption"])
+@pytest.mark.parametrize("reads_prompt", [True, False])
+def test_arrays_have_the_shapes_that_the_step_is_compiled_for(task, reads_prompt):
+    prompt = "Question: {} Answer:" if task == "answer" else "a picture of"
+    config = make_config(
+        **{
+            "data.task": task,
+            "model.qformer_reads_prompt": reads_prompt,
+            "data.prompt": prompt,
+            "data.llm_length": 6,
+        }
+    )
+    example = example_of(config, questions=[{"question": LONG, "answers": ["red"]}])
+    batch = recipe.build(config).abstract_batch
+    assert {name: x.shape[1:] for name, x in batch.items()} == {
+        name: np.shape(x) for name, x in example.items()
+    }
+    assert (example["llm_labels"] >= 0).any()
+
+
+def test_a_prompt_that_leaves_no_room_for_captions_is_refused():
+    config = make_config(
+        **{
+            "data.task": "caption",
+            "data.prompt": "a picture of",
+            "model.qformer_reads_prompt": False,
+        }
+    )
+    with pytest.raises(ValueError, match=r"prompt has 4 tokens, and config\.data\.llm_length is 4"):
+        example_of(config)
+
+
+@pytest.mark.parametrize("task", ["answer", "caption"])
+def test_an_encoder_decoder_reads_the_prompt_and_learns_the_text(task, tmp_path):
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in set(LONG.split()))]
+    transformers.T5Tokenizer(
+        vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0
+    ).save_pretrained(tmp_path)
+    prompt = "{}" if task == "answer" else LONG
+    config = make_config(
+        **{
+            "data.llm_tokenizer": str(tmp_path),
+            "data.task": task,
+            "data.prompt": prompt,
+            "model.qformer_reads_prompt": False,
+        }
+    )
+    example = example_of(config, questions=[{"question": LONG, "answers": ["red"]}])
+    lengths = examples.llm_lengths(config, encoder_decoder=True)
+    assert lengths == ({"answer": 9, "caption": 4}[task], 4)
+    assert (len(example["llm_ids"]), len(example["llm_labels"])) == lengths
+    read = tokenizers.load(str(tmp_path)).decode(example["llm_ids"], skip_special_tokens=True)
+    # An instruction is cut on the left; the prompt of captions on the right (LAVIS `blip2_t5.py`).
+    assert read == {"answer": "3 red and what color is the 7?", "caption": "is the 3"}[task]
+
+
+class Pictures:
+    """The same picture, again and again."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return {"image": made.jpeg(0), "captions": ["a red 3"]}
+
+
+def test_a_part_of_a_mixture_has_its_own_augmentation(monkeypatch):
+    """As Visual Genome in LAVIS's pre-training, beside COCO without any."""
+    asked = []
+
+    def train_image(data, size, rng, **options):
+        asked.append(options["randaugment"])
+        return np.zeros((size, size, 3), np.uint8)
+
+    monkeypatch.setattr(transforms, "train_image", train_image)
+    config = make_config(**{"data.task": "caption", "data.prompt": ""})
+    config.data.mixture = ConfigDict(
+        {"coco": {"dir": "a"}, "vg": {"dir": "b", "randaugment": (2, 5)}}
+    )
+    source = sources.Mixture({"coco": Pictures(), "vg": Pictures()})
+    read = loader.Reader(source, examples.make_example(config, 16, train=True))
+    for index in (0, 15, 16, 31):
+        read(index, np.random.default_rng(0))
+    assert asked == [(0, 0), (0, 0), (2, 5), (2, 5)]
