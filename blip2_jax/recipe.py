@@ -264,8 +264,11 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
             )
         scales = jax.tree.map(lambda _: np.float32(1.0), trainable)
         scales["vit"] = vit.layer_scales(trainable["vit"], config.optim.vit_layer_decay)
+    vectors = ()
+    if isinstance(sizes, blip2.Blip2Config):
+        vectors = tuple(f"vit/{name}" for name in vit.vectors(sizes.vit))
     optimizer, schedule = optim.make_optimizer(
-        {**config.optim, "total_steps": config.steps}, trainable, scales
+        {**config.optim, "total_steps": config.steps}, trainable, scales, vectors
     )
     place = functools.partial(
         meshes.shardings, axes_table=blip2.AXES, rules=config.sharding, mesh=mesh

@@ -148,6 +148,11 @@ class ViT(nnx.Module):
         return x
 
 
+def vectors(config: ViTConfig) -> tuple[str, ...]:
+    """Parameters that are 1-D in the encoder they are from: CLIP's class token, not EVA-CLIP's."""
+    return ("cls_token",) if config.pre_norm else ()
+
+
 def layer_scales(params: Any, decay: float) -> Any:
     """Factors on the learning rate of each parameter of a ViT, smaller the deeper it lies.
 

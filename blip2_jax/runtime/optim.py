@@ -5,7 +5,7 @@ and names ending in `bias`. Our layers are stacked, so a LayerNorm scale is `flo
 the decision is therefore by name first and by shape second.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,10 @@ TEMPERATURES = ("temp", "temperature", "logit_scale")
 
 
 def make_optimizer(
-    config_optim: Mapping[str, Any], abstract_params: Any, scales: Any = None
+    config_optim: Mapping[str, Any],
+    abstract_params: Any,
+    scales: Any = None,
+    vectors: Collection[str] = (),
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW with linear warmup and cosine decay.
 
@@ -30,6 +33,7 @@ def make_optimizer(
         LAVIS: False, True).
       abstract_params: the trainable parameters, arrays or `jax.ShapeDtypeStruct`s.
       scales: factors on each parameter's learning rate, a tree like them, or None.
+      vectors: see `decay_mask`.
 
     Returns:
       The optimizer, and the schedule `step -> learning rate` for the log.
@@ -40,6 +44,7 @@ def make_optimizer(
         abstract_params,
         decay_biases=config_optim["decay_biases"],
         decay_temperature=config_optim["decay_temperature"],
+        vectors=vectors,
     )
     parts = [
         optax.scale_by_adam(b1=beta1, b2=beta2, eps=config_optim["eps"]),
@@ -127,8 +132,16 @@ SCHEDULES: dict[str, Callable[[Mapping[str, Any]], optax.Schedule]] = {
 }
 
 
-def decay_mask(params: Any, *, decay_biases: bool, decay_temperature: bool) -> Any:
+def decay_mask(
+    params: Any, *, decay_biases: bool, decay_temperature: bool, vectors: Collection[str] = ()
+) -> Any:
     """True where weight decay applies; a tree of bools like `params`.
+
+    Args:
+      params: arrays or `jax.ShapeDtypeStruct`s.
+      decay_biases, decay_temperature: whether these are decayed.
+      vectors: paths ("a/b/c") of parameters that are not decayed because they are 1-D in the model
+        that they are from, and have another shape here.
 
     Raises:
       ValueError: no parameter at all, as an empty trainable set is always a mistake.
@@ -136,7 +149,10 @@ def decay_mask(params: Any, *, decay_biases: bool, decay_temperature: bool) -> A
     named = flatten_with_names(params)
     if not named:
         raise ValueError("There is nothing to train: the tree of trainable parameters is empty.")
-    mask = [_is_decayed(path, leaf, decay_biases, decay_temperature) for path, leaf in named]
+    mask = [
+        path not in vectors and _is_decayed(path, leaf, decay_biases, decay_temperature)
+        for path, leaf in named
+    ]
     return jax.tree.unflatten(jax.tree.structure(params), mask)
 
 
