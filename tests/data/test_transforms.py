@@ -30,6 +30,28 @@ def test_crops_have_the_published_areas_and_ratios():
     assert 0.74 < ratio.min() < 0.78 and 1.3 < ratio.max() < 1.345
 
 
+def test_crops_are_distributed_as_torchvisions():
+    """Area uniform, ratio uniform in its logarithm, place uniform: by Kolmogorov and Smirnov."""
+    rng, width, height, scale = np.random.default_rng(0), 3000, 2000, (0.1, 0.2)  # all crops fit
+    boxes = np.array([transforms.random_crop(width, height, rng, scale) for _ in range(4000)])
+    left, top, right, bottom = boxes.T
+    w, h = right - left, bottom - top
+    uniform = {
+        "area": (w * h / (width * height) - scale[0]) / (scale[1] - scale[0]),
+        "ratio": (np.log(w / h) - np.log(3 / 4)) / (np.log(4 / 3) - np.log(3 / 4)),
+        "left": left / (width - w),
+        "top": top / (height - h),
+    }
+    count = np.arange(len(boxes)) / len(boxes)
+    for name, values in uniform.items():
+        distance = np.abs(np.sort(values) - count).max()
+        assert distance < 1.63 / len(boxes) ** 0.5, name  # one in a hundred goes beyond
+    # A crop that does not fit is drawn again: areas and ratios stay within their bounds.
+    boxes = [transforms.random_crop(400, 300, rng, (0.9, 1.0)) for _ in range(500)]
+    shapes = np.array([(right - left, bottom - top) for left, top, right, bottom in boxes])
+    assert (shapes.prod(axis=1) / 120_000 > 0.89).all() and (shapes <= (400, 300)).all()
+
+
 @pytest.mark.parametrize(("size", "box"), [((1000, 10), (13, 10)), ((10, 1000), (10, 13))])
 def test_an_image_too_narrow_for_any_crop_gives_its_middle(size, box):
     left, top, right, bottom = transforms.random_crop(*size, np.random.default_rng(0), (0.9, 1.0))

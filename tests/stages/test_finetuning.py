@@ -46,6 +46,27 @@ def test_a_contrast_in_parts_is_refused(one_device):
         recipe.build(tiny.config("stage2", **{"stage.accumulate": 3}), one_device)
 
 
+def test_blocks_are_left_out_the_more_the_deeper_they_lie(monkeypatch):
+    """EVA's and timm's rule: from 0 in the first block, evenly to the rate in the last."""
+    seen = []
+
+    def drop_path(x, rate, key):
+        assert key is not None
+        jax.debug.callback(lambda r: seen.append(float(r)), rate, ordered=True)
+        return x
+
+    monkeypatch.setattr(vit, "drop_path", drop_path)
+    sizes = ViTConfig(
+        image_size=16, patch_size=8, hidden_size=8, num_layers=5, num_heads=1, mlp_dim=8,
+        drop_path=0.4,
+    )  # fmt: skip
+    images = np.zeros((1, 16, 16, 3), np.uint8)
+    ViT(sizes, rngs=nnx.Rngs(0))(images, jax.random.key(0)).block_until_ready()
+    jax.effects_barrier()
+    # Attention and feed-forward of each block.
+    np.testing.assert_allclose(seen, np.repeat([0.0, 0.1, 0.2, 0.3, 0.4], 2), atol=1e-6)
+
+
 def test_rates_fall_from_block_to_block(one_device):
     """The update of every parameter of the encoder is the plain one times its factor."""
     plain = tiny.config("stage2", trainable=TRAINED)
