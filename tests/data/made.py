@@ -5,7 +5,10 @@ import json
 import tarfile
 
 import numpy as np
+import tokenizers as backend
+import transformers
 from PIL import Image
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 
 def jpeg(seed: int = 0, size: tuple[int, int] = (48, 36), *, kind: str = "JPEG") -> bytes:
@@ -75,3 +78,37 @@ def write_images(folder, count: int) -> list[str]:
     for number in range(count):
         (folder / f"{number}.jpg").write_bytes(jpeg(number))
     return [f"{number}.jpg" for number in range(count)]
+
+
+WORDS = "Question: what color is the 3? Short answer: light blue 7".split()
+
+
+def llama_tokenizer(kind: str):
+    """Llama's tokenizer, in each form in which folders have it.
+
+    "metaspace": transformers 5's class; "prepend": the tokenizer.json of 2023 (Vicuna's), which
+    puts a space before every text, and before one that begins with a space another; "bytes":
+    Llama 3's.
+    """
+    trained = backend.Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = {
+        "metaspace": pre_tokenizers.Metaspace(prepend_scheme="first"),
+        "prepend": None,
+        "bytes": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    }[kind]
+    if kind == "prepend":
+        trained.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    trained.train_from_iterator([*WORDS, *(f" {word}" for word in WORDS), "\n"], trainer)
+    if kind == "metaspace":
+        model = json.loads(trained.to_str())["model"]
+        merges = [tuple(pair) for pair in model["merges"]]
+        return transformers.LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
+    trained.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=True))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=trained, **names)

@@ -1,15 +1,13 @@
 """Texts as arrays: the shipped tokenizers, and what is padded, cut, masked and learned."""
 
 import copy
-import json
 import re
 
 import numpy as np
 import pytest
-import tokenizers as backend
 import transformers
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
+import tests.data.made as made
 from blip2_jax.data import tokenizers, world
 from blip2_jax.weights import lavis
 
@@ -104,7 +102,7 @@ def cut_by_itself(tokenizer, text, length, side):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_texts_are_cut_as_transformers_cuts_them(bert, opt, side):
-    for tokenizer in (bert, opt, t5_tokenizer(), llama("prepend")):
+    for tokenizer in (bert, opt, t5_tokenizer(), made.llama_tokenizer("prepend")):
         for text in ("a red 3 and a blue 7", "a red", ""):
             for length in (3, 6, 40):
                 (row,) = tokenizers.tokenize(tokenizer, [text], length, truncation_side=side)
@@ -125,42 +123,14 @@ def test_the_qformers_text_is_cut_where_lavis_cuts_it(bert):
         assert bert.decode(ids[0][1:-1]) == kept and mask.all()
 
 
-WORDS = "Question: what color is the 3? Short answer: light blue 7".split()
-
-
-def llama(kind: str):
-    """Llama's tokenizer, in each form in which folders have it.
-
-    "metaspace": transformers 5's class; "prepend": the tokenizer.json of 2023 (Vicuna's), which
-    puts a space before every text, and before one that begins with a space another; "bytes":
-    Llama 3's.
-    """
-    trained = backend.Tokenizer(models.BPE(unk_token="<unk>"))
-    trained.pre_tokenizer = {
-        "metaspace": pre_tokenizers.Metaspace(prepend_scheme="first"),
-        "prepend": None,
-        "bytes": pre_tokenizers.ByteLevel(add_prefix_space=False),
-    }[kind]
-    if kind == "prepend":
-        trained.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
-    special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
-    trained.train_from_iterator([*WORDS, *(f" {word}" for word in WORDS), "\n"], trainer)
-    if kind == "metaspace":
-        model = json.loads(trained.to_str())["model"]
-        merges = [tuple(pair) for pair in model["merges"]]
-        return transformers.LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
-    trained.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    names = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=True))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=trained, **names)
-
-
 def t5_tokenizer():
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in (*WORDS, "a", "red", "and"))]
+    pieces = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "▁",
+        *(f"▁{word}" for word in (*made.WORDS, "a", "red", "and")),
+    ]
     return transformers.T5Tokenizer(
         vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0
     )
@@ -174,7 +144,7 @@ QUESTION = "Question: what color is the 3? Short answer:"
 @pytest.mark.parametrize(("prompt_length", "length"), [(30, 20), (4, 3)])
 def test_an_answer_has_lavis_ids(kind, answer, prompt_length, length):
     """LAVIS `blip2_vicuna_instruct.py`: two texts, cut apart, joined without the second's BOS."""
-    tokenizer = llama(kind)
+    tokenizer = made.llama_tokenizer(kind)
     prompt = cut_by_itself(tokenizer, QUESTION, prompt_length, "left")
     reply = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id][:length][1:]
     ids, mask, labels = tokenizers.encode_answers(
@@ -190,7 +160,7 @@ def test_an_answer_has_lavis_ids(kind, answer, prompt_length, length):
 @pytest.mark.parametrize("space", ["", " ", "\n"])
 def test_an_answer_begins_a_word_whatever_the_tokenizer(kind, space, opt):
     """Its tokens are those that it has within the whole text."""
-    tokenizer = opt if kind == "opt" else llama(kind)
+    tokenizer = opt if kind == "opt" else made.llama_tokenizer(kind)
     prompt, answer = (f"the 3 is{space}", "blue 7")
     ids, _, labels = tokenizers.encode_answers(tokenizer, [prompt], [answer], 20, 20)
     learned = ids[0][labels[0] != tokenizers.IGNORED]
@@ -215,7 +185,7 @@ def test_a_long_question_does_not_take_its_answers_place(opt):
 
 @pytest.mark.parametrize("kind", ["metaspace", "prepend"])
 def test_special_tokens_are_lavis_when_a_config_says_so(kind, tmp_path):
-    llama(kind).save_pretrained(tmp_path)
+    made.llama_tokenizer(kind).save_pretrained(tmp_path)
     own, theirs = (tokenizers.load(str(tmp_path), t) for t in (None, lavis.LLAMA_TOKENS))
     assert (own.bos_token_id, own.eos_token_id, own.unk_token_id) == (1, 2, 0)
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id) == (2, 2, 2)

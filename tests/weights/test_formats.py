@@ -377,6 +377,30 @@ def test_a_processor_is_made_for_a_lavis_file(opt_folder, tmp_path):
     assert model(**inputs).logits.shape == (1, 5 + 4, 256)
 
 
+def test_a_llama_of_a_lavis_file_has_lavis_special_tokens(tmp_path):
+    """Loaded or converted: texts begin with </s>, whatever the tokenizer's own folder says."""
+    import tests.data.made as made
+    from blip2_jax import convert, pretrained
+    from blip2_jax.data import tokenizers
+
+    models.instruct("llama").save_pretrained(tmp_path / "hf")
+    found, params = read(tmp_path / "hf")
+    lavis.save(tmp_path / "model.pth", found.config, params, with_vit=True)
+    huggingface.save(tmp_path / "vicuna", found.config.llm, params["llm"])
+    made.llama_tokenizer("prepend").save_pretrained(tmp_path / "vicuna")
+    places = {"vit": str(tmp_path / "hf"), "llm": str(tmp_path / "vicuna")}
+    opened = checkpoint.open_checkpoint(str(tmp_path / "model.pth"), **places)
+    bert = "package:digits-bert"
+    loaded = pretrained._tokenizers(opened, places["llm"], bert, "")["llm_tokenizer"]
+    options = [f"--{name}={place}" for name, place in places.items()]
+    native = str(tmp_path / "native")
+    assert convert.main([str(tmp_path / "model.pth"), native, "--to=native", *options]) == 0
+    own = tokenizers.load(places["llm"])
+    for tokenizer in (loaded, tokenizers.load(native)):
+        assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("</s>",) * 3
+        assert tokenizer("blue 7")["input_ids"] == [2, *own("blue 7")["input_ids"][1:]]
+
+
 def test_the_command_converts_and_says_what_went_where(opt_folder, tmp_path, capsys):
     from blip2_jax import convert
 
