@@ -339,16 +339,24 @@ class GatedMLP(nnx.Module):
     """down(activation(gate(x)) * up(x)), without biases: T5 v1.1's and Llama's feed-forward."""
 
     def __init__(
-        self, width: int, hidden: int, *, activation: str, dtype: Any = None, rngs: nnx.Rngs
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: str,
+        dropout_rate: float = 0.0,
+        dtype: Any = None,
+        rngs: nnx.Rngs,
     ):
         self.gate = linear(width, hidden, bias=False, dtype=dtype, rngs=rngs)
         self.up = linear(width, hidden, bias=False, dtype=dtype, rngs=rngs)
         self.down = linear(hidden, width, bias=False, dtype=dtype, rngs=rngs)
-        self.activation = activation
+        self.activation, self.dropout_rate = activation, dropout_rate
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float[..., D] -> float[..., D]."""
-        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """float[..., D] -> float[..., D]; with a key, dropout before the last layer (T5's)."""
+        hidden = ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)
+        return self.down(dropout(hidden, self.dropout_rate, key))
 
 
 def rms_norm(width: int, *, eps: float, dtype: Any = None, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -102,7 +102,12 @@ class T5Block(nnx.Module):
             self.cross_attn_norm, self.cross_attn = norm(), attention()
         self.mlp_norm = norm()
         self.mlp = GatedMLP(
-            width, config.mlp_dim, activation=config.activation, dtype=dtype, rngs=rngs
+            width,
+            config.mlp_dim,
+            activation=config.activation,
+            dropout_rate=config.dropout,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.dropout = config.dropout
 
@@ -131,7 +136,8 @@ class T5Block(nnx.Module):
 
     def feed_forward(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """The feed-forward after its norm, added to the stream: float[B, T, D] -> the same."""
-        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, key)
+        k1, k2 = split_key(key, 2)
+        return x + dropout(self.mlp(self.mlp_norm(x), k1), self.dropout, k2)
 
 
 class T5(nnx.Module):
