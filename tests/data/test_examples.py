@@ -1,5 +1,7 @@
 """From records to arrays: which texts, cut where, and which images are augmented."""
 
+import json
+
 import numpy as np
 import pytest
 import transformers
@@ -7,7 +9,7 @@ from ml_collections import ConfigDict
 
 import tests.data.made as made
 import tests.tiny as tiny
-from blip2_jax import recipe
+from blip2_jax import cli, recipe
 from blip2_jax.data import examples, loader, sources, tokenizers, transforms
 
 LONG = "is the 3 red and " * 20 + "what color is the 7?"
@@ -134,3 +136,37 @@ def test_a_part_of_a_mixture_has_its_own_augmentation(monkeypatch):
     for index in (0, 15, 16, 31):
         read(index, np.random.default_rng(0))
     assert asked == [(0, 0), (0, 0), (2, 5), (2, 5)]
+
+
+def test_lavis_pretraining_reads_lavis_files_a_caption_a_record(tmp_path):
+    """Its annotations as they are: COCO's with image ids, Visual Genome's without."""
+    coco, vg = tmp_path / "coco", tmp_path / "vg"
+    for folder in (coco / "images/train2014", coco / "annotations", vg / "annotations"):
+        folder.mkdir(parents=True)
+    (vg / "images/VG_100K").mkdir(parents=True)
+    (coco / "images/train2014/1.jpg").write_bytes(made.jpeg(0))
+    (vg / "images/VG_100K/2.jpg").write_bytes(made.jpeg(1))
+    rows = [
+        {"image": "train2014/1.jpg", "caption": text, "image_id": "coco_1"} for text in ("A.", "B")
+    ]
+    (coco / "annotations/coco_karpathy_train.json").write_text(json.dumps(rows))
+    rows = [{"image": "VG_100K/2.jpg", "caption": text} for text in ("c", "d", "e")]
+    (vg / "annotations/vg_caption.json").write_text(json.dumps(rows))
+    config = cli.load_config(
+        "configs/stage1.py:vitg-lavis",
+        [
+            f"--config.data.mixture.coco.dir={coco}",
+            f"--config.data.mixture.vg.dir={vg}/annotations/vg_caption.json",
+            f"--config.data.mixture.vg.images={vg}/images",
+        ],
+    )
+    source = loader.make_source(config, "train")
+    assert [source[i]["captions"] for i in range(len(source))] == [
+        ["A."],
+        ["B"],
+        ["c"],
+        ["d"],
+        ["e"],
+    ]
+    assert [source[i]["part"] for i in range(len(source))] == ["coco"] * 2 + ["vg"] * 3
+    assert source.weights == [2 / 5, 3 / 5]  # of captions: an epoch has each once
