@@ -264,7 +264,7 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
             )
         scales = jax.tree.map(lambda _: np.float32(1.0), trainable)
         scales["vit"] = vit.layer_scales(trainable["vit"], config.optim.vit_layer_decay)
-    vectors = ()
+    vectors: tuple[str, ...] = ()
     if isinstance(sizes, blip2.Blip2Config):
         vectors = tuple(f"vit/{name}" for name in vit.vectors(sizes.vit))
     optimizer, schedule = optim.make_optimizer(
