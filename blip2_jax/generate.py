@@ -158,12 +158,9 @@ def stream(
     model: Blip2, names: Sequence[str], args: argparse.Namespace, options: dict[str, Any]
 ) -> int:
     """Shows each text as it is written."""
-    prompt = args.prompt or ""
-    if args.question is not None:
-        prompt = defaults.DEFAULTS[model.family, "answer"].prompt.replace("{}", args.question)
     for name in names:
         print(f"{name}\t", end="", flush=True)
-        for piece in model.stream(name, prompt, **options):
+        for piece in model.stream(name, args.prompt or "", question=args.question, **options):
             print(piece, end="", flush=True)
         print()
     return 0

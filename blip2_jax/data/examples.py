@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from blip2_jax.data import digits, texts, tokenizers, transforms, world
+from blip2_jax.data import digits, prompting, texts, tokenizers, transforms, world
 from blip2_jax.data.faults import RecordError
 
 Record = dict[str, Any]  # see `sources`
@@ -39,9 +39,11 @@ def make_example(config: ConfigDict, image_size: int, *, train: bool) -> Example
         reads_prompt = None
         if config.model.qformer_reads_prompt:
             reads_prompt = tokenizers.load(data.qformer_tokenizer)
-        encode = _llm_text(tokenizer, data, reads_prompt, is_instruction(config))
+        queries = config.model.qformer.num_query_tokens
+        prompt = prompting.strip_image_token(data.prompt, queries)
+        encode = _llm_text(tokenizer, data, prompt, reads_prompt, is_instruction(config))
         if data.task == "answer":
-            return _answer_example(image, encode, data, train=train)
+            return _answer_example(image, encode, prompt, queries, data, train=train)
         if data.task != "caption":
             raise ValueError(f"config.data.task is {data.task!r}; known: caption, answer.")
 
@@ -119,13 +121,14 @@ def _qformer_text(tokenizer: Any, length: int) -> Callable[..., Example]:
 
 
 def _llm_text(
-    tokenizer: Any, data: ConfigDict, reads_prompt: Any, instruction: bool
+    tokenizer: Any, data: ConfigDict, own_prompt: str, reads_prompt: Any, instruction: bool
 ) -> Callable[..., Example]:
     """A decoder-only LLM reads the whole text; an encoder-decoder its prefix or the prompt (T5).
 
     Args:
       tokenizer: the LLM's.
       data: the config's section.
+      own_prompt: stands before a text that comes without a prompt.
       reads_prompt: the Q-Former's tokenizer, if it reads the prompt too.
       instruction: see `is_instruction`.
     """
@@ -133,7 +136,7 @@ def _llm_text(
     side = "left" if instruction else "right"
     prompt_length = data.max_prompt_length if instruction else data.llm_length
     if whole and not instruction:
-        taken = len(tokenizers.tokenize(tokenizer, [data.prompt])[0])
+        taken = len(tokenizers.tokenize(tokenizer, [own_prompt])[0])
         if taken >= data.llm_length:
             raise ValueError(
                 f"config.data.prompt has {taken} tokens, and config.data.llm_length is "
@@ -154,7 +157,7 @@ def _llm_text(
             tokenizer, [text], data.llm_length, prompt, data.end_of_text
         )
 
-    def encode(text: str, rng: np.random.Generator, prompt: str = data.prompt) -> Example:
+    def encode(text: str, rng: np.random.Generator, prompt: str = own_prompt) -> Example:
         names = ("llm_ids", "llm_mask", "llm_labels")
         example = {
             name: array[0] for name, array in zip(names, arrays(text, prompt, rng), strict=True)
@@ -170,13 +173,19 @@ def _llm_text(
 
 
 def _answer_example(
-    image: ImageOf, encode: Callable[..., Example], data: ConfigDict, *, train: bool
+    image: ImageOf,
+    encode: Callable[..., Example],
+    prompt: str,
+    num_query_tokens: int,
+    data: ConfigDict,
+    *,
+    train: bool,
 ) -> ExampleOf:
     """Questions and answers: one question of a record, and one of its answers, as often as given.
 
     Drawing among ten annotators' answers weighs each by its count, as LAVIS's BLIP-1 VQA does.
     """
-    if "{}" not in data.prompt:
+    if "{}" not in prompt:
         raise ValueError(
             f"config.data.prompt is {data.prompt!r}; with task=answer it needs {{}} in place of "
             "the question, as in 'Question: {} Answer:'."
@@ -191,12 +200,15 @@ def _answer_example(
         answer = answers[rng.integers(len(answers)) if train else 0]
         if not answer:
             raise RecordError("no answer")
-        asked = question["question"]
+        try:
+            asked = prompting.strip_image_token(question["question"], num_query_tokens)
+        except ValueError as error:
+            raise RecordError(f"{prompting.IMAGE_TOKEN} inside a question") from error
         asked = texts.clean_question(asked) if data.clean_text else asked
-        prompt = data.prompt.replace("{}", asked)
         number = np.int32(record.get("image_number", index))
         pixels = image(record, rng)
-        return {"image": pixels, "image_id": number, **encode(answer, rng, prompt)}
+        text = encode(answer, rng, prompt.replace("{}", asked))
+        return {"image": pixels, "image_id": number, **text}
 
     return example
 

@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from blip2_jax.data import tokenizers
+from blip2_jax.data import prompting, tokenizers
+from blip2_jax.data.prompting import TextPrompt
 from blip2_jax.inference import decode, images
 from blip2_jax.inference.decode import Decoding, Prompt
 from blip2_jax.inference.defaults import DEFAULTS, Task
@@ -44,13 +45,15 @@ class Blip2:
 
     A stage-1 model embeds and matches; a stage-2 model captions and answers. A method that the
     model has no head for says so. Images may be paths, encoded bytes, `PIL.Image`s or arrays, of
-    any size and mode (`inference.images`); they are resized as in the published evaluations.
+    any size and mode (`inference.images`); they are resized as in the published evaluations. An
+    image stands before its prompt, where transformers' placeholder `<image>` may mark it.
 
     Arguments that several methods have, beside their own:
 
     - `skip_unreadable`: give None (NaN in arrays) for an image that cannot be read, and go on,
       instead of an error that names it.
     - `truncate`: cut texts to this many tokens; without it, one too long for the model is an error.
+      Of a prompt the question gives way: what stands around it ("Question: ... Answer:") is kept.
     - `progress`: title of a progress bar, "" for none.
 
     Args:
@@ -140,9 +143,8 @@ class Blip2:
           ValueError, TypeError: options that do not exist or do not go together.
         """
         default = DEFAULTS[self.family, task]
-        return Task(
-            default.prompt if prompt is None else prompt, _changed(default.decoding, changes)
-        )
+        prompt = default.prompt if prompt is None else self._without_image_token(prompt)
+        return Task(prompt, _changed(default.decoding, changes))
 
     # ------------------------------------------------------------------- stage 1: understanding
 
@@ -282,8 +284,8 @@ class Blip2:
         """
         self._need_llm("caption")
         pictures = images.as_list(pictures)
-        prompt = self.settings("caption", prompt=prompt).prompt
-        return self._write("caption", pictures, [prompt] * len(pictures), **options)
+        prompts = self._free_prompts(self.settings("caption", prompt=prompt).prompt)
+        return self._write("caption", pictures, prompts, **options)
 
     def answer(
         self,
@@ -343,16 +345,23 @@ class Blip2:
         scores = self._over(self._loglikelihood, len(owner), arrays, progress)
         return np.split(scores, np.cumsum([len(some) for some in candidates])[:-1])
 
-    def _asked(self, questions: Sequence[str] | str, prompt: str | None) -> list[str]:
+    def _asked(self, questions: Sequence[str] | str, prompt: str | None) -> list[TextPrompt]:
         """Questions in their prompt."""
-        questions = _texts(questions)
+        questions = [self._without_image_token(question) for question in _texts(questions)]
         empty = [i for i, question in enumerate(questions) if not question.strip()]
         if empty:
             raise ValueError(f"Question {empty[0]} is empty.")
         prompt = self.settings("answer", prompt=prompt).prompt
         if "{}" not in prompt:
             raise ValueError(f"The prompt {prompt!r} has no {{}} for the question.")
-        return [prompt.replace("{}", question) for question in questions]
+        return [prompting.fill(prompt, question) for question in questions]
+
+    def _free_prompts(self, prompts: Sequence[str] | str) -> list[TextPrompt]:
+        """Prompts as the user wrote them."""
+        return [prompting.parse(self._without_image_token(prompt)) for prompt in _texts(prompts)]
+
+    def _without_image_token(self, prompt: str) -> str:
+        return prompting.strip_image_token(prompt, self.config.qformer.num_query_tokens)
 
     def generate(
         self, pictures: Any | None, prompts: Sequence[str] | str = "", **options: Any
@@ -369,14 +378,17 @@ class Blip2:
           N texts; lists of texts where num_return_sequences is above 1.
         """
         self._need_llm("generate")
-        return self._write("generate", pictures, prompts, **options)
+        return self._write("generate", pictures, self._free_prompts(prompts), **options)
 
-    def stream(self, picture: Any, prompt: str = "", **options: Any) -> Iterator[str]:
+    def stream(
+        self, picture: Any, prompt: str = "", *, question: str | None = None, **options: Any
+    ) -> Iterator[str]:
         """Yields a text piece by piece as it is written, greedily.
 
         Args:
           picture: one image.
           prompt: what to continue.
+          question: instead, asked in the family's published form, as by `answer`.
           **options: `max_new_tokens`, `min_new_tokens`, `repetition_penalty`, `truncate`.
         """
         self._need_llm("stream")
@@ -386,7 +398,8 @@ class Blip2:
         how = Decoding(**{name: getattr(default, name) for name in kept} | options)
         if how.branches > 1 or how.do_sample:
             raise ValueError("A stream is greedy; leave num_beams and do_sample out.")
-        arrays = self._prompt_arrays([picture], [prompt], how, truncate, None)(0, 1)
+        prompts = self._free_prompts(prompt) if question is None else self._asked(question, None)
+        arrays = self._prompt_arrays([picture], prompts, how, truncate, None)(0, 1)
         arrays = self._placed(arrays, self._bucket(1))
         fixed = {"how": how, "eos_ids": self.eos_ids, "pad_id": self.pad_id}
         state = self._begin(self.params, *arrays, jax.random.key(SEED), **fixed)
@@ -451,7 +464,7 @@ class Blip2:
         self,
         task: str,
         pictures: Any | None,
-        prompts: Sequence[str] | str,
+        prompts: Sequence[TextPrompt],
         *,
         seed: int = SEED,
         skip_unreadable: bool = False,
@@ -491,7 +504,7 @@ class Blip2:
     def _prompt_arrays(
         self,
         pictures: Sequence[Any] | None,
-        prompts: Sequence[str],
+        prompts: Sequence[TextPrompt],
         how: Decoding,
         truncate: int | None,
         skipped: dict[int, str] | None,
@@ -499,7 +512,7 @@ class Blip2:
         """Reader of rows of a generation: row numbers, prompts, what is seen."""
         tokenizer = self.llm_tokenizer
         side = "right" if isinstance(self.config.llm, T5Config) else "left"
-        rows = tokenizers.tokenize(tokenizer, prompts, truncate)
+        rows = prompting.tokenize(tokenizer, prompts, truncate)
         queries = self.config.qformer.num_query_tokens
         room = getattr(self.config.llm, "max_position_embeddings", None)
         for number, row in enumerate(rows):
@@ -523,7 +536,7 @@ class Blip2:
         return read
 
     def _answer_arrays(
-        self, pictures: Sequence[Any], prompts: Sequence[str], answers: Sequence[str]
+        self, pictures: Sequence[Any], prompts: Sequence[TextPrompt], answers: Sequence[str]
     ) -> Reader:
         """Reader of rows of a ranking: ids, mask and labels as in training, and what is seen."""
         seen = self._visual_prompts(pictures, prompts, None, None)
@@ -533,7 +546,7 @@ class Blip2:
         end = "\n" if isinstance(self.config.llm, OPTConfig) else ""
 
         def encode(row: int) -> tuple[np.ndarray, ...]:
-            prompt, answer = prompts[row], answers[row]
+            prompt, answer = str(prompts[row]), answers[row]
             if isinstance(self.config.llm, T5Config):
                 return tokenizers.encode_prefix(tokenizer, [prompt], [answer], room, room)
             return tokenizers.encode_answers(tokenizer, [prompt], [answer], room, room, end)
@@ -555,7 +568,7 @@ class Blip2:
     def _visual_prompts(
         self,
         pictures: Sequence[Any],
-        prompts: Sequence[str],
+        prompts: Sequence[TextPrompt],
         truncate: int | None,
         skipped: dict[int, str] | None,
     ) -> Callable[[int, int], jax.Array]:
@@ -570,7 +583,8 @@ class Blip2:
             some = list(pictures[start:stop])  # held, so that each has an identity of its own
             first: dict[Any, int] = {}
             keys = [
-                (id(picture), prompts[start + i] if words else "") for i, picture in enumerate(some)
+                (id(picture), prompts[start + i] if words else None)
+                for i, picture in enumerate(some)
             ]
             for i, key in enumerate(keys):
                 first.setdefault(key, i)
@@ -603,15 +617,15 @@ class Blip2:
 
         return read
 
-    def _words(self, texts: Sequence[str], truncate: int | None) -> Reader:
-        """Reader of texts for the Q-Former: ids and mask, int32[N, T]."""
+    def _words(self, texts: Sequence[str] | Sequence[TextPrompt], truncate: int | None) -> Reader:
+        """Reader of texts or prompts for the Q-Former: ids and mask, int32[N, T]."""
         if self.qformer_tokenizer is None:
             raise ValueError(
                 f"{self.source} came without the Q-Former's tokenizer; pass load(..., "
                 "qformer_tokenizer=FOLDER), BERT's with [DEC] added."
             )
         room = self.config.qformer.max_position_embeddings
-        rows = tokenizers.tokenize(self.qformer_tokenizer, texts, truncate)
+        rows = prompting.tokenize(self.qformer_tokenizer, texts, truncate)
         for number, row in enumerate(rows):
             if len(row) > room:
                 raise ValueError(
@@ -741,9 +755,9 @@ def _texts(texts: Sequence[str] | str) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
 
 
-def _paired(pictures: Any | None, prompts: Sequence[str] | str) -> tuple[Any, list[str]]:
+def _paired(pictures: Any | None, prompts: Sequence[TextPrompt]) -> tuple[Any, list[TextPrompt]]:
     """As many images as prompts: one image, or one prompt, serves all."""
-    prompts = _texts(prompts)
+    prompts = list(prompts)
     if pictures is None:
         return None, prompts
     pictures = images.as_list(pictures)

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from blip2_jax.data import texts
+from blip2_jax.data import prompting, texts
 from blip2_jax.data.lists import Row
+from blip2_jax.data.loader import Host
 from blip2_jax.evals import check_ids, vqa
-from blip2_jax.tasks.task import Metrics, Rows, Task
+from blip2_jax.tasks.task import Lines, Metrics, Rows, Task
 
 
 class Vqa(Task):
@@ -36,6 +37,16 @@ class Vqa(Task):
             how = self.model.settings("answer", prompt=self.config.prompt, **self._options())
             settings |= {"prompt": how.prompt, "decoding": dataclasses.asdict(how.decoding)}
         return settings
+
+    def predict(self, lines: Lines, host: Host) -> None:
+        """See `Task`; questions that cannot be asked are found before the first is."""
+        queries = self._reader.config.qformer.num_query_tokens
+        for question in (q for n in self.units for q in self.dataset.questions(n)):
+            try:
+                prompting.strip_image_token(question["question"], queries)
+            except ValueError as error:
+                raise ValueError(f"{self.name}, question {question['id']!r}: {error}") from error
+        super().predict(lines, host)
 
     def _options(self) -> Row:
         return self.config.decoding.to_dict()

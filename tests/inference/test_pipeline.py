@@ -8,6 +8,7 @@ import transformers
 from PIL import Image
 
 import blip2_jax
+from blip2_jax.data import tokenizers
 from blip2_jax.data.transforms import ImageError
 from blip2_jax.inference.decode import Decoding
 from tests.inference import published
@@ -224,6 +225,56 @@ def test_prompts_that_are_too_long_or_empty(opt):
         ours.generate(pictures(2), ["a", "b", "c"])
     with pytest.raises(ValueError, match="nothing to do"):
         ours.caption([])
+
+
+def test_the_placeholder_of_an_image_stands_where_its_queries_go(opt):
+    _, ours = opt
+    want = ours.generate(pictures(1), "a red", **EXACT)
+    assert ours.generate(pictures(1), "<image>a red", **EXACT) == want
+    assert ours.generate(pictures(1), 5 * "<image>" + " a red", **EXACT) == want
+    assert ours.caption(pictures(1), prompt="<image>\na red", **EXACT) == want
+    assert ours.settings("caption", prompt="<image>a red").prompt == "a red"
+    asked = ours.answer(pictures(1), "how many?", **EXACT)
+    assert ours.answer(pictures(1), "<image>how many?", **EXACT) == asked
+    template = "<image> Question: {} Answer:"
+    assert ours.answer(pictures(1), "how many?", prompt=template, **EXACT) == asked
+    scores = ours.rank(pictures(1), "how many?", [["2", "3"]])
+    np.testing.assert_array_equal(ours.rank(pictures(1), "<image>how many?", [["2", "3"]]), scores)
+    pieces = [*ours.stream(pictures(1)[0], "<image>a red", **EXACT)]
+    assert pieces == [*ours.stream(pictures(1)[0], "a red", **EXACT)]
+    for call in (
+        lambda: ours.generate(pictures(1), "a <image> red"),
+        lambda: ours.generate(pictures(2), ["a", "<image><image>b"]),
+        lambda: ours.caption(pictures(1), prompt="a photo <image>"),
+        lambda: ours.answer(pictures(1), "what does <image> show?"),
+        lambda: ours.rank(pictures(1), "what does <image> show?", [["a"]]),
+        lambda: next(ours.stream(pictures(1)[0], "a<image>")),
+    ):
+        with pytest.raises(ValueError, match="write <image> once, in front, or leave it out"):
+            call()
+
+
+def test_a_question_that_is_too_long_gives_way(both, monkeypatch):
+    """Its form and the language model's cue to answer stay, in every way to ask."""
+    _, _, ours = both
+    seen = []
+    pad = tokenizers.pad_rows
+    monkeypatch.setattr(
+        tokenizers, "pad_rows", lambda t, rows, *a, **k: seen.extend(rows) or pad(t, rows, *a, **k)
+    )
+    question, form = 9 * "what color is the digit " + "?", ours.settings("answer").prompt
+    ours.answer(pictures(1), question, truncate=40, **EXACT)
+    ours.generate(pictures(1), form.replace("{}", question), truncate=40, **EXACT)
+    assert len(seen) == 2 and seen[0] == seen[1] and len(seen[0]) <= 40
+    tail = ours.llm_tokenizer(form.split("{}")[1])["input_ids"]
+    bos = [i for i in tail[:1] if ours.family == "opt"]
+    tail = tail[len(bos) :]
+    assert seen[0][-len(tail) :] == tail
+    assert ours.llm_tokenizer.decode(seen[0], skip_special_tokens=True).startswith(
+        "Question: what color"
+    )
+    with pytest.raises(ValueError, match="truncate is 3, and the prompt has .* without the text"):
+        ours.answer(pictures(1), question, truncate=3)
 
 
 def test_a_method_without_its_head_says_what_has_it(opt, retrieval):
