@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from blip2_jax.runtime.values import did_you_mean
+
 COMMANDS = {
     "prepare": "turn a data source into shards",
     "train": "train a recipe, or resume it",
@@ -12,6 +14,11 @@ COMMANDS = {
     "sweep": "run every point of a recipe's sweep",
     "convert": "turn weights from one format into another",
 }
+# What others call them.
+SYNONYMS = {
+    "caption": "generate", "predict": "generate", "infer": "generate", "answer": "generate",
+    "eval": "evaluate", "test": "evaluate", "export": "convert", "finetune": "train",
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     if words[0] not in COMMANDS:
-        print(f"blip2: no command {words[0]!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
+        near = did_you_mean(words[0], list(COMMANDS), SYNONYMS)
+        there = f"there are {', '.join(COMMANDS)}.{near}"
+        print(f"blip2: no command {words[0]!r}; {there}", file=sys.stderr)
         return 2
     return importlib.import_module(f"blip2_jax.{words[0]}").main(words[1:])
 

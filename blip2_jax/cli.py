@@ -1,31 +1,37 @@
 """What all commands share: their help, their flags, and the config they run.
 
 Ordinary flags are argparse's. A config is a Python file with `get_config()`, and any of its keys
-can be set from the command line, as `--config.optim.peak_lr=1e-4`; `ml_collections` converts the
-text to the type that the key has. All mistakes are found here, before any work starts.
+can be set from the command line, as `--config.optim.peak_lr=1e-4`; the text is read as the type
+that the key has (`runtime.values`). All mistakes are found here, before any work starts.
 """
 
 import argparse
 import contextlib
 import difflib
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import json
 import re
 import shutil
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, FrozenConfigDict, config_dict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict
 
+from blip2_jax.runtime import values
 from blip2_jax.runtime.compare import differences
 
+_BESIDE = "_recipes"  # the package that a recipe and the files beside it are in, while it runs
 AddArguments = Callable[[argparse.ArgumentParser], None]
 OVERRIDE = "--config."
+# Keys of one text, of several, or of none (None): see `runtime.mesh.Rules`.
+SEVERAL = re.compile(r"sharding\.\w+")
 
 
 class ConfigError(ValueError):
@@ -61,6 +67,7 @@ def parse(
     *,
     prog: str | None = None,
     config: bool = True,
+    synonyms: Mapping[str, str] | None = None,
 ) -> argparse.Namespace:
     """Parses a command line.
 
@@ -70,6 +77,7 @@ def parse(
       add_arguments: adds the command's own flags to the parser.
       prog: what the usage line calls the command, e.g. "blip2 train".
       config: whether the command runs a config, and so takes `--config` and `--config.key=value`.
+      synonyms: what others call some of the command's flags, for "did you mean".
 
     Returns:
       The flags; `config` is a FrozenConfigDict and `config_path` what was given as `--config`.
@@ -98,7 +106,9 @@ def parse(
     for word in overrides:
         if "=" not in word:
             parser.error(f"{word} has no value: write {word}=VALUE, with an equals sign.")
-    args = parser.parse_intermixed_args([word for word in words if word not in overrides])
+    rest = [word for word in words if word not in overrides]
+    _check_flags(parser, rest, synonyms or {})
+    args = parser.parse_intermixed_args(rest)
     if config:
         args.config_path = args.config
         try:
@@ -106,6 +116,21 @@ def parse(
         except ConfigError as error:
             parser.error(str(error))
     return args
+
+
+def _check_flags(
+    parser: argparse.ArgumentParser, words: Sequence[str], synonyms: Mapping[str, str]
+) -> None:
+    """Leaves with a message if there is a flag that the parser does not know."""
+    known = list(parser._option_string_actions)
+    others = {f"--{theirs}": f"--{ours}" for theirs, ours in synonyms.items()}
+    for word in words:
+        flag = word.partition("=")[0]
+        if word == "--":
+            return
+        if word.startswith("--") and flag not in known:
+            spelled = "--" + flag[2:].replace("-", "_")
+            parser.error(f"There is no {flag}.{values.did_you_mean(spelled, known, others)}")
 
 
 def _fitted(doc: str) -> str:
@@ -136,7 +161,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> FrozenConfigDict:
     module = load_module(file + ".py" if argument else path)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} does not define get_config().")
-    with _importable(Path(module.__file__ or path)):
+    with _running(Path(module.__file__ or path)):
         config = module.get_config(argument) if argument else module.get_config()
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
@@ -155,17 +180,18 @@ def load_module(path: str) -> ModuleType:
     """Runs a recipe file, as `sweep` does to get at its `sweep(add)`.
 
     A recipe can say `from configs.default import get_config` no matter where the command is called
-    from, and one in a `configs/` folder of your own can build on those of the repository.
+    from, and one in a `configs/` folder of your own can build on those of the repository. It can
+    import files beside it too, as `import common` or `from .common import sizes`.
 
     Raises:
-      ConfigError: no such file, or one that is not Python.
+      ConfigError: no such file, or one that is not Python, or that fails.
     """
     file = _find(path)
-    spec = importlib.util.spec_from_file_location(f"_recipe_{file.stem}", file)
+    spec = importlib.util.spec_from_file_location(f"{_BESIDE}.{file.stem}", file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is no Python file; the name of a recipe ends in .py.")
     module = importlib.util.module_from_spec(spec)
-    with _importable(file):
+    with _running(file):
         spec.loader.exec_module(module)
     return module
 
@@ -190,24 +216,71 @@ def _find(path: str) -> Path:
 
 
 @contextlib.contextmanager
+def _running(file: Path) -> Iterator[None]:
+    """While a recipe runs, its imports are found, and what it does wrong is a ConfigError."""
+    with _importable(file):
+        try:
+            yield
+        except (ConfigError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            lines = [
+                frame.lineno
+                for frame in traceback.extract_tb(error.__traceback__)
+                if Path(frame.filename) == file
+            ]
+            where = f"{file}:{lines[-1]}" if lines else str(file)
+            raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
 def _importable(file: Path) -> Iterator[None]:
-    """While a recipe is loaded, makes `configs` the folder that it is in, then the repository's."""
+    """While a recipe is loaded, makes `configs` the folder that it is in, then the repository's.
+
+    The files beside it are found by their names, as those beside a script are.
+    """
     folders = [parent for parent in file.parents if parent.name == "configs"]
-    package = ModuleType("configs")
-    package.__path__ = [str(folder) for folder in (*folders[:1], _repository() / "configs")]
+    packages = {
+        "configs": [str(folder) for folder in (*folders[:1], _repository() / "configs")],
+        _BESIDE: [str(file.parent)],
+    }
+    finder = _Beside(file.parent)
+
+    def is_of_recipes(name: str) -> bool:
+        return name.partition(".")[0] in {*packages, *finder.found}
+
     # Another `configs`, of another checkout or an earlier call, must not answer the import.
-    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_config_module(name)}
-    sys.modules["configs"] = package
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if is_of_recipes(name)}
+    for name, paths in packages.items():
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__path__ = paths
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
-        for name in [name for name in sys.modules if _is_config_module(name)]:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if is_of_recipes(name)]:
             del sys.modules[name]
         sys.modules.update(hidden)
 
 
-def _is_config_module(name: str) -> bool:
-    return name == "configs" or name.startswith("configs.")
+class _Beside(importlib.abc.MetaPathFinder):
+    """Finds the modules of a folder, and remembers which were asked for."""
+
+    def __init__(self, folder: Path):
+        self._folder, self.found = folder, set[str]()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """See `importlib.abc.MetaPathFinder`."""
+        if path is not None or fullname in sys.stdlib_module_names:
+            return None
+        file = self._folder / f"{fullname}.py"
+        if not file.is_file() and not (self._folder / fullname / "__init__.py").is_file():
+            return None
+        self.found.add(fullname)
+        return importlib.machinery.PathFinder.find_spec(fullname, [str(self._folder)], target)
 
 
 def _override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -232,26 +305,16 @@ def _set(config: ConfigDict, key: str, value: str) -> None:
             holder[name] = ConfigDict()  # of a recipe's own names, as data.mixture: it may be empty
             return
         raise ConfigError(f"{OVERRIDE}{key} is a group; set one of its keys: {', '.join(inner)}.")
-    wanted = holder.get_type(name)
-    if wanted is type(None):  # A key without a default takes any Python literal, or else text.
-        with holder.unlocked():
-            holder[name] = config_dict.placeholder(object)
-    elif wanted is list:  # ml_collections reads tuples only; a frozen config has no lists anyway.
-        with holder.unlocked():
-            before = holder[name]
-            del holder[name]
-            holder[name] = tuple(before)
-    word = f"{OVERRIDE}{key}={value}"
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["blip2", word])
+    default = holder[name]
     try:
-        values(["blip2", word])
-    except (flags.Error, TypeError, ValueError) as error:
-        kind = "a tuple, as (1, 2)" if wanted in (tuple, list) else wanted.__name__
+        typed = values.parse(value, default, several=bool(SEVERAL.fullmatch(key)))
+    except ValueError as error:
         raise ConfigError(
-            f"{word}: {value!r} does not fit. The key takes {kind}; it is {holder[name]!r} in the "
-            "recipe."
+            f"{OVERRIDE}{key}={value}: {value!r} does not fit. The key takes {error}; it is "
+            f"{default!r} in the recipe."
         ) from error
+    with holder.ignore_type():  # a tuple for a list, None for a text
+        holder[name] = typed
 
 
 def flat_keys(config: ConfigDict, prefix: str = "") -> list[str]:

@@ -40,7 +40,7 @@ from typing import Any
 
 from blip2_jax import cli
 from blip2_jax.report import write_sweep_report
-from blip2_jax.runtime import jobs
+from blip2_jax.runtime import jobs, values
 from blip2_jax.runtime.distributed import PREEMPTED
 from blip2_jax.runtime.metrics import METRICS_FILE, read_jsonl
 
@@ -279,7 +279,7 @@ def as_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         inner = "".join(f"{v!r}," for v in value)
         return f"({inner if len(value) == 1 else inner[:-1]})"
-    return value if isinstance(value, str) else repr(value)
+    return values.escape(value) if isinstance(value, str) else repr(value)
 
 
 def run_name(point: Mapping[str, str]) -> str:

@@ -310,9 +310,17 @@ def describe(run: recipe.Recipe, fingerprints: dict[str, str], flops: float) -> 
             f"  {'':<32}{'parameters':>15}{'a device':>10}  fingerprint",
             *rows,
             f"  {'optimizer':<47}{held(state['opt_state'])}",
+            *_texts_of(config),
             f"  {_size(flops, 'FLOPs')} an example",
         ]
     )
+
+
+def _texts_of(config: ConfigDict) -> list[str]:
+    """How texts are made of records, with white space made visible."""
+    if config.stage.name != "stage2":
+        return []
+    return [f"  prompt {config.data.prompt!r}, end of text {config.data.end_of_text!r}"]
 
 
 def _size(number: float, unit: str = "B") -> str:

@@ -222,4 +222,4 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict(
         {"every": 0, "batches": 0, "batch_size": 64, "tasks": "", "tasks_every": 0}
     )
-    return config
+    return config.lock()

@@ -5,7 +5,9 @@ import textwrap
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from blip2_jax import cli
+from blip2_jax import cli, sweep
+from blip2_jax.__main__ import main
+from blip2_jax.runtime import values
 
 DEFAULT = """
     from ml_collections import ConfigDict, config_dict
@@ -65,6 +67,52 @@ def test_loading_leaves_no_trace(recipe):
     assert {name for name in sys.modules if name.startswith("configs")} == modules
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import sizes",
+        "from . import sizes",
+        "from .sizes import N; import sizes",
+        "import sub.sizes as sizes",
+    ],
+)
+def test_a_recipe_imports_the_files_beside_it(tmp_path, statement):
+    """Each its own: no trace is left that could answer another recipe's import."""
+    before = set(sys.modules)
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        (folder / "sub").mkdir(parents=True)
+        (folder / "sub/__init__.py").write_text("")
+        for name in ("sizes.py", "sub/sizes.py"):
+            (folder / name).write_text(f"N = {number}\n")
+        (folder / "mine.py").write_text(
+            f"from configs.default import get_config as default\n{statement}\n"
+            "def get_config():\n    import sizes as late\n    config = default()\n"
+            "    config.steps = sizes.N + late.N\n    return config\n"
+        )
+        assert cli.load_config(str(folder / "mine.py")).steps == 2 * number
+        assert not {"sizes", "sub", "mine", "_recipes"} & (set(sys.modules) - before)
+
+
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("import nothing_of_this_name", "mine.py:2: ModuleNotFoundError: No module named 'nothing"),
+        ("def get_config(:", "SyntaxError"),
+        ("def get_config():\n    return undefined", "mine.py:3: NameError: name 'undefined'"),
+        (
+            "from configs.default import get_config as default\n"
+            "def get_config():\n    config = default()\n    config.optim.peak_lrs = 1\n",
+            "mine.py:5: AttributeError: .*peak_lrs.*Did you mean .peak_lr",
+        ),
+    ],
+)
+def test_a_recipe_that_fails_is_one_message(tmp_path, body, said):
+    (tmp_path / "mine.py").write_text(f"\n{body}\n")
+    with pytest.raises(cli.ConfigError, match=said):
+        cli.load_config(str(tmp_path / "mine.py"))
+
+
 def test_a_recipe_takes_an_argument(recipe):
     assert cli.load_config(f"{recipe}:large").name == "large"
 
@@ -83,6 +131,60 @@ def test_overrides_take_the_type_of_their_key(recipe):
 def test_a_key_without_a_value_takes_any(recipe):
     assert cli.load_config(recipe, ["--config.init=path/to.pth"]).init == "path/to.pth"
     assert cli.load_config(recipe, ["--config.init=(1, 2)"]).init == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("word", "want"),
+    [
+        ("trainable=qformer,temp", ("qformer", "temp")),
+        ("trainable=qformer", ("qformer",)),
+        ("trainable=(qformer, temp)", ("qformer", "temp")),
+        ("trainable=['qformer','temp']", ("qformer", "temp")),
+        ("trainable=", ()),
+        ("optim.betas=0.8,0.9", (0.8, 0.9)),
+        ("optim.betas=[0.8, 1]", (0.8, 1.0)),
+        ("data.randaugment=2,5", (2, 5)),
+        ("sharding.embed=None", None),
+        ("sharding.embed=data,fsdp", ("data", "fsdp")),
+        ("sharding.embed=('data', 'fsdp')", ("data", "fsdp")),
+        ("sharding.embed=tensor", "tensor"),
+        ("steps=1e3", 1000),
+        ("steps=2_000", 2000),
+        ("steps=20.0", 20),
+        ("optim.peak_lr=1", 1.0),
+        ("optim.decay_biases=yes", True),
+        ("optim.decay_biases=0", False),
+        ("init.checkpoint=None", ""),
+        ("data.prompt=None of these, or those", "None of these, or those"),
+        ("data.dir=a,b", "a,b"),
+        ("name=3", "3"),
+        (r"data.end_of_text=\n", "\n"),
+        (r"data.end_of_text=\\n", r"\n"),
+        (r"data.prompt=Q:\t{}\x41\u00e9 \d", "Q:\t{}A\u00e9 " + r"\d"),
+    ],
+)
+def test_values_are_read_as_the_type_of_their_key(word, want):
+    config = cli.load_config("configs/stage2.py:vitg-opt2.7b-paper", [f"--config.{word}"])
+    value = config
+    for part in word.partition("=")[0].split("."):
+        value = value[part]
+    assert value == want and type(value) is type(want)
+    assert cli.config_from_json(cli.config_to_json(config)) == config
+
+
+def test_values_of_keys_without_a_type():
+    path = "configs/eval/ranking.py"
+    task = next(iter(cli.load_config(path).tasks))
+    words = ["candidates=yes,no,2", "prompt=Is {}?"]
+    config = cli.load_config(path, [f"--config.tasks.{task}.{word}" for word in words])
+    assert config.tasks[task].candidates == ("yes", "no", "2")
+    assert config.tasks[task].prompt == "Is {}?"
+
+
+def test_what_a_sweep_writes_is_read_back():
+    for value in ("a\nb", r"a\nb", "\\", ("a", "b\n"), (0.5, 1.0), 3, 1e-4, True, None, "plain"):
+        text = sweep.as_text(value)
+        assert values.parse(text, value) == value and "\n" not in text
 
 
 def test_a_list_can_be_set(recipe):
@@ -123,16 +225,48 @@ def test_an_unknown_key_is_refused_with_those_near_it(recipe, capsys, key, near)
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("total_steps=many", "takes int; it is 100"),
-        ("total_steps=1.5", "takes int; it is 100"),
-        ("optim.peak_lr=high", "takes float; it is 0.0001"),
-        ("optim.nesterov=perhaps", "takes bool; it is False"),
+        ("total_steps=many", "takes a whole number; it is 100"),
+        ("total_steps=1.5", "takes a whole number; it is 100"),
+        ("total_steps=None", "takes a whole number; it is 100"),
+        ("total_steps=1,000", "takes a whole number; it is 100"),
+        ("optim.peak_lr=high", "takes a number; it is 0.0001"),
+        ("optim.peak_lr=nan", "takes a number, which is finite; it is 0.0001"),
+        ("optim.nesterov=perhaps", "takes true or false; it is False"),
+        ("optim.betas=0.9", "takes 2 numbers between commas, as (0.9, 0.98); it is (0.9, 0.98)"),
+        ("optim.betas=0.9,high", "takes a number"),
+        ("optim.betas=0.9,,0.98", "none of them empty"),
         ("optim=3", "is a group; set one of its keys: betas, nesterov, peak_lr, steps."),
         ("total_steps", "write --config.total_steps=VALUE"),
     ],
 )
 def test_a_wrong_value_is_refused_with_the_type(recipe, capsys, word, expected):
     assert expected in refused(capsys, f"--config={recipe}", f"--config.{word}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "near"),
+    [
+        ("--modle=x", "There is no --modle. Did you mean --model?"),
+        ("--max-new-tokens", "There is no --max-new-tokens. Did you mean --max_new_tokens?"),
+        ("--max_length=9", "There is no --max_length. Did you mean --max_new_tokens?"),
+        ("--zzz", "There is no --zzz.\n"),
+    ],
+)
+def test_an_unknown_flag_is_refused_with_those_near_it(capsys, flag, near):
+    def add_arguments(parser):
+        parser.add_argument("--model", required=True)
+        parser.add_argument("--max_new_tokens")
+
+    with pytest.raises(SystemExit) as exit_info:
+        synonyms = {"max_length": "max_new_tokens"}
+        cli.parse("Writes.", [flag], add_arguments, config=False, synonyms=synonyms)
+    assert exit_info.value.code == 2 and near in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "near"), [("generat", "generate"), ("eval", "evaluate")])
+def test_an_unknown_command_is_refused_with_the_one_that_was_meant(capsys, command, near):
+    assert main([command]) == 2
+    assert f"Did you mean {near}?" in capsys.readouterr().err
 
 
 def test_a_missing_file_is_refused_with_those_near_it(recipe, capsys):
