@@ -23,6 +23,10 @@ tools. Keyword arguments say how it is run here:
     needs="libtpu"              skipped without this module
     run=function                how it is run, if not as typed; says what is left out, and why
 
+What a command's own tests run well enough is only parsed here, and its config loaded:
+
+    parsed("blip2 evaluate ...", by="tests/test_evaluate.py")
+
 A block of Python needs @block("its first line"), which gets the code and runs it.
 
 Forms, of which something is left to the reader (`[--task=NAME]`, `...`), are not run: their options
@@ -74,6 +78,12 @@ def command(text: str, **how) -> Callable:
         return check
 
     return register
+
+
+def parsed(text: str, by: str, **how) -> None:
+    """Registers a command that is only parsed, its config loaded: `by` are tests that run such."""
+    assert (ROOT / by).is_file(), by
+    command(text, parsed=by, **how)(lambda ran: None)
 
 
 def block(first_line: str) -> Callable:
@@ -440,27 +450,16 @@ def with_own_stage2(shell: Shell, text: str) -> Ran:
     return shell.type(text)
 
 
-@command(
+parsed(
     "blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR "
     "--model=runs/caption",
-    run=with_own_stage2,
-    small=f"--config.report.attention=1 {OWN_COCO} {decoding('coco', 'nocaps')} "
-    + f"{FEW_SCORES} {FEW_SCORES.replace('coco', 'nocaps')}",
+    by="tests/test_evaluate.py",
 )
-def _(ran):
-    scored(ran, "nocaps", "coco")
-    assert ran.json(ran.dir / "metrics.json")["nocaps/near_cider"] >= 0  # by domain
-
-
-@command(
+parsed(
     "blip2 evaluate --config=configs/eval/retrieval.py:vitg --workdir=DIR --task=flickr30k "
     "--config.tasks.flickr30k.data.dir=/data/flickr30k",
-    small="--config.tasks.flickr30k.rerank=4 --config.report.attention=1",
-    beside=True,
+    by="tests/test_evaluate.py",
 )
-def _(ran):
-    scores = ran.json(ran.dir / "metrics.json")
-    assert 0 <= scores["flickr30k/text_to_image_r1"] <= 1 and "0.976" in ran.out
 
 
 @command(
@@ -473,16 +472,11 @@ def _(ran):
     assert ran.json(ran.dir / "predictions/coco.json")[0]["caption"] == "a red dog runs"
 
 
-@command(
+parsed(
     "blip2 train ... --config.eval.tasks=configs/eval/mine.py --config.eval.tasks_every=5000",
+    by="tests/test_train.py",
     stands={"...": "--config=configs/R.py --workdir=runs/watched"},
-    small=PAIRS,
-    after=[SHARDS],
-    beside=True,
 )
-def _(ran):
-    trained(ran.home / "runs/watched")
-    assert "eval/captions/cider" in read_jsonl(ran.home / "runs/watched/metrics.jsonl")[-1]
 
 
 @command(
@@ -605,19 +599,23 @@ def _(ran):
     assert "usable: 332 train records" in ran.out
 
 
-for where in (
-    "files --config.data.dir='cc3m/{00000..00331}.tar'",
-    "files --config.data.dir=list.jsonl --config.data.images=photos",
-    "coco --config.data.dir=/data/coco",
-):
+@command(
+    "blip2 train --config=configs/R.py --workdir=DIR --config.data.source=files "
+    "--config.data.dir='cc3m/{00000..00331}.tar'",
+    small=PAIRS,
+    beside=True,
+)
+def _(ran):
+    trained(ran.dir)
 
-    @command(
-        f"blip2 train --config=configs/R.py --workdir=DIR --config.data.source={where}",
-        small=PAIRS,
-        beside=True,
+
+for where, tests in (
+    ("files --config.data.dir=list.jsonl --config.data.images=photos", "tests/data/test_lists.py"),
+    ("coco --config.data.dir=/data/coco", "tests/data/test_lists.py"),
+):
+    parsed(
+        f"blip2 train --config=configs/R.py --workdir=DIR --config.data.source={where}", by=tests
     )
-    def _(ran):
-        trained(ran.dir)
 
 
 COCO = "blip2 prepare --source=coco --dir=/data/coco --split=train --out=data/coco"
@@ -646,13 +644,10 @@ def _(ran):
     assert "2 train records, 4 captions" in ran.out  # the best two of each
 
 
-@command(
+parsed(
     "blip2 train --config=configs/R.py --workdir=DIR --config.data.dir=data/coco",
-    small=PAIRS,
-    after=[COCO],
+    by="tests/test_train.py",
 )
-def _(ran):
-    trained(ran.dir)
 
 
 @command("python launch/benchmark_data.py index --folder=DIR", small="--shards=2 --records=40")
@@ -674,37 +669,16 @@ def _(ran):
 # --- your own towers
 
 
-# The published recipes, without their mixture and BERT, and with fewer and smaller layers.
-SMALL_QFORMER = " ".join(
-    f"--config.model.qformer.{key}"
-    for key in (
-        *("num_query_tokens=4", "num_layers=2", "hidden_size=64", "num_heads=2", "mlp_dim=64"),
-        "dropout=0",
-    )
+OWN = "--config.model.vit.source=my-clip --config.model.vit.layers=23"
+parsed(
+    f"blip2 train --config=configs/stage1.py --workdir=runs/own/stage1 {OWN}",
+    by="tests/test_train.py",
 )
-OWN = f"{PAIRS} {SMALL_QFORMER} --config.optim.warmup_steps=1"
-OWN += " --config.data.mixture={} --config.data.dir=runs/mine/data"
-OWN_STAGE1 = (
-    "blip2 train --config=configs/stage1.py --workdir=runs/own/stage1 "
-    "--config.model.vit.source=my-clip --config.model.vit.layers=23"
-)
-
-
-@command(OWN_STAGE1, small=f"{OWN} --config.init.bert=", after=[SHARDS])
-def _(ran):
-    trained(ran.home / "runs/own/stage1")
-
-
-@command(
-    "blip2 train --config=configs/stage2.py --workdir=runs/own/stage2 "
-    "--config.model.vit.source=my-clip --config.model.vit.layers=23 "
+parsed(
+    f"blip2 train --config=configs/stage2.py --workdir=runs/own/stage2 {OWN} "
     "--config.model.llm.source=my-llm --config.init.checkpoint=runs/own/stage1",
-    small=OWN,
-    after=[OWN_STAGE1],
+    by="tests/test_train.py",
 )
-def _(ran):
-    trained(ran.home / "runs/own/stage2")
-    assert "fresh: language_projection" in ran.out
 
 
 # --- weights

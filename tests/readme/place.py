@@ -29,7 +29,7 @@ from tests.data import made
 from tests.inference import published
 from tests.launch import fakes
 from tests.launch.test_launchers import SETTINGS, Place
-from tests.readme.run import run
+from tests.readme.run import parse, run
 from tests.readme.text import ROOT
 from tests.test_evaluate import write_coco, write_gqa, write_nocaps, write_vqa
 from tests.weights import models
@@ -244,6 +244,7 @@ class Entry:
     environment: Mapping[str, str] = field(default_factory=dict)
     run: Callable[["Shell", str], Ran] | None = None
     beside: bool = False
+    parsed: str = ""
     needs: str = ""
 
     def is_possible(self) -> bool:
@@ -326,7 +327,10 @@ class Shell:
         with self._lock:
             if command in self._wanted:
                 self._wanted.remove(command)
-        if command in self._begun:
+        if entry.parsed:
+            program, *words = self._words(command)
+            ran = Ran(*parse(program, words), self.home)
+        elif command in self._begun:
             ran = Ran(*self._begun[command].result(), self.home)
         elif text.startswith(("blip2 ", "python ")):
             program, *words = self._words(command)
