@@ -4,7 +4,7 @@
         --config.init.checkpoint=runs/stage2
 
 Give your own mixture of data sets with questions; parts are weighed by the root of their size, as
-published (Dai et al. 2023, section 2.3).
+published (Dai et al. 2023, section 2.4).
 """
 
 from ml_collections import ConfigDict

@@ -199,7 +199,7 @@ ROWS = [
         "finetune_retrieval.py:vitl",
         {"optim.peak_lr": 5e-6, "optim.betas": (0.9, 0.98), "optim.vit_layer_decay": 1.0},
     ),
-    # --------------------------------------------------- InstructBLIP (Dai et al. 2023)
+    # ------------------------------- InstructBLIP (Dai et al. 2023, implementation details)
     (
         "instruct.py:*",
         {
@@ -219,7 +219,7 @@ ROWS = [
             "data.task": "answer",
             "data.prompt": "Question: {} Short answer:",
             "mixture": ("vqav2", "okvqa", "gqa"),
-            "data.mixture_by": "sqrt_size",
+            "data.mixture_by": "sqrt_size",  # section 2.4
             "init.bert": "google-bert/bert-base-uncased",
         },
     ),
