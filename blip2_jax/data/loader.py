@@ -10,12 +10,19 @@ arrives, and a share of such records that is too large stops the run.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+import multiprocessing
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
+from multiprocessing.util import Finalize
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,13 +55,18 @@ class Batches:
         self.skipped = skipped
         self.wait_seconds = 0.0
         self._iterator = iter(dataset)
+        self._started = False
+        # At this process's end too: Python would tell workers by SIGTERM, and wait for them.
+        self._close = Finalize(self, self._iterator.close, exitpriority=0)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
-        batch = next(self._iterator)
+        with contextlib.nullcontext() if self._started else _signals_kept_from_children():
+            batch = next(self._iterator)
+        self._started = True
         self.wait_seconds += time.perf_counter() - started
         for note in batch.pop(FAULTS):
             if note[0]:
@@ -80,7 +92,7 @@ class Batches:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._iterator.close()
+        self._close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,8 +209,38 @@ def _start(dataset: grain.MapDataset[Batch], config: ConfigDict) -> grain.IterDa
         threads = -(-threads // workers)
     iterable = _read(dataset, threads)
     if workers:
-        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        options = grain.MultiprocessingOptions(num_workers=workers)
+        iterable = iterable.mp_prefetch(options, worker_init_fn=_end_with_parent)
     return iterable
+
+
+@contextlib.contextmanager
+def _signals_kept_from_children() -> Iterator[None]:
+    """Processes started meanwhile never hear SIGTERM or SIGINT: whoever starts them ends them.
+
+    Such a signal goes to all processes of a group (SLURM, a launcher, a terminal). The run answers
+    it by saving itself, and needs its workers until then. A mask is inherited, so there is no
+    moment at which a new process could be hit; the signal waits, or another thread of ours has it.
+    """
+    resource_tracker.ensure_running()  # which, when it starts later, lets these signals through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """A worker that hears no signal must not outlive a run that was killed."""
+    del index, count
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _read(dataset: grain.MapDataset[Batch], threads: int) -> grain.IterDataset[Batch]:

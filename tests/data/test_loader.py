@@ -1,8 +1,13 @@
 """Batches are a function of the step alone, however many hosts, threads and workers make them."""
 
+import contextlib
 import hashlib
 import itertools
 import json
+import multiprocessing
+import os
+import signal
+import threading
 
 import jax
 import numpy as np
@@ -212,13 +217,41 @@ def test_batches_are_the_same_for_any_number_of_hosts_and_any_resume(mixed):
         assert_same(whole(rest), one[start:])
 
 
+@contextlib.contextmanager
+def children_hear_signals(numbers):
+    """As when a whole process group is told to stop: from a child's first moment on."""
+    heard, ended = set(), threading.Event()
+
+    def send():
+        while not ended.wait(0.02):
+            for child in multiprocessing.active_children():
+                for number in numbers:
+                    os.kill(child.pid, number)
+                heard.add(child.pid)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield heard
+    finally:
+        ended.set()
+        thread.join()
+
+
 def test_batches_are_the_same_for_any_number_of_workers_and_any_resume(mixed):
-    """Worker processes, as a run of its own has them (they take seconds to start)."""
+    """Worker processes, as a run of its own has them (they take seconds to start).
+
+    They go on when the whole process group is told to stop, for the run needs them until it has
+    saved itself; and they end with it.
+    """
     one = take(mixed, 8)
     for workers, start in ((1, 0), (2, 3), (4, 5)):
         changed = ConfigDict(mixed.to_dict())
         changed.data.workers = workers
-        assert_same(take(changed, 8 - start, start), one[start:])
+        with children_hear_signals((signal.SIGTERM, signal.SIGINT)) as heard:
+            assert_same(take(changed, 8 - start, start), one[start:])
+        assert len(heard) == workers
+    assert not multiprocessing.active_children()
 
 
 def test_batches_are_the_same_for_several_hosts_with_several_workers(mixed):
