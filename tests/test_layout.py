@@ -14,14 +14,14 @@ ROOT = Path(__file__).parent.parent / "blip2_jax"
 ALLOWED = {
     "models": set(),
     "runtime": set(),
-    "data": set(),
-    "evals": set(),
+    "data": {"runtime"},
+    "evals": {"runtime"},
     "stages": {"models", "data", "runtime"},
     "weights": {"models", "runtime"},
     "inference": {"models", "data", "runtime"},
     "tasks": {"inference", "data", "evals", "runtime"},
     "cli": {"runtime"},
-    "report": set(),
+    "report": {"runtime"},
 }
 
 

@@ -27,21 +27,19 @@ def make_example(config: ConfigDict, image_size: int, *, train: bool) -> Example
       ValueError: `config.data.task` or `config.data.prompt` does not fit.
     """
     data, stage = config.data, config.stage.name
+    texts_of = tokenizers_of(config)
     if stage == "pretrain_lm":
-        return _story_example(tokenizers.load(data.llm_tokenizer), data.llm_length)
+        return _story_example(texts_of["llm"], data.llm_length)
     image = _image(data, image_size, train=train)
     if stage == "pretrain_vit":
         return _patch_example(image, image_size // config.model.vit.patch_size, config.stage.labels)
     if stage == "stage1":
-        encode = _qformer_text(tokenizers.load(data.qformer_tokenizer), data.text_length)
+        encode = _qformer_text(texts_of["qformer"], data.text_length)
     else:
-        tokenizer = llm_tokenizer(config)
-        reads_prompt = None
-        if config.model.qformer_reads_prompt:
-            reads_prompt = tokenizers.load(data.qformer_tokenizer)
         queries = config.model.qformer.num_query_tokens
         prompt = prompting.strip_image_token(data.prompt, queries)
-        encode = _llm_text(tokenizer, data, prompt, reads_prompt, is_instruction(config))
+        reads_prompt = texts_of.get("qformer")
+        encode = _llm_text(texts_of["llm"], data, prompt, reads_prompt, is_instruction(config))
         if data.task == "answer":
             return _answer_example(image, encode, prompt, queries, data, train=train)
         if data.task != "caption":
@@ -77,6 +75,19 @@ def llm_lengths(config: ConfigDict, *, encoder_decoder: bool) -> tuple[int, int]
 def is_instruction(config: ConfigDict) -> bool:
     """Whether prompt and text have lengths of their own, as in LAVIS's InstructBLIP."""
     return config.data.task == "answer" or config.model.qformer_reads_prompt
+
+
+def tokenizers_of(config: ConfigDict) -> dict[str, Any]:
+    """The tokenizers that a stage's examples are made with, by whose they are: "qformer", "llm"."""
+    data, stage = config.data, config.stage.name
+    found: dict[str, Any] = {}
+    if stage == "pretrain_lm":
+        found["llm"] = tokenizers.load(data.llm_tokenizer)
+    if stage == "stage2":
+        found["llm"] = llm_tokenizer(config)
+    if stage == "stage1" or (stage == "stage2" and config.model.qformer_reads_prompt):
+        found["qformer"] = tokenizers.load(data.qformer_tokenizer)
+    return found
 
 
 def _captions(record: Record, data: ConfigDict) -> list[str]:

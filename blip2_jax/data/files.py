@@ -4,17 +4,16 @@ Remote stores need their fsspec driver: `pip install 'blip2_jax[gcs]'` for `gs:/
 """
 
 import glob
-import hashlib
 import os
 import re
 import threading
-import uuid
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
 from blip2_jax.data.faults import RecordError
+from blip2_jax.runtime import atomic, digest
 
 MOST_OPEN = 256  # files that are kept open; below the usual limit of 1,024 for a process
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -107,10 +106,7 @@ def write(path: str, data: bytes) -> None:
     if not is_local(path):  # object stores show a file when it is complete
         fs.pipe_file(inner, data)
         return
-    draft = f"{inner}.{uuid.uuid4().hex[:8]}.partial"
-    with open(draft, "wb") as file:
-        file.write(data)
-    os.replace(draft, inner)
+    atomic.write_bytes(Path(inner), data)
 
 
 def cache_folder(name: str) -> Path:
@@ -119,11 +115,6 @@ def cache_folder(name: str) -> Path:
     folder = Path(root) / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def short_hash(text: str) -> str:
-    """16 hexadecimal digits (BLAKE2b)."""
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def local_copy(folder: str) -> str:
@@ -135,7 +126,7 @@ def local_copy(folder: str) -> str:
     from tqdm import tqdm
 
     fs, root = filesystem(folder)
-    target = cache_folder("data") / short_hash(folder)
+    target = cache_folder("data") / digest.of_text(folder)
     found = fs.find(root, detail=True)
     if not found:
         raise ValueError(f"{folder}: nothing there.")
@@ -143,10 +134,8 @@ def local_copy(folder: str) -> str:
         local = target / path.removeprefix(root).lstrip("/")
         if local.is_file() and local.stat().st_size == info["size"]:
             continue
-        local.parent.mkdir(parents=True, exist_ok=True)
-        draft = local.with_name(f"{local.name}.{uuid.uuid4().hex[:8]}.partial")
-        fs.get_file(path, str(draft))
-        os.replace(draft, local)
+        with atomic.replacing(local) as draft:
+            fs.get_file(path, str(draft))
     return str(target)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from blip2_jax.data import files, lists, tars, world
 from blip2_jax.data.faults import RecordError, Skipped
+from blip2_jax.runtime import atomic, digest
 
 SCHEMES = ("weight", "size", "sqrt_size")  # how the parts of a mixture are weighted
 
@@ -168,6 +169,8 @@ def identity(source: Any) -> dict[str, Any]:
     if isinstance(source, Mixture):
         parts = zip(source.names, source.parts, source.weights, strict=True)
         return {name: {**identity(part), "weight": weight} for name, part, weight in parts}
+    if isinstance(source, StorySource):  # any number of them: a run may go on for more steps
+        return {"digest": source.digest()}
     found = {"records": len(source)}
     return {**found, "digest": source.digest()} if hasattr(source, "digest") else found
 
@@ -218,9 +221,11 @@ class TfdsSource:
             split, decoders={"image": tfds.decode.SkipDecoding()}
         )
         done = Path(folder) / "done.json"  # numbers of images go up to this, those skipped included
-        known = json.loads(done.read_text()) if done.is_file() else {}
+        again = f"Run the blip2 prepare --out={folder} that made it again."
+        known = atomic.read_json(done, again) if done.is_file() else {}
         known = known.get("splits", {}).get(split, {})
         self.image_numbers = known.get("image_numbers", len(self._records))
+        self._files = [str(path) for path in builder.info.splits[split].filepaths]
 
     def __len__(self) -> int:
         return len(self._records)
@@ -233,6 +238,10 @@ class TfdsSource:
         except Exception as error:  # the readers' errors have no common class
             raise RecordError("cannot be read", f"{self.where(index)}: {error}"[:300]) from error
         return _as_text(record)
+
+    def digest(self) -> str:
+        """Of the split's files."""
+        return digest.of_files(self._files)
 
     def where(self, index: int) -> str:
         """Folder, split and number of a record."""
@@ -284,6 +293,10 @@ class StorySource:
 
     def __len__(self) -> int:
         return self.count
+
+    def digest(self) -> str:
+        """Of what decides every story but their number."""
+        return digest.of_text(f"{self.kind} {self.seed} {self.warmup}")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.count:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from blip2_jax.data import files, lists
 from blip2_jax.data.faults import RecordError, Skipped
+from blip2_jax.runtime import digest
 
 SUFFIXES = (".tar",)
 NOTE = ".idx.json"  # what an index has beside it
@@ -29,7 +30,7 @@ PARTS = ("image", "text", "meta")  # of a record
 PART_OF = {**dict.fromkeys(IMAGES, "image"), **dict.fromkeys(TEXTS, "text"), "json": "meta"}
 BLOCK = 512  # bytes; headers and contents of a tar begin at multiples of it
 MOST_BETWEEN = 1 << 18  # bytes of other members that are read along rather than stepped over
-FORMAT = 1  # of the index; another number here makes all of them anew
+FORMAT = 2  # of the index; another number here makes all of them anew
 INDEX = np.dtype(
     [
         ("image", "<u4"), ("image_size", "<u4"),  # block where the content begins, bytes of it
@@ -168,7 +169,7 @@ def index(file: Any, size: int, where: str) -> tuple[np.ndarray, Skipped]:
         else:
             seen.add(key)
             flat = [n for part in PARTS for n in parts.get(part, (0, 0))]
-            rows.append((*flat, int(files.short_hash(key), 16)))
+            rows.append((*flat, int(digest.of_text(key), 16)))
 
     for member in scan(file, size):
         if isinstance(member, RecordError):
@@ -207,26 +208,48 @@ def _identity(path: str) -> dict[str, Any]:
 def _index_path(path: str, folder: str) -> Path:
     """Beside a local archive, or in `folder`."""
     if folder:
-        return Path(folder) / f"{files.short_hash(os.path.abspath(path))}.idx"
+        return Path(folder) / f"{digest.of_text(os.path.abspath(path))}.idx"
     if files.is_local(path) and os.access(os.path.dirname(path) or ".", os.W_OK):
         return Path(f"{path}.idx")
-    return files.cache_folder("tars") / f"{files.short_hash(path)}.idx"
+    return files.cache_folder("tars") / f"{digest.of_text(path)}.idx"
 
 
-def _load(target: Path, identity: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
+class Index(NamedTuple):
+    """The index of an archive.
+
+    Attributes:
+      path: its file.
+      records: their number.
+      faults: what was left out (`Skipped.to_json`).
+      digest: of the keys and sizes of all members that are used.
+    """
+
+    path: Path
+    records: int
+    faults: dict[str, Any]
+    digest: str
+
+
+def _load(target: Path, identity: dict[str, Any]) -> Index | None:
+    """What there is; None where it is of another archive, or damaged."""
     try:
         found = json.loads(Path(f"{target}.json").read_text())
-    except (OSError, ValueError):
+        if {key: found[key] for key in identity} != identity:
+            return None
+        index = Index(target, found["records"], found["faults"], found["digest"])
+        rows = np.load(target, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, LookupError, TypeError, EOFError):
         return None
-    same = {key: found.get(key) for key in identity} == identity
-    return (found["records"], found["faults"]) if same else None
+    return index if rows.shape == (index.records,) and rows.dtype == INDEX else None
 
 
-def ensure_index(path: str, folder: str = "") -> tuple[Path, int, dict[str, Any]]:
+def _digest(rows: np.ndarray) -> str:
+    columns = [rows[name].tobytes() for name in ("image_size", "text_size", "meta_size", "key")]
+    return digest.of_bytes(*columns)
+
+
+def ensure_index(path: str, folder: str = "") -> Index:
     """The index of an archive, made where there is none or the archive has changed.
-
-    Returns:
-      its file, the number of records, and the faults (`Skipped.to_json`).
 
     Raises:
       RecordError: the archive cannot be read, or is not there and was never indexed.
@@ -240,7 +263,7 @@ def ensure_index(path: str, folder: str = "") -> tuple[Path, int, dict[str, Any]
         found = _load(target, {"format": FORMAT})
         if found is None:
             raise RecordError("no such file", path) from error
-        return target, *found
+        return found
     try:
         found = _load(target, identity)
         if found is None:
@@ -251,16 +274,17 @@ def ensure_index(path: str, folder: str = "") -> tuple[Path, int, dict[str, Any]
                 fs, inner = files.filesystem(path)
                 with fs.open(inner, "rb", block_size=4 << 20, cache_type="readahead") as file:
                     rows, faults = index(file, identity["size"], path)
-            found = len(rows), faults.to_json()
+            found = Index(target, len(rows), faults.to_json(), _digest(rows))
             buffer = io.BytesIO()
             np.save(buffer, rows)
             target.parent.mkdir(parents=True, exist_ok=True)
             files.write(str(target), buffer.getvalue())  # before the note that says it is there
-            note = {**identity, "records": found[0], "faults": found[1]}
+            note = {**identity, "records": found.records, "faults": found.faults}
+            note["digest"] = found.digest
             files.write(f"{target}.json", json.dumps(note).encode())
     except OSError as error:
         raise RecordError(files.reason(error), path) from error
-    return target, *found
+    return found
 
 
 class TarSource:
@@ -281,9 +305,10 @@ class TarSource:
         self.paths: list[str] = []
         self.faults = Skipped()
         self._indexes: list[Path] = []
+        self._digests: list[str] = []
         counts: list[int] = []
 
-        def prepare(path: str) -> tuple[Path, int, dict[str, Any]] | RecordError:
+        def prepare(path: str) -> Index | RecordError:
             try:
                 return ensure_index(path, index_folder)
             except RecordError as error:
@@ -297,12 +322,12 @@ class TarSource:
                 if isinstance(result, RecordError):
                     self.faults.add(result.reason, result.where)
                     continue
-                target, count, faults = result
-                self.faults.merge(faults)
-                if count:
+                self.faults.merge(result.faults)
+                if result.records:
                     self.paths.append(path)
-                    self._indexes.append(target)
-                    counts.append(count)
+                    self._indexes.append(result.path)
+                    self._digests.append(result.digest)
+                    counts.append(result.records)
         if not counts:
             raise ValueError(
                 f"{paths[0]}{', ...' * (len(paths) > 1)}: not one record that can be used.\n"
@@ -332,9 +357,8 @@ class TarSource:
         return self.paths[shard], self._maps[shard][position - first]
 
     def digest(self) -> str:
-        """Of the archives' names and what each holds."""
-        names = [path.rsplit("/", 1)[-1] for path in self.paths]
-        return files.short_hash(json.dumps([names, self._ends.tolist()]))
+        """Of the keys and sizes of all members that are used, archive by archive."""
+        return digest.of_text(" ".join(self._digests))
 
     def keys(self) -> np.ndarray:
         """The hash of each record's key, uint64[N]."""

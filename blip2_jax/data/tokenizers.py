@@ -4,12 +4,15 @@ The embedded world's own two are trained here and ship with the package; all oth
 transformers saves them. The two are different on purpose, as in the published models.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from blip2_jax.runtime import digest as hashing
 
 PACKAGE = "package:"
 IGNORED = -100  # a label that no loss counts (torch's convention)
@@ -106,8 +109,6 @@ def train_lm_tokenizer(texts: Iterable[str]) -> Any:
         show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
-    import json
-
     trained = json.loads(model.to_str())["model"]
     merges: Any = [tuple(pair) for pair in trained["merges"]]  # the hint there asks for texts
     return GPT2Tokenizer(
@@ -387,3 +388,26 @@ def encode_stories(
 
 if __name__ == "__main__":
     train_package_tokenizers(Path(__file__).parents[1] / "assets")
+
+
+PROBE = (
+    "A photo of two Dogs, at 10:30 -- isn't it?\n Question: how many?  Answer: 3.5\tred-blue "
+    "caf\u00e9 \u4f60\u597d \u00bd <s> </s> [MASK] <image>"
+)
+
+
+def digest(tokenizer: Any) -> str:
+    """A hash of what decides a tokenizer's ids, the same wherever it lies.
+
+    Its vocabulary, its merges where it has some, its special tokens, and what it makes of a text of
+    many kinds of characters, which shows how it normalizes and cuts.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(backend.to_str())["model"] if backend is not None else {}
+    content = [
+        sorted(tokenizer.get_vocab().items()),
+        model.get("merges"),
+        sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
+        tokenizer(PROBE)["input_ids"],
+    ]
+    return hashing.of_text(json.dumps(content))
