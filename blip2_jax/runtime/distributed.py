@@ -5,15 +5,19 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
 ENABLE = "BLIP2_DISTRIBUTED"
+POLL = 0.1  # seconds between two questions to the coordination service
 PREEMPTED = 42  # exit code of a run that saved itself on SIGTERM: start it again to go on
 
 
@@ -67,6 +71,16 @@ def all_agree(yes: bool) -> bool:
     if jax.process_count() == 1:
         return yes
     return bool(multihost_utils.process_allgather(np.asarray(yes)).all())
+
+
+def from_first(text: str) -> str:
+    """What the first host says, on all hosts; each must ask."""
+    if jax.process_count() == 1:
+        return text
+    data = text.encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data))))
+    padded = np.frombuffer(data[:size].ljust(size), np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode()
 
 
 def barrier(name: str) -> None:
@@ -134,17 +148,22 @@ class Watchdog:
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=to)
 
 
+class Stopped(Exception):
+    """This process was told to stop, and has left its work where the same command goes on."""
+
+
 class Preemption:
     """Hears SIGTERM, which spot machines, GKE and SLURM send some seconds before the end.
 
-    The loop asks `should_stop(step)` after each step, saves a checkpoint and leaves. On several
-    hosts all must stop after the same step, or the others would wait in a collective for ever:
-    there, JAX's own preemption service hears the signal and agrees on a step, and this object
-    leaves the signal to it.
+    The loop asks `should_stop()` after each step and between the batches of an evaluation, and
+    leaves with a checkpoint saved. On several hosts all must stop at the same question, or the
+    others would wait in a collective for ever: there, JAX's own preemption service hears the signal
+    and agrees on a question, and this object leaves the signal to it.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._asked = 0
         self._distributed = jax.distributed.is_initialized()
         self._previous = None
         if not self._distributed:
@@ -156,21 +175,103 @@ class Preemption:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def should_stop(self, step: int) -> bool:
-        """True once the run must save and leave; the same answer on every host.
+    def should_stop(self) -> bool:
+        """True once the run must save and leave; the same on every host.
 
-        Args:
-          step: the number of steps done; each host asks once for each step.
+        All hosts ask equally often, at the same places.
         """
-        if self._distributed:
-            self.requested |= multihost_utils.reached_preemption_sync_point(step)
+        self._asked += 1
+        if self._distributed and not self.requested:
+            self.requested = multihost_utils.reached_preemption_sync_point(self._asked)
         return self.requested
+
+    def check(self) -> None:
+        """Asks `should_stop`; raises Stopped if so."""
+        if self.should_stop():
+            raise Stopped
 
     def close(self) -> None:
         """Gives the signal back to whoever had it."""
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+class StopSignal:
+    """Hears SIGTERM for processes that share work which each does alone, at its own pace.
+
+    Whichever hears it, all stop at their next `check`. Where they must exchange something they
+    `meet` first, so that none waits for one that has stopped. (`Preemption` is for processes that
+    do everything in step.) The processes hear of each other through JAX's coordination service,
+    which needs no device and can be asked without waiting.
+    """
+
+    _number = 0  # of the object, the same on all hosts
+
+    def __init__(self) -> None:
+        StopSignal._number += 1
+        self.requested = self._told = False
+        self._meetings = 0
+        self._place = f"blip2_jax/stop/{StopSignal._number}"
+        # No public name leads to the service's table of keys and values.
+        self._client = jax_distributed.global_state.client if jax.process_count() > 1 else None
+        self._previous: Any = None
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():  # else Python lets nobody listen
+            # On several hosts in place of JAX's own, which waits for all to do the same steps.
+            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def check(self) -> None:
+        """Raises Stopped if this process was told to stop, or another one."""
+        self._share()
+        if self.requested:
+            raise Stopped
+
+    def meet(self) -> None:
+        """Waits for all processes, which must all come here.
+
+        Raises:
+          Stopped: one of them was told to stop before; on all of them, or on none.
+        """
+        if self._client is None:
+            return
+        self._meetings += 1
+        place = f"{self._place}/meeting/{self._meetings}"
+        self._client.key_value_set(f"{place}/here/{jax.process_index()}", "yes")
+        if jax.process_index() == 0:  # one decides, so that all do the same
+            while self._count(f"{place}/here/") < jax.process_count() and not self.requested:
+                time.sleep(POLL)
+                self._share()
+            go_on = self._count(f"{place}/here/") == jax.process_count()
+            self._client.key_value_set(f"{place}/verdict/{'go on' if go_on else 'stop'}", "yes")
+        while not self._count(f"{place}/verdict/"):
+            time.sleep(POLL)
+            self._share()
+        if not self._count(f"{place}/verdict/go on"):
+            self.requested = True
+            raise Stopped
+
+    def _share(self) -> None:
+        """Tells the others, and hears from them."""
+        if self._client is None:
+            return
+        if self.requested and not self._told:
+            self._told = True
+            self._client.key_value_set(f"{self._place}/told/{jax.process_index()}", "yes")
+        elif not self.requested:
+            self.requested = self._count(f"{self._place}/told/") > 0
+
+    def _count(self, prefix: str) -> int:
+        return len(self._client.key_value_dir_get(prefix))  # type: ignore[union-attr]
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.requested = True

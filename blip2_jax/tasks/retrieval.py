@@ -79,7 +79,7 @@ class Retrieval(Task):
         embedded: Progress,
         matched: Progress,
     ) -> None:
-        gather = _gather if host.count > 1 else retrieval.alone
+        gather = self._gather if host.count > 1 else retrieval.alone
         said, owner = self.texts(group)
         cut = {"truncate": self.config.truncate or None}
         features = self._reader.embed_texts(said, progress=f"{self.name} texts", **cut)
@@ -125,6 +125,11 @@ class Retrieval(Task):
                 ]
             )
             matched.update(len(numbers))
+
+    def _gather(self, x: np.ndarray) -> np.ndarray:
+        """x of each process, stacked; it has the same shape in all of them."""
+        self.meet()
+        return multihost_utils.process_allgather(x)
 
     def _pairs(self, group: np.ndarray, rows: Rows) -> tuple[np.ndarray, ...]:
         """Image (of the group), text, ITC and ITM of all candidates."""
@@ -176,11 +181,6 @@ class Retrieval(Task):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(answers, ensure_ascii=False) + "\n", encoding="utf-8")
         return path
-
-
-def _gather(x: np.ndarray) -> np.ndarray:
-    """x of each process, stacked; it has the same shape in all of them."""
-    return multihost_utils.process_allgather(x)
 
 
 def _covers(row: Row | None, wanted: np.ndarray) -> bool:

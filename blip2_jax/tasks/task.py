@@ -1,20 +1,19 @@
 """What all tasks share: a data set read with a model, and lines that survive a kill."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from blip2_jax.data import files
 from blip2_jax.data.heldout import Heldout
 from blip2_jax.data.lists import Row
 from blip2_jax.data.loader import Host
 from blip2_jax.evals import submissions
 from blip2_jax.inference.pipeline import Blip2
-from blip2_jax.runtime import distributed, journal
+from blip2_jax.runtime import journal, run_dir
 from blip2_jax.runtime.metrics import Progress
 
 # Keys of a task that may change when it goes on: they decide nothing of what is said.
@@ -34,12 +33,20 @@ class Lines:
       name: of the task.
       request: all that decides what is said.
       host: which process this is, and of how many that share the work.
+      meet: waits for all of these.
 
     Raises:
       ValueError: there are lines of another request.
     """
 
-    def __init__(self, folder: Path | None, name: str, request: Row, host: Host):
+    def __init__(
+        self,
+        folder: Path | None,
+        name: str,
+        request: Row,
+        host: Host,
+        meet: Callable[[], None] = lambda: None,
+    ):
         self.rows: Rows = {}
         self._folder, self._name, self._request = folder, name, request
         self._journal = None
@@ -47,9 +54,9 @@ class Lines:
             return
         if host.index == 0:  # which also mends what a kill has cut
             self.read()
-        wait(host, "read")
+        meet()
         self.read()
-        wait(host, "go")
+        meet()
         self._journal = journal.Journal(folder / f"{name}.{host.index}.jsonl", request)
 
     def read(self) -> None:
@@ -76,12 +83,6 @@ def _packed(row: Row) -> Row:
     return row | {name: np.array(row[name], kind) for name, kind in PACKED.items() if name in row}
 
 
-def wait(host: Host, what: str) -> None:
-    """Until all processes that share the work are here."""
-    if host.count > 1:
-        distributed.barrier(what)
-
-
 class Task:
     """One data set, one kind of prediction.
 
@@ -93,9 +94,13 @@ class Task:
 
     Attributes:
       model: what reads the images; set it before predicting.
+      between_batches: called before each batch is computed; may raise, to leave it there.
+      meet: called before processes exchange something; waits for all of them.
     """
 
     kind = ""
+    between_batches: Callable[[], None] = staticmethod(lambda: None)
+    meet: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self, name: str, config: ConfigDict, dataset: Heldout, threads: int):
         self.name, self.config, self.dataset, self.threads = name, config, dataset, threads
@@ -131,7 +136,7 @@ class Task:
         model = self.model
         return settings | {
             "model": model.source,
-            "weights": stamp(model.source),
+            "weights": run_dir.stamp(model.source),
             "resolution": model.config.vit.image_size,
             "dtype": str(model.dtype),
         }
@@ -159,7 +164,11 @@ class Task:
         self, share: Sequence[int]
     ) -> Iterator[tuple[list[int], list[np.ndarray], list[tuple[int, str]]]]:
         size, batch = self._reader.config.vit.image_size, self._reader.batch_size
-        return self.dataset.batches(share, size, batch, self.threads) if share else iter(())
+        self.between_batches()
+        if share:
+            for found in self.dataset.batches(share, size, batch, self.threads):
+                self.between_batches()
+                yield found
 
     def _note(self, faults: list[tuple[int, str]], lines: Lines) -> None:
         lines.add([{"row": number, "unreadable": where} for number, where in faults])
@@ -229,13 +238,3 @@ class Task:
     def predictions(self, rows: Rows) -> dict[Any, str]:
         """Texts by official id."""
         raise NotImplementedError
-
-
-def stamp(source: str) -> str:
-    """Changes when the files of a model do; "" of one that is not on this machine."""
-    path = Path(source)
-    if (path / "done.json").is_file():
-        return files.short_hash((path / "done.json").read_text())
-    inside = [path] if path.is_file() else sorted(path.glob("*"))
-    notes = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in inside]
-    return files.short_hash(json.dumps(notes)) if notes else ""

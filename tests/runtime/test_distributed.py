@@ -30,10 +30,13 @@ def test_the_environment_must_say_0_or_1(monkeypatch):
 def test_a_termination_signal_asks_the_loop_to_stop():
     before = signal.getsignal(signal.SIGTERM)
     with distributed.Preemption() as preemption:
-        assert not preemption.should_stop(1)
+        assert not preemption.should_stop()
+        preemption.check()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.should_stop(2)
+        assert preemption.should_stop()
         assert preemption.requested
+        with pytest.raises(distributed.Stopped):
+            preemption.check()
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -93,6 +96,9 @@ def test_two_hosts_work_as_one(tmp_path):
     # Only the first was told; both leave after the same step.
     assert first["told_to_stop"] and second["told_to_stop"]
     assert first["stopped_at"] == second["stopped_at"]
+    # Where each works at its own pace, one that is told stops both, also one that waits.
+    assert first["alone"] == {"met": 1, "stopped": True, "rounds": 3}
+    assert second["alone"] == {"met": 1, "stopped": True, "rounds": 0}
 
 
 def test_a_process_that_makes_no_step_ends_itself_and_says_where_it_was():

@@ -33,12 +33,27 @@ def main(workdir: Path) -> None:
 
     step = 0
     with distributed.Preemption() as preemption:
-        while not preemption.should_stop(step) and step < MAX_STEPS:
+        while not preemption.should_stop() and step < MAX_STEPS:
             step += 1
             time.sleep(0.01)
             if step == 5 and distributed.is_first_process():
                 os.kill(os.getpid(), signal.SIGTERM)
+    alone = {"met": 0, "stopped": False, "rounds": 0}
+    with distributed.StopSignal() as stop:
+        stop.meet()
+        alone["met"] += 1
+        try:
+            while distributed.is_first_process():  # the other has done its share, and waits below
+                stop.check()
+                alone["rounds"] += 1
+                if alone["rounds"] == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            stop.meet()
+            alone["met"] += 1
+        except distributed.Stopped:
+            alone["stopped"] = True
     found = {
+        "alone": alone,
         "index": distributed.process_index(),
         "extra": extra,
         "fingerprints": [state.fingerprint(tree), state.fingerprint(restored)],
