@@ -25,7 +25,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from blip2_jax.runtime import values
-from blip2_jax.runtime.compare import differences
+from blip2_jax.runtime.compare import run_differences
 
 _BESIDE = "_recipes"  # the package that a recipe and the files beside it are in, while it runs
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -341,7 +341,7 @@ def _unknown_key(key: str, known: Sequence[str]) -> str:
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
-    """Refuses a workdir that holds another run.
+    """Refuses a workdir that holds another run (see `compare.run_differences`).
 
     Args:
       saved: what the workdir says of its run; may say more than `now`.
@@ -351,12 +351,17 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], workdir: Pa
     Raises:
       ConfigError: with each entry of `now` that is not the same in `saved`.
     """
-    lines = [line for key in now for line in differences(key, saved.get(key), now[key])]
+    lines = run_differences(saved, now)
     if lines:
-        raise ConfigError(
-            f"{workdir} holds another run. Use a new workdir, or what that run was started "
-            "with:\n" + "\n".join(lines)
-        )
+        raise ConfigError(another_run(workdir, lines))
+
+
+def another_run(workdir: Path, lines: Sequence[str]) -> str:
+    """The message that a workdir holds another run; `lines` say how it differs."""
+    return (
+        f"{workdir} holds another run. Use a new workdir, or what that run was started with:\n"
+        + "\n".join(lines)
+    )
 
 
 def config_to_json(config: Mapping[str, Any] | ConfigDict) -> str:

@@ -2,13 +2,15 @@
 
     blip2 convert Salesforce/blip2-opt-2.7b runs/native --to=native --dtype=bfloat16
     blip2 convert runs/stage2 exported/blip2 --to=huggingface
+    blip2 convert runs/stage2/checkpoints/5000 exported/earlier --to=huggingface
     blip2 convert blip2_pretrained.pth exported/itm --to=huggingface --vit=eva_vit_g.pth
     blip2 convert exported/blip2 blip2.pth --to=lavis
     blip2 convert runs/towers/lm blip2_jax/assets/digits-opt --to=huggingface
 
-SRC is a Hugging Face folder, a LAVIS .pth, a native folder or the workdir of a finished run (of
-BLIP-2, or of a tower's own pre-training). What SRC does not hold (a LAVIS file has no language
-model and often no image encoder) is named beside it. Nothing is lost on the way: values keep their
+SRC is a Hugging Face folder, a LAVIS .pth, a native folder, the workdir of a run (of BLIP-2, or of
+a tower's own pre-training), which stands for its newest checkpoint, or one of its checkpoints
+(WORKDIR/checkpoints/STEP). What SRC does not hold (a LAVIS file has no language model and often no
+image encoder) is named beside it. Nothing is lost on the way: values keep their
 bits unless --dtype asks otherwise, and what a format has no place for is said.
 """
 
@@ -26,6 +28,7 @@ from blip2_jax import cli, recipe
 from blip2_jax.data import tokenizers
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.vit import ViTConfig
+from blip2_jax.runtime import run_dir
 from blip2_jax.runtime import state as states
 from blip2_jax.weights import checkpoint, files, huggingface, lavis, transfer
 from blip2_jax.weights.files import WeightsError
@@ -56,15 +59,17 @@ def main(argv: list[str] | None = None) -> int:
     args = cli.parse(__doc__, argv, add_arguments, prog="blip2 convert", config=False)
     try:
         return convert(args)
-    except WeightsError as error:
+    except ValueError as error:
         raise SystemExit(f"blip2 convert: {error}") from error
 
 
 def convert(args: argparse.Namespace) -> int:
     """Converts; returns the exit code."""
     target, dtype = Path(args.target), args.dtype and jnp.dtype(args.dtype)
-    if (Path(args.source) / "done.json").is_file():
-        config, params, companions, special_tokens = _of_run(Path(args.source))
+    run = run_dir.find(args.source)
+    if run is not None:
+        print(f"{run.folder}: step {run.step} of {run.steps}.")
+        config, params, companions, special_tokens = _of_run(run.folder, args.vit, args.llm)
         if not isinstance(config, Blip2Config):
             return _write_tower(args, config, params, dtype)
     else:
@@ -108,14 +113,13 @@ def _with_special_tokens(
         yield Path(folder)
 
 
-def _of_run(workdir: Path) -> tuple[Any, Any, Path | None, Mapping[str, str]]:
-    """Sizes, all parameters, the tokenizer's folder and special tokens of a finished run."""
-    run, trained = recipe.load_params(workdir)
-    frozen, _ = run.load_frozen()
-    source = run.config.model.llm.source if "llm" in frozen else ""
+def _of_run(folder: Path, vit: str, llm: str) -> tuple[Any, Any, Path | None, Mapping[str, str]]:
+    """Sizes, all parameters, the tokenizer's folder and special tokens of a run's checkpoint."""
+    run, params = recipe.load_whole(folder, towers={"vit": vit, "llm": llm})
+    source = run.config.model.llm.source if "llm" in params else ""
     companions = huggingface.find(source) if source else None
     special_tokens = run.config.data.llm_special_tokens.to_dict()
-    return run.model_config, run.whole(frozen, trained), companions, special_tokens
+    return run.model_config, params, companions, special_tokens
 
 
 def _write_tower(args: argparse.Namespace, sizes: Any, params: Any, dtype: Any) -> int:

@@ -9,11 +9,13 @@
         --predictions=captions_of_another_system.json
 
 A config in configs/eval is one row of the paper's tables, with every prompt, beam and penalty that
-it was made with; configs/eval/default.py explains each key. SRC of --model is a run's workdir, a
+it was made with; configs/eval/default.py explains each key. SRC of --model is a run's workdir
+(its newest checkpoint, finished or not), one of its checkpoints (WORKDIR/checkpoints/STEP), a
 Hugging Face folder or hub name, a native folder or a LAVIS .pth (with --config.vit, --config.llm);
 one model serves all the tasks that it has the heads for.
 
-The workdir receives
+It leaves with 0 at its end, and with 42 when it was told to stop (SIGTERM), after the batch that it
+was at: the same command goes on. The workdir receives
 
     lines/        what was said, image by image; the same command goes on where it was stopped, and
                   lines of other settings are refused
@@ -29,7 +31,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,10 +49,10 @@ from blip2_jax.evals import vqa
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.report import write_report
-from blip2_jax.runtime import distributed
+from blip2_jax.runtime import distributed, run_dir
 from blip2_jax.runtime import mesh as meshes
-from blip2_jax.runtime.metrics import read_jsonl
-from blip2_jax.tasks.task import Lines, Metrics, Rows, Task, wait
+from blip2_jax.runtime.metrics import METRICS_FILE, read_jsonl
+from blip2_jax.tasks.task import Lines, Metrics, Rows, Task
 
 LIBRARIES = (
     "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "pycocoevalcap", "pillow",
@@ -105,11 +107,31 @@ def evaluate(
     started = time.monotonic()
     distributed.initialize(config.distributed)
     distributed.setup_compilation_cache()
-    host = Host.this()
     cli.make_workdir(workdir)
+    with distributed.StopSignal() as stop:
+        try:
+            _evaluate(config, workdir, model, only, predictions, stop, started)
+        except distributed.Stopped:
+            if distributed.is_first_process():
+                print("Asked to stop. The same command goes on.")
+            return distributed.PREEMPTED
+    return 0
+
+
+def _evaluate(
+    config: ConfigDict,
+    workdir: Path,
+    model: str,
+    only: Sequence[str],
+    predictions: str,
+    stop: distributed.StopSignal,
+    started: float,
+) -> None:
+    host = Host.this()
     result = Result(config, workdir)
     planned = open_tasks(config, only)  # what is wrong with any of them shows here
     loaded: Blip2 | None = None
+    sources: dict[str, str] = {}  # a run that is at work has other checkpoints from task to task
     if predictions:
         if len(planned) > 1:
             raise ValueError(f"--predictions is of one task; name it: --task={planned[0].name}.")
@@ -122,6 +144,10 @@ def evaluate(
             raise ValueError(
                 f"{task.name}: no model is named. Pass --model=SRC, or set config.model."
             )
+        if source not in sources:
+            run = run_dir.find(source) if host.index == 0 else None
+            sources[source] = distributed.from_first(str(run.folder) if run else source)
+        source = sources[source]
         if loaded is None or loaded.source != source:
             task.model = loaded = None  # not two at once
             loaded = load(source, config)
@@ -129,18 +155,17 @@ def evaluate(
             print(f"{task.name}: left out, {source} has no head for it.")
             continue
         print(f"{task.name}: {source}")
-        task.model = loaded
-        lines = Lines(workdir / "lines", task.name, task.request(), host)
+        task.model, task.between_batches, task.meet = loaded, stop.check, stop.meet
+        lines = Lines(workdir / "lines", task.name, task.request(), host, stop.meet)
         task.predict(lines, host)
-        wait(host, task.name)
+        stop.meet()
         if host.index == 0:
             lines.read()
             result.add(task, lines.rows, source)
         task.model = None
     if host.index == 0:
         result.finish(time.monotonic() - started, loaded)
-    wait(host, "end")
-    return 0
+    stop.meet()
 
 
 def open_tasks(config: ConfigDict, only: Sequence[str] = ()) -> list[Task]:
@@ -190,15 +215,23 @@ class DuringTraining:
       run: the training run.
       frozen: its frozen towers.
       path: of the evaluation's config, `FILE.py` or `FILE.py:ARG`.
+      between_batches: called before each batch is computed; may raise, to leave the evaluation.
     """
 
-    def __init__(self, run: recipe.Recipe, frozen: Any, path: str):
+    def __init__(
+        self,
+        run: recipe.Recipe,
+        frozen: Any,
+        path: str,
+        between_batches: Callable[[], None] = lambda: None,
+    ):
         self.config = cli.load_config(path)
         self.run, self.frozen = run, frozen
         self.tasks = open_tasks(self.config)  # mistakes show before the first step
         self.model: Blip2 | None = None
         sizes = run.model_config
         for task in self.tasks:
+            task.between_batches = between_batches
             if not isinstance(sizes, Blip2Config) or (
                 (sizes.llm is None) != (task.kind == "retrieval")
             ):
@@ -206,6 +239,14 @@ class DuringTraining:
                     f"config.eval.tasks: {run.config.name} has no head for {task.name} "
                     f"({task.kind}) of {path}."
                 )
+
+    def identity(self) -> dict[str, Any]:
+        """What the scores are of, wherever it lies: each task's settings and its data."""
+        left_out = ("model", "examples")
+        return {
+            task.name: {k: v for k, v in task.settings().items() if k not in left_out}
+            for task in self.tasks
+        }
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Scores as "eval/NAME", of parameters that the run trains."""
@@ -217,12 +258,14 @@ class DuringTraining:
             self.model.use(recipe.all_params(self.run, params, self.frozen))
         together = Host(0, 1)
         found: Metrics = {}
-        for task in self.tasks:
-            task.model = self.model
-            lines = Lines(None, task.name, {}, together)
-            task.predict(lines, together)
-            found |= task.score(lines.rows)[0]
-        self.model.use(None)
+        try:
+            for task in self.tasks:
+                task.model = self.model
+                lines = Lines(None, task.name, {}, together)
+                task.predict(lines, together)
+                found |= task.score(lines.rows)[0]
+        finally:
+            self.model.use(None)
         return {f"eval/{name}": v for name, v in found.items() if not isinstance(v, str)}
 
 
@@ -285,9 +328,13 @@ def costs(
 
     Parts are the runs that were evaluated and the data that `blip2 prepare` made for them.
     """
-    parts = {"prepare": Path(done[0][0].dataset.data.dir)} if done else {}
-    parts |= {Path(source).name: Path(source) for source in models}
-    known = {name: of for name, folder in parts.items() if (of := read_done(folder)) is not None}
+    known: dict[str, Mapping[str, Any]] = {}
+    if done:
+        known["prepare"] = run_dir.read_done(Path(done[0][0].dataset.data.dir)) or {}
+    for run in map(run_dir.find, models):
+        if run is not None:
+            end = run_dir.read_done(run.workdir) if run.workdir and run.step >= run.steps else None
+            known[run.name] = end or run.document
     took = {f"seconds/{name}": of["seconds"] for name, of in known.items() if "seconds" in of}
     took["seconds/evaluate"] = seconds
     memory = [of.get("peak_memory_gb", 0.0) for of in known.values()]
@@ -296,12 +343,6 @@ def costs(
         "seconds/total": sum(took.values()),
         "peak_memory_gb": max([distributed.peak_memory_gb(), *memory]),
     }
-
-
-def read_done(folder: Path) -> dict[str, Any] | None:
-    """The `done.json` of a finished run or of prepared data; None where there is none."""
-    path = folder / "done.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 # ------------------------------------------------------------------------------------- the page
@@ -319,8 +360,8 @@ def page(result: Result, model: Blip2 | None) -> None:
             {"image": example["image"], "attention": maps[i], "text": example.get("reference")}
             for i, example in enumerate(some)
         ]
-    runs = [Path(source) for source in dict.fromkeys(result.sources.values())]
-    logs = {run.name: run / "metrics.jsonl" for run in runs}
+    runs = [run for run in map(run_dir.find, dict.fromkeys(result.sources.values())) if run]
+    logs = {run.name: run.workdir / METRICS_FILE for run in runs if run.workdir}
     write_report(
         result.workdir / "report.html",
         title=config.title or f"BLIP-2: {config.name}",

@@ -5,11 +5,12 @@
     blip2 generate --model=SRC --image='shots/*.png' --prompt="Question: how many? Answer:"
     blip2 generate --model=SRC --image=photos/ --output=captions.jsonl
 
-SRC is a Hugging Face folder or hub name, a LAVIS .pth (with --vit and --llm), a native folder or
-the workdir of a finished run. Images may be files, folders (searched for images, not into their
-subfolders) and patterns. One line an image: its name, a tab, the text; as JSON with --json. With
---output, lines go into a file, and the same command goes on where it was stopped. Images that
-cannot be read are reported and left out; the exit code is then 1.
+SRC is a Hugging Face folder or hub name, a LAVIS .pth (with --vit and --llm), a native folder, the
+workdir of a run, finished or not, or one of its checkpoints (WORKDIR/checkpoints/STEP). Images may
+be files, folders (searched for images, not into their subfolders) and patterns. One line an image:
+its name, a tab, the text; as JSON with --json. With --output, lines go into a file, and the same
+command goes on where it was stopped. Images that cannot be read are reported and left out; the exit
+code is then 1.
 
 Without a --prompt images are captioned. Unless flags say otherwise, decoding is as published:
 
@@ -35,7 +36,7 @@ from blip2_jax.inference.decode import Decoding
 from blip2_jax.inference.images import open_image
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.pretrained import load
-from blip2_jax.runtime import journal
+from blip2_jax.runtime import journal, run_dir
 from blip2_jax.runtime.journal import Journal
 
 NUMBERS = {
@@ -93,6 +94,9 @@ def generate(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in (*NUMBERS, "do_sample")}
     options = {name: value for name, value in options.items() if value is not None}
     request = {"model": args.model, "prompt": args.prompt, "question": args.question, **options}
+    run = run_dir.find(args.model)
+    if run is not None:  # its newest checkpoint may be another one next time
+        request["weights"] = run.stamp
     output = Path(args.output) if args.output else None
     rows = journal.read(output, request, "blip2 generate") if output else []
     done = {row["image"] for row in rows}
@@ -103,7 +107,7 @@ def generate(args: argparse.Namespace) -> int:
         return 0
     placed = {"data": 1, "fsdp": -1, "tensor": 1} if jax.device_count() > 1 else None
     model = load(
-        args.model,
+        args.model if run is None else run.folder,
         dtype=args.dtype,
         mesh=placed,
         vit=args.vit,

@@ -1,5 +1,6 @@
 """From whatever a user names to a model that answers: `blip2_jax.load`."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from blip2_jax import recipe
 from blip2_jax.data import tokenizers
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.models.blip2 import AXES
-from blip2_jax.runtime import distributed
+from blip2_jax.runtime import distributed, run_dir
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.weights import checkpoint
 from blip2_jax.weights.checkpoint import Checkpoint
@@ -34,12 +35,14 @@ def load(
     """Loads a BLIP-2 or InstructBLIP model.
 
     Args:
-      source: a Hugging Face folder or hub name, a LAVIS `.pth`, a native folder, or the workdir of
-        a finished run.
+      source: a Hugging Face folder or hub name, a LAVIS `.pth`, a native folder, the workdir of a
+        run, finished or not, which stands for its newest checkpoint, or one of its checkpoints
+        (WORKDIR/checkpoints/STEP).
       dtype: what parameters are kept in and computed with, e.g. "bfloat16"; None: as stored.
       mesh: a mesh, or sizes of one as in a config ({"data": 1, "fsdp": -1, "tensor": 1}), over
         which parameters and batches are spread; None: the first device or, of a run, its own mesh.
-      vit, llm: the towers' own folders or files, where the source does not hold them (LAVIS).
+      vit, llm: the towers' own folders or files, where the source does not hold them (LAVIS) or
+        they are no longer where a run found them.
       qformer_tokenizer, llm_tokenizer: folders or hub names, where the source has none.
       batch_size: images, texts or pairs that are computed at once, at most.
 
@@ -50,8 +53,20 @@ def load(
     source = str(source)
     if isinstance(mesh, Mapping):
         mesh = meshes.make_mesh(mesh)
-    if (Path(source) / "done.json").is_file():
-        return recipe.load_run(Path(source), batch_size=batch_size, dtype=dtype, mesh=mesh)
+    run = run_dir.find(source)
+    if run is not None:
+        if run.step < run.steps:
+            print(f"{run.folder}: step {run.step} of {run.steps}.", file=sys.stderr)
+        return recipe.load_run(
+            run.folder,  # not `source`: the run may be saving others meanwhile
+            batch_size=batch_size,
+            dtype=dtype,
+            mesh=mesh,
+            vit=vit,
+            llm=llm,
+            qformer_tokenizer=qformer_tokenizer,
+            llm_tokenizer=llm_tokenizer,
+        )
     found = checkpoint.open_checkpoint(source, vit=vit, llm=llm)
     texts = _tokenizers(found, llm, qformer_tokenizer, llm_tokenizer)
     params = found.load(_placed(found.abstract(), dtype, mesh), progress=f"reading {source}")

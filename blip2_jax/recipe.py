@@ -7,7 +7,7 @@ Nothing is allocated until `Recipe.init_state` or `Recipe.load_frozen` is called
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,14 +21,13 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from blip2_jax import cli
 from blip2_jax.data import tokenizers
-from blip2_jax.data.examples import llm_lengths, llm_tokenizer
+from blip2_jax.data.examples import llm_lengths
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.models import blip2, lora, opt, t5, vit
 from blip2_jax.models.qformer import QFormerConfig
+from blip2_jax.runtime import checkpoint, optim, run_dir
 from blip2_jax.runtime import mesh as meshes
-from blip2_jax.runtime import optim
 from blip2_jax.runtime import state as states
-from blip2_jax.runtime.checkpoint import Checkpointer
 from blip2_jax.stages import pretrain_lm, pretrain_vit, stage1, stage2
 from blip2_jax.stages.step import Params, Spec, State
 from blip2_jax.weights import huggingface
@@ -315,54 +314,98 @@ def _on_mesh(step: Callable[..., Any], spec: Spec) -> Callable[..., Any]:
     return traced
 
 
-def _finished(workdir: Path) -> dict[str, Any]:
-    """What a finished run says of itself."""
-    done = workdir / "done.json"
-    if not done.is_file():
+def open_run(source: str | Path) -> run_dir.RunCheckpoint:
+    """The checkpoint that `WORKDIR` or `WORKDIR/checkpoints/STEP` names.
+
+    Raises:
+      ValueError: there is none.
+    """
+    found = run_dir.find(source)
+    if found is None:
         raise ValueError(
-            f"{workdir} holds no finished run (no done.json). Train it to its end with "
-            f"blip2 train --workdir={workdir}, or name another workdir."
+            f"{source} holds no run. Train one with blip2 train --workdir={source}, or name "
+            "another workdir."
         )
-    return json.loads(done.read_text())
+    return found
 
 
-def load_params(workdir: Path, mesh: Mesh | None = None) -> tuple[Recipe, Params]:
-    """The recipe of a finished run, and the parameters that it trained; `mesh`: see `build`."""
-    saved = _finished(workdir)
-    run = build(cli.config_from_json(json.dumps(saved["config"])), mesh)
-    with Checkpointer(workdir / "checkpoints") as checkpointer:
-        state, _ = checkpointer.restore(run.abstract_state)
-    return run, state["params"]
+def load_params(
+    source: str | Path,
+    mesh: Mesh | None = None,
+    towers: Mapping[str, str] | None = None,
+) -> tuple[Recipe, Params]:
+    """The recipe of a run, and the parameters that it has trained so far.
+
+    Args:
+      source: the run's workdir or one of its checkpoints; see `run_dir.find`.
+      mesh: see `build`.
+      towers: where towers ("vit", "llm") lie now, if not where the run found them.
+
+    Raises:
+      ValueError: there is no such checkpoint, or it cannot be read.
+    """
+    saved = open_run(source)
+    config = ConfigDict(json.loads(json.dumps(saved.document["config"])))
+    for name, place in (towers or {}).items():
+        if place:
+            config.model[name].source = place
+    run = build(cli.config_from_json(cli.config_to_json(config)), mesh)
+    return run, checkpoint.restore_params(saved.folder, run.abstract_state["params"])
+
+
+def load_whole(
+    source: str | Path, mesh: Mesh | None = None, towers: Mapping[str, str] | None = None
+) -> tuple[Recipe, Params]:
+    """As `load_params`, with the frozen towers' parameters.
+
+    Raises:
+      ValueError: as there; or a tower is no longer the one that the run was trained on.
+    """
+    saved = open_run(source)
+    run, trained = load_params(saved.folder, mesh, towers)
+    frozen, found = run.load_frozen()
+    fingerprints = saved.document["fingerprints"]
+    if found != fingerprints:
+        raise ValueError(
+            f"{saved.folder} was trained on towers {fingerprints}, here are {found}. "
+            "Install the towers it was trained on, or name their folders (vit, llm)."
+        )
+    return run, run.whole(frozen, trained)
 
 
 def load_run(
-    workdir: Path, *, batch_size: int = 32, dtype: Any = None, mesh: Mesh | None = None
+    source: str | Path,
+    *,
+    batch_size: int = 32,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    vit: str = "",
+    llm: str = "",
+    qformer_tokenizer: str = "",
+    llm_tokenizer: str = "",
 ) -> Blip2:
-    """The BLIP-2 model of a finished run.
+    """The BLIP-2 model of a run, as it is in one of its checkpoints.
 
     Args:
-      workdir: the run's.
+      source: see `run_dir.find`.
       batch_size: see `Blip2`.
       dtype: what to compute in; the run's own when None.
       mesh: the devices; None makes the run's mesh of all there are here.
+      vit, llm, qformer_tokenizer, llm_tokenizer: where these lie now, if not where the run found
+        them.
 
     Raises:
-      ValueError: there is no finished run, it is no BLIP-2, or a tower is no longer the one it was
-        trained on.
+      ValueError: there is no such checkpoint, it is no BLIP-2, or a tower is no longer the one it
+        was trained on.
     """
-    fingerprints = _finished(workdir)["fingerprints"]
-    run, params = load_params(workdir, mesh)
+    folder = open_run(source).folder
+    run, params = load_whole(folder, mesh, {"vit": vit, "llm": llm})
     if not isinstance(run.model_config, blip2.Blip2Config):
         raise ValueError(
-            f"{workdir} trained a tower ({run.config.name}), which is no BLIP-2 by itself."
+            f"{folder} trained a tower ({run.config.name}), which is no BLIP-2 by itself."
         )
-    frozen, found = run.load_frozen()
-    if found != fingerprints:
-        raise ValueError(
-            f"{workdir} was trained on towers {fingerprints}, here are {found}. "
-            "Install the towers it was trained on."
-        )
-    return _blip2(run, run.whole(frozen, params), dtype, batch_size, str(workdir))
+    texts = qformer_tokenizer, llm_tokenizer
+    return _blip2(run, params, dtype, batch_size, str(folder), *texts)
 
 
 def blip2_of(run: Recipe, params: Params, frozen: Params, *, batch_size: int = 32) -> Blip2:
@@ -380,16 +423,24 @@ def all_params(run: Recipe, params: Params, frozen: Params) -> Params:
     return whole
 
 
-def _blip2(run: Recipe, params: Params, dtype: Any, batch_size: int, source: str) -> Blip2:
+def _blip2(
+    run: Recipe,
+    params: Params,
+    dtype: Any,
+    batch_size: int,
+    source: str,
+    qformer_tokenizer: str = "",
+    llm_tokenizer: str = "",
+) -> Blip2:
     data, llm = run.config.data, run.config.model.llm
-    words = data.llm_tokenizer or llm.source
+    words = llm_tokenizer or data.llm_tokenizer or llm.source
     return Blip2(
         run.model_config,
         params,
         dtype=jnp.dtype(dtype or run.config.dtype),
         mesh=run.mesh,
-        qformer_tokenizer=tokenizers.load(data.qformer_tokenizer),
-        llm_tokenizer=llm_tokenizer(run.config) if words else None,
+        qformer_tokenizer=tokenizers.load(qformer_tokenizer or data.qformer_tokenizer),
+        llm_tokenizer=tokenizers.load(words, data.llm_special_tokens.to_dict()) if words else None,
         batch_size=batch_size,
         source=source,
     )

@@ -8,6 +8,8 @@ The same command continues a run that was killed, from its last checkpoint: same
 randomness, same numbers. Every key that --config.KEY=VALUE can set is in configs/default.py.
 It leaves with 0 when the run is finished, with 42 when it was told to stop (SIGTERM) and has saved
 itself, and with 1 and a message when it cannot go on; the last checkpoint is whole in each case.
+A finished run goes on with --config.steps=MORE, at the learning rate that the schedule of the new
+length has from there on. Data, towers and tokenizers may move; what they hold is compared.
 The workdir receives metrics.jsonl (what is computed), timing.jsonl (rates, waiting
 for data, MFU, goodput), tensorboard/, checkpoints/ and, at the end, done.json;
 --config.profile.steps=5 records a trace of five steps in profile/.
@@ -15,6 +17,7 @@ for data, MFU, goodput), tensorboard/, checkpoints/ and, at the end, done.json;
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -23,21 +26,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from blip2_jax import cli, recipe
-from blip2_jax.data import loader, sources
+from blip2_jax import cli, identity, recipe
+from blip2_jax.data import loader
 from blip2_jax.evaluate import DuringTraining
-from blip2_jax.runtime import distributed, jobs, mesh
+from blip2_jax.runtime import distributed, jobs, mesh, run_dir
 from blip2_jax.runtime.bad_steps import BadSteps
-from blip2_jax.runtime.checkpoint import Checkpointer, SaveError
+from blip2_jax.runtime.checkpoint import Checkpointer, SaveError, restore_params_into
 from blip2_jax.runtime.clock import Clock
+from blip2_jax.runtime.compare import moved
 from blip2_jax.runtime.distributed import PREEMPTED
 from blip2_jax.runtime.metrics import MetricsWriter, Profiler, Progress
 from blip2_jax.stages.flops import flops_per_sample
 from blip2_jax.stages.step import Params, State
-from blip2_jax.weights import bert, checkpoint
+from blip2_jax.weights import bert
+from blip2_jax.weights import checkpoint as weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,10 +82,27 @@ def _alone_in(workdir: Path) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
     cli.make_workdir(workdir)
     return jobs.only_one(
-        workdir / "train.lock",
+        workdir / run_dir.LOCK,
         f"Another run is at work in {workdir}. Wait for its end or stop it, or take another "
         "--workdir.",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins, or goes on.
+
+    Attributes:
+      state: the train state.
+      kept: what all its checkpoints say, besides what the run is now: digests of what it was
+        started from (`init`), and when its `config.steps` became more (`extensions`).
+      unwritten: of the step that `state` is of, what its line in metrics.jsonl was waiting for an
+        evaluation with; None: nothing. See `loop`.
+    """
+
+    state: State
+    kept: dict[str, Any]
+    unwritten: dict[str, Any] | None = None
 
 
 def _train(
@@ -88,46 +111,76 @@ def _train(
     preemption: distributed.Preemption,
     watchdog: distributed.Watchdog,
 ) -> int:
-    done = workdir / "done.json"
-    identity = {"recipe": config.name, "config": json.loads(cli.config_to_json(config))}
-    if done.is_file():
-        cli.check_same_run(json.loads(done.read_text()), identity, workdir)
-        print(f"{config.name}: finished before; its results are in {workdir}.")
-        return 0
+    what = {"recipe": config.name, "config": json.loads(cli.config_to_json(config))}
+    done = run_dir.read_done(workdir)
+    if done is not None:
+        cli.check_same_run(done, what, workdir)
+        if config.steps == done["config"]["steps"] and not moved(done["config"], what["config"]):
+            return _finished_before(config, workdir)
+
+    def between_batches() -> None:  # of an evaluation
+        watchdog.step_done()
+        preemption.check()
 
     # Shapes and shardings first, then what is checked before anything expensive starts.
     with cli.mistakes_in_config():
         run = recipe.build(config)
         frozen, fingerprints = run.load_frozen()
         source = loader.make_source(config, config.data.split)
-    identity["fingerprints"] = fingerprints
-    identity["data"] = sources.identity(source)  # other records would be other batches
+        scores = None
+        if config.eval.tasks:
+            scores = DuringTraining(run, frozen, config.eval.tasks, between_batches)
+        what |= identity.contents(config, fingerprints, source, scores=scores)
+    if done is not None and config.steps == done["config"]["steps"]:  # from other places
+        cli.check_same_run(done, what, workdir)
+        identity.check_start(done, config, workdir)
+        if distributed.is_first_process():
+            run_dir.write_done(workdir, {**done, **what})
+        return _finished_before(config, workdir)
     flops = sum(part.total for part in flops_per_sample(config, run.model_config).values())
     clock = Clock(examples=config.data.batch_size, flops=flops)
     if distributed.is_first_process():
         print(describe(run, fingerprints, flops), flush=True)
 
     with Checkpointer(
-        workdir / "checkpoints",
+        workdir / run_dir.CHECKPOINTS,
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
     ) as checkpointer:
         with cli.mistakes_in_config():
-            state = first_state(run, checkpointer, identity, clock)
+            start = first_state(run, checkpointer, what, clock, workdir)
+        if done is not None and distributed.is_first_process():
+            (workdir / run_dir.DONE).unlink(missing_ok=True)  # it goes on
 
-        def save(state: State) -> None:
+        def save(state: State, unwritten: dict[str, Any] | None = None) -> None:
+            step = int(state["step"])
             times = {"seconds": clock.seconds, "useful_seconds": clock.useful}
             with clock.aside():
-                checkpointer.save(int(state["step"]), state, {**identity, **times})
+                checkpointer.save(
+                    step,
+                    state,
+                    {**what, **start.kept, **times, "step": step, "unwritten": unwritten},
+                )
 
         bad_steps = BadSteps(
-            step=int(state["step"]),
-            count=int(state["bad_steps"]),
+            step=int(start.state["step"]),
+            count=int(start.state["bad_steps"]),
             most=config.faults.most_bad_steps,
             records=functools.partial(loader.record_numbers, source, config),
         )
         state, stopped = loop(
-            run, state, frozen, workdir, save, preemption, watchdog, source, clock, bad_steps
+            run,
+            start,
+            frozen,
+            workdir,
+            save,
+            preemption,
+            watchdog,
+            between_batches,
+            source,
+            scores,
+            clock,
+            bad_steps,
         )
         save(state)
     if bad_steps.too_many:
@@ -138,22 +191,49 @@ def _train(
         return PREEMPTED
     if distributed.is_first_process():
         cost = {"seconds": clock.seconds, "peak_memory_gb": distributed.peak_memory_gb()}
-        done.write_text(json.dumps({**identity, **cost}, indent=2) + "\n")
+        run_dir.write_done(workdir, {**what, **start.kept, **cost})
+    return 0
+
+
+def _finished_before(config: ConfigDict, workdir: Path) -> int:
+    print(
+        f"{config.name}: finished before; its results are in {workdir}. It goes on with "
+        "--config.steps=MORE."
+    )
     return 0
 
 
 def first_state(
-    run: recipe.Recipe, checkpointer: Checkpointer, identity: dict[str, Any], clock: Clock
-) -> State:
+    run: recipe.Recipe,
+    checkpointer: Checkpointer,
+    what: dict[str, Any],
+    clock: Clock,
+    workdir: Path,
+) -> Start:
     """A checkpoint of this run; else another run's parameters; else fresh ones."""
     config = run.config
-    restored = checkpointer.restore_newest(run.abstract_state, expect=identity)
+    restored = checkpointer.restore_newest(run.abstract_state, expect=what)
     if restored is not None:
-        state, extra = restored
-        clock.resume(seconds=extra["seconds"], useful=extra["useful_seconds"])
+        state, document = restored
+        identity.check_start(document, config, workdir)
+        clock.resume(seconds=document["seconds"], useful=document["useful_seconds"])
+        step, before = int(state["step"]), document["config"]["steps"]
         # Now, not when a buffer is full: for those who follow the log, or read a killed run's.
-        print(f"Resuming at step {int(state['step'])} of {config.steps}.", flush=True)
-        return state
+        print(f"Resuming at step {step} of {config.steps}.", flush=True)
+        kept = {key: document[key] for key in ("init", "extensions")}
+        if config.steps > before:
+            kept["extensions"] = [
+                *kept["extensions"],
+                {"step": step, "steps": [before, config.steps]},
+            ]
+            rate = np.asarray(run.spec.schedule(step - int(state["bad_steps"]))).item()
+            print(
+                f"config.steps was {before}. The schedule is that of {config.steps} steps from "
+                f"here on: the learning rate is {rate:.3g} now.",
+                flush=True,
+            )
+        return Start(state, kept, document["unwritten"])
+    kept = {"init": identity.start(config), "extensions": []}
     state = run.load_trained_towers(run.init_state(jax.random.key(config.seed)))
     if config.init.bert:
         qformer = bert.initialize(
@@ -161,38 +241,52 @@ def first_state(
         )
         state = {**state, "params": {**state["params"], "qformer": qformer}}
     if config.init.checkpoint:
-        state = start_from(state, config, identity["fingerprints"])
-    return state
+        state = start_from(state, config, what["fingerprints"])
+    return Start(state, kept)
 
 
 def loop(
     run: recipe.Recipe,
-    state: State,
+    start: Start,
     frozen: Params,
     workdir: Path,
-    save: Callable[[State], None],
+    save: Callable[..., None],
     preemption: distributed.Preemption,
     watchdog: distributed.Watchdog,
+    between_batches: Callable[[], None],
     source: Any,
+    scores: DuringTraining | None,
     clock: Clock,
     bad_steps: BadSteps,
 ) -> tuple[State, bool]:
-    """Steps from `state` to the config's last step.
+    """Steps from a run's start to the config's last step.
+
+    An evaluation may take long, fail, or be told to stop between two batches. So the step is saved
+    before it, with what is known of the step's line in metrics.jsonl; a run that is resumed there
+    evaluates first, and writes the line.
 
     Returns:
       The last state, and whether the run was asked to stop before its end.
     """
-    config = run.config
+    config, state = run.config, start.state
     first = step = int(state["step"])
     # Made in place: a key cannot be sent to the devices of other hosts.
     make_key = jax.jit(jax.random.key, static_argnums=0, out_shardings=mesh.replicated(run.mesh))
     key = make_key(config.seed)
     metrics: dict[str, Any] = {}
-    with cli.mistakes_in_config():
-        scores = DuringTraining(run, frozen, config.eval.tasks) if config.eval.tasks else None
     train_step = run.lower_step().compile()  # the very program that `blip2 plan` looks at
     if distributed.is_first_process():
         print(_memory(train_step), flush=True)
+
+    def evaluations(losses: bool, tasks: bool) -> dict[str, float]:
+        found: dict[str, float] = {}
+        with clock.aside():
+            if losses:
+                found |= evaluate_losses(run, state["params"], frozen, between_batches)
+            if tasks and scores is not None:
+                found |= scores(state["params"])
+        return found
+
     with (
         loader.train_batches(config, run.image_size, start_step=step, source=source) as batches,
         MetricsWriter(workdir, restored_step=step) as writer,
@@ -200,7 +294,11 @@ def loop(
         Profiler(
             workdir, first=first + config.profile.after, steps=config.profile.steps
         ) as profiler,
+        contextlib.suppress(distributed.Stopped),  # between batches of an evaluation
     ):
+        late = start.unwritten
+        if late is not None and distributed.from_first(str(writer.last_step)) != str(step):
+            writer.write(step, late["numbers"] | evaluations(late["losses"], late["tasks"]))
         ahead = batches.ahead(lambda batch: mesh.global_batch(batch, run.mesh))
         clock.start()
         # All hosts look at the same numbers: they leave after the same step.
@@ -213,10 +311,10 @@ def loop(
             bad_steps.add(metrics["bad_steps"])
             progress.update(1)
             last = step == config.steps
-            losses_due = config.eval.every and (last or step % config.eval.every == 0)
+            losses_due = bool(config.eval.every and (last or step % config.eval.every == 0))
             tasks_every = config.eval.tasks_every
-            scores_due = scores and (last or (tasks_every and step % tasks_every == 0))
-            if last or step % config.log.every == 0 or losses_due or scores_due:
+            tasks_due = bool(scores and (last or (tasks_every and step % tasks_every == 0)))
+            if last or step % config.log.every == 0 or losses_due or tasks_due:
                 numbers = {name: float(value) for name, value in metrics.items()}
                 # Of a bad step; JSON has no word for them.
                 numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
@@ -224,29 +322,38 @@ def loop(
                 # Not among the metrics: a resumed run counts what it has met itself.
                 timing = clock.read(step - first, batches.wait_seconds)
                 timing["data/skipped"] = batches.skipped.count
-                if losses_due:
-                    with clock.aside():
-                        numbers |= evaluate_losses(run, state["params"], frozen)
-                if scores is not None and scores_due:
-                    with clock.aside():
-                        numbers |= scores(state["params"])
+                if losses_due or tasks_due:
+                    due = {"numbers": numbers, "losses": losses_due, "tasks": tasks_due}
+                    save(state, unwritten=due)
+                    numbers = numbers | evaluations(losses_due, tasks_due)
                 writer.write(step, numbers, timing=timing)
                 progress.update(0, loss=numbers.get("loss", math.nan))
-            if preemption.should_stop(step):
+            if preemption.should_stop():
                 break
             if step % config.checkpoint.every == 0 and step < config.steps:
                 save(state)
         bad_steps.look()
         batches.skipped.report()
-    return state, step < config.steps
+        return state, step < config.steps
+    return state, True
 
 
-def evaluate_losses(run: recipe.Recipe, params: Params, frozen: Params) -> dict[str, float]:
-    """The stage's metrics on `data.eval_split`, averaged over whole batches."""
+def evaluate_losses(
+    run: recipe.Recipe, params: Params, frozen: Params, between_batches: Callable[[], None]
+) -> dict[str, float]:
+    """The stage's metrics on `data.eval_split`, averaged over whole batches.
+
+    Args:
+      run: the training run.
+      params: what it has trained so far.
+      frozen: its towers.
+      between_batches: called before each batch is computed; may raise, to leave the evaluation.
+    """
     totals: dict[str, float] = {}
     count = 0
     with loader.heldout_batches(run.config, run.image_size) as batches:
         for batch in batches:
+            between_batches()
             metrics = run.eval_step(params, frozen, mesh.global_batch(batch, run.mesh))
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
@@ -261,33 +368,34 @@ def start_from(state: State, config: ConfigDict, fingerprints: dict[str, str]) -
     text branch. What the other run does not have (`language_projection`) stays as initialized.
     """
     source = config.init.checkpoint
-    if (Path(source) / "done.json").is_file():
-        params, taken, fresh = _from_run(state["params"], Path(source), fingerprints)
-    elif not checkpoint.is_checkpoint(source):
+    theirs = run_dir.find(source)
+    if theirs is not None:
+        params, taken, fresh = _from_run(state["params"], theirs, fingerprints)
+        source = f"{theirs.folder} (step {theirs.step} of {theirs.steps})"
+    elif not weights.is_checkpoint(source):
         raise ValueError(
-            f"config.init.checkpoint: {source} holds no finished run and is no published "
-            "checkpoint. Train it first, or set --config.init.checkpoint='' to start from scratch."
+            f"config.init.checkpoint: {source} holds no run and is no published checkpoint. Train "
+            "it first, or set --config.init.checkpoint='' to start from scratch."
         )
     else:
         towers = {name: config.model[name].source for name in ("vit", "llm")}
-        found = checkpoint.open_checkpoint(source, **towers)
+        found = weights.open_checkpoint(source, **towers)
         params, taken, fresh = found.load_into(state["params"])
     print(f"From {source}: {taken} parameter arrays; fresh: {', '.join(fresh) or 'none'}.")
     return {**state, "params": params}
 
 
 def _from_run(
-    params: Params, workdir: Path, fingerprints: dict[str, str]
+    params: Params, run: run_dir.RunCheckpoint, fingerprints: dict[str, str]
 ) -> tuple[Params, int, list[str]]:
-    with Checkpointer(workdir / "checkpoints") as checkpointer:
-        theirs = checkpointer.extra()["fingerprints"]
-        for tower in theirs.keys() & fingerprints.keys():
-            if theirs[tower] != fingerprints[tower]:
-                raise ValueError(
-                    f"{workdir} was trained on another `{tower}` (fingerprint {theirs[tower]}, "
-                    f"here {fingerprints[tower]}). Use the same config.model.{tower}.source."
-                )
-        return checkpointer.restore_params_into(params)
+    theirs = run.document["fingerprints"]
+    for tower in theirs.keys() & fingerprints.keys():
+        if theirs[tower] != fingerprints[tower]:
+            raise ValueError(
+                f"{run.folder} was trained on another `{tower}` (fingerprint {theirs[tower]}, "
+                f"here {fingerprints[tower]}). Use the same config.model.{tower}.source."
+            )
+    return restore_params_into(run.folder, params)
 
 
 def describe(run: recipe.Recipe, fingerprints: dict[str, str], flops: float) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,11 @@ from flax import nnx
 
 import blip2_jax
 import tests.tiny as tiny
-from blip2_jax import cli, evaluate, prepare, recipe, train
-from blip2_jax.data import loader
+from blip2_jax import cli, convert, evaluate, prepare, recipe, train
+from blip2_jax.data import loader, tokenizers
 from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.vit import ViT, ViTConfig
-from blip2_jax.runtime import jobs
+from blip2_jax.runtime import jobs, run_dir
 from blip2_jax.runtime.checkpoint import Checkpointer
 from blip2_jax.runtime.metrics import read_jsonl
 from blip2_jax.stages import stage1
@@ -151,6 +152,103 @@ def test_sigterm_saves_and_leaves_with_its_own_code(whole, world, tmp_path, monk
     assert_same(result(tmp_path / "stage1"), result(whole))
 
 
+def test_a_finished_run_goes_on_for_more_steps(whole, world, tmp_path, capsys):
+    """By the schedule of the new length, from the state it had; and that is written down."""
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    longer = {"steps": 14, "eval.every": 0, "checkpoint.every": 100}
+    with pytest.raises(ValueError, match="config.steps: 12 saved, 10 now .it can be more"):
+        run(flags(world, steps=10), workdir)
+    with pytest.raises(ValueError, match="config.eval.every: 6 saved, 0 now"):
+        run(flags(world, **longer), workdir)
+    del longer["eval.every"]
+    assert run(flags(world, **longer), workdir) == 0
+    said = capsys.readouterr().out
+    rate = float(recipe.build(frozen_config(flags(world, **longer))).spec.schedule(12))
+    assert "config.steps was 12. The schedule is that of 14 steps from here on: the" in said
+    assert f"learning rate is {rate:.3g} now" in said and rate > 0
+    found, before = run_dir.find(workdir), read_jsonl(whole / "metrics.jsonl")
+    assert (found.step, found.steps) == (14, 14)
+    done = json.loads((workdir / "done.json").read_text())
+    for document in (done, found.document):
+        assert document["extensions"] == [{"step": 12, "steps": [12, 14]}]
+        assert document["config"]["steps"] == 14
+    lines = read_jsonl(workdir / "metrics.jsonl")
+    assert lines[: len(before)] == before and [line["step"] for line in lines][-2:] == [12, 14]
+    assert "eval/loss" in lines[-1]
+    # What was one run with 14 steps in its config cannot be asked for with 12 any more.
+    with pytest.raises(ValueError, match="config.steps: 14 saved, 12 now"):
+        run(flags(world), workdir)
+
+
+def test_stopped_or_failed_in_an_evaluation_a_run_has_lost_nothing(whole, world, tmp_path):
+    """The step is saved first; the evaluation is made again, and the log is that of a whole run."""
+    real, asked = train.loader.heldout_batches, []
+    workdir = tmp_path / "run"
+
+    def stop(*args, **kwargs):
+        asked.append(1)
+        if len(asked) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # heard between the batches
+        if len(asked) == 2:
+            raise OSError("the disk is gone")
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.loader, "heldout_batches", stop)
+        assert run(flags(world), workdir) == train.PREEMPTED
+        assert run_dir.find(workdir).step == 6
+        assert read_jsonl(workdir / "metrics.jsonl")[-1]["step"] == 4
+        with pytest.raises(OSError, match="the disk is gone"):
+            run(flags(world), workdir)
+        assert run(flags(world), workdir) == 0
+    assert_same(result(workdir), result(whole))
+
+
+def test_what_a_run_reads_may_move_but_not_change(whole, world, tmp_path, capsys):
+    """Data, towers, tokenizers by their digest; of a finished run as of one that goes on."""
+    moved = shutil.copytree(world, tmp_path / "moved")
+    tokenizer = tmp_path / "tokenizer"
+    tokenizers.load("package:digits-bert").save_pretrained(tokenizer)
+    places = {
+        "data.dir": str(moved / "data"),
+        "model.vit.source": str(moved / "vit"),
+        "data.qformer_tokenizer": str(tokenizer),
+    }
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    assert run(flags(world, **places), workdir) == 0
+    assert "finished before" in capsys.readouterr().out
+    done = json.loads((workdir / "done.json").read_text())
+    assert done["config"]["data"]["dir"] == str(moved / "data")
+    assert done["seconds"] == json.loads((whole / "done.json").read_text())["seconds"]
+
+    (workdir / "done.json").unlink()  # now it would go on
+    shards = sorted((moved / "data").rglob("*train.array_record*"))
+    original = shards[0].read_bytes()
+    shards[0].write_bytes(original[:100] + bytes([original[100] ^ 1]) + original[101:])
+    with pytest.raises(ValueError, match=r"data.digest: '\w+' saved.*leads to other records"):
+        run(flags(world, **places), workdir)
+    shards[0].write_bytes(original)
+    words = json.loads((tokenizer / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    two, red = sorted(word for word in vocabulary if word.isalpha() and len(word) > 2)[:2]
+    vocabulary[two], vocabulary[red] = vocabulary[red], vocabulary[two]
+    (tokenizer / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(ValueError, match=r"tokenizers.qformer: .*config.data.NAME_tokenizer"):
+        run(flags(world, **places), workdir)
+    with pytest.raises(ValueError, match=r"config.init.checkpoint: '' saved.*started from somethi"):
+        run(flags(world, **{"init.checkpoint": str(moved / "vit")}), workdir)
+
+
+def test_a_damaged_done_json_is_written_again(whole, world, tmp_path, capsys):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    os.truncate(workdir / "done.json", 100)
+    assert run(flags(world), workdir) == 0
+    assert "done.json is damaged" in capsys.readouterr().err
+    again, before = (json.loads((p / "done.json").read_text()) for p in (workdir, whole))
+    assert again["config"] == before["config"] and again["fingerprints"] == before["fingerprints"]
+    assert_same(result(workdir), result(whole))
+
+
 def test_stage_2_starts_from_stage_1_and_checkpoints_hold_no_tower(whole, world, tmp_path, capsys):
     config = flags(world, "stage2", **{"init.checkpoint": str(whole)})
     assert run(config, tmp_path / "stage2") == 0
@@ -194,6 +292,50 @@ def test_a_run_is_loaded_onto_any_mesh(whole):
     np.testing.assert_allclose(spread.embed_images(images), halves.embed_images(images), atol=1e-5)
 
 
+def test_a_run_that_goes_on_and_each_of_its_checkpoints_is_a_model(whole, world, tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
+    workdir = shutil.copytree(whole, tmp_path / "going_on")
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    (workdir / "done.json").unlink()
+    newest = blip2_jax.load(workdir)
+    assert "going_on/checkpoints/8: step 8 of 12" in capsys.readouterr().err
+    features = newest.embed_images(images)
+    earlier = blip2_jax.load(whole / "checkpoints" / "8")
+    np.testing.assert_array_equal(features, earlier.embed_images(images))
+    assert not np.array_equal(features, blip2_jax.load(whole).embed_images(images))
+    assert convert.main([str(workdir), str(tmp_path / "native"), "--to=native"]) == 0
+    native = blip2_jax.load(tmp_path / "native", qformer_tokenizer="package:digits-bert")
+    np.testing.assert_allclose(features, native.embed_images(images), atol=1e-5)
+    # Another run starts from it; predictions belong to the checkpoint, wherever it lies.
+    config = frozen_config(flags(world, **{"init.checkpoint": str(whole / "checkpoints" / "8")}))
+    built, params = recipe.load_params(workdir)
+    fingerprints = json.loads((whole / "done.json").read_text())["fingerprints"]
+    started = train.start_from(built.init_state(jax.random.key(1)), config, fingerprints)
+    jax.tree.map(np.testing.assert_array_equal, started["params"], params)
+    stamps = [run_dir.stamp(p) for p in (workdir, whole / "checkpoints" / "8", whole)]
+    assert stamps[0] == stamps[1] != stamps[2]
+
+
+def test_a_run_whose_towers_moved_is_loaded_from_where_they_are(whole, world, tmp_path):
+    config = frozen_config(flags(world))
+    moved = shutil.copytree(world / "vit", tmp_path / "vit")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe.huggingface, "vit_config", _only(moved, recipe.huggingface.vit_config))
+        with pytest.raises(FileNotFoundError):
+            blip2_jax.load(whole)
+        run, params = recipe.load_whole(whole, towers={"vit": str(moved)})
+    assert params["vit"] and run.config.model.vit.source == str(moved) != config.model.vit.source
+
+
+def _only(place, function):
+    def call(source, *args, **kwargs):
+        if str(source) != str(place):
+            raise FileNotFoundError(source)
+        return function(source, *args, **kwargs)
+
+    return call
+
+
 def test_the_towers_are_bit_identical_after_training(whole, world):
     """Read anew, they have the fingerprints that the run recorded when it began."""
     done = json.loads((whole / "done.json").read_text())
@@ -229,7 +371,7 @@ def test_stage_2_on_another_encoder_than_stage_1_is_refused(whole, world, tmp_pa
 
 
 def test_a_start_from_nothing_is_refused(world, tmp_path):
-    with pytest.raises(ValueError, match="holds no finished run"):
+    with pytest.raises(ValueError, match="holds no run"):
         run(flags(world, "stage2", **{"init.checkpoint": str(tmp_path)}), tmp_path / "stage2")
 
 
@@ -335,11 +477,14 @@ def test_scores_during_training_are_those_of_the_evaluation_afterwards(world, tm
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     scored = {line["step"]: line for line in lines if "eval/x/cider" in line}
     assert sorted(scored) == [3, 6, 8]  # whatever log.every, which is 2
-    words = [f"--config={file}", f"--workdir={tmp_path}/scores", f"--model={tmp_path}/run"]
-    assert evaluate.main(words) == 0
-    after = json.loads((tmp_path / "scores" / "metrics.json").read_text())
-    last = {name: value for name, value in scored[8].items() if name.startswith("eval/x/")}
-    assert last == {f"eval/{name}": after[name] for name in (n.removeprefix("eval/") for n in last)}
+    for model, step in ((tmp_path / "run", 8), (tmp_path / "run" / "checkpoints" / "6", 6)):
+        words = [f"--config={file}", f"--workdir={tmp_path}/scores{step}", f"--model={model}"]
+        assert evaluate.main(words) == 0
+        after = json.loads((tmp_path / f"scores{step}" / "metrics.json").read_text())
+        last = {name: value for name, value in scored[step].items() if name.startswith("eval/x/")}
+        names = [name.removeprefix("eval/") for name in last]
+        assert names and last == {f"eval/{name}": after[name] for name in names}
+        assert after["seconds/run" if step == 8 else "seconds/run@6"] > 0
     assert run(flags(world, stage, **{"steps": 8, "eval.every": 0}), tmp_path / "plain") == 0
     assert result(tmp_path / "plain")[1] == [
         {name: value for name, value in line.items() if not name.startswith("eval/x/")}

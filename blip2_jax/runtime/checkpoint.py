@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from blip2_jax.runtime import distributed
-from blip2_jax.runtime.compare import differences
+from blip2_jax.runtime.compare import run_differences
 from blip2_jax.runtime.mesh import flatten_with_names, nested
 
 
@@ -118,8 +118,8 @@ class Checkpointer:
           abstract_state: `jax.ShapeDtypeStruct`s with `sharding`; the mesh need not be the one the
             checkpoint was saved from.
           step: the latest when None.
-          expect: entries that the JSON document must hold with these very values, e.g. the recipe
-            and the fingerprints of the frozen towers.
+          expect: entries that the JSON document must hold, e.g. the recipe and the fingerprints of
+            the frozen towers; `compare.run_differences` says what may differ.
 
         Returns:
           The state and the JSON document.
@@ -131,10 +131,7 @@ class Checkpointer:
         step = self._existing(step)
         extra = self.extra(step)
         # Through JSON, as the saved document was: its tuples are lists.
-        expected = json.loads(json.dumps(dict(expect or {})))
-        wrong = []
-        for key, value in expected.items():
-            wrong += differences(key, extra.get(key), value)
+        wrong = run_differences(extra, json.loads(json.dumps(dict(expect or {}))))
         if wrong:
             raise CheckpointError(
                 f"{self.directory} holds another run. Use a new workdir, or go back to what it was "
@@ -188,54 +185,6 @@ class Checkpointer:
         distributed.barrier(f"put aside {step}")
         self._manager.reload()
 
-    def restore_params_into(self, params: dict[str, Any]) -> tuple[dict[str, Any], int, list[str]]:
-        """Replaces those parameters that the latest checkpoint has too, matched by their path.
-
-        The optimizer state is left alone, and what the checkpoint has besides is not read.
-
-        Args:
-          params: a nested dict of arrays, whose shapes, dtypes and shardings are kept.
-
-        Returns:
-          The parameters, the number of arrays taken, and what was not found: whole top-level
-          keys, or the paths of single arrays.
-
-        Raises:
-          CheckpointError: no checkpoint, nothing in common, or an array of another shape.
-        """
-        step = self._existing(None)
-        theirs = _shapes(self._manager.item_metadata(step)["state"]["params"])
-        ours = dict(flatten_with_names(params))
-        common = [path for path in ours if path in theirs]
-        if not common:
-            raise CheckpointError(f"Step {step} in {self.directory} has none of {list(params)}.")
-        misfits = [
-            f"  {path}: {list(theirs[path][0])} saved, {list(ours[path].shape)} wanted"
-            for path in common
-            if theirs[path][0] != ours[path].shape
-        ]
-        if misfits:
-            raise CheckpointError(
-                f"Step {step} in {self.directory} was trained with other sizes. Give config.model "
-                "the sizes of that run:\n" + "\n".join(misfits)
-            )
-        item = {"params": nested({path: ours[path] for path in common})}
-        with ocp.PyTreeCheckpointer() as reader:
-            found = reader.restore(
-                self.directory / str(step) / "state",
-                args=ocp.args.PyTreeRestore(
-                    item=item,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-                    partial_restore=True,
-                ),
-            )
-        merged = ours | dict(flatten_with_names(found["params"]))
-        return nested(merged), len(common), _missing(ours, set(common))
-
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Path -> (shape, dtype) of all that the latest checkpoint holds."""
-        return _shapes(self._manager.item_metadata(self._existing(None))["state"])
-
     def wait(self) -> None:
         """Returns once all that was saved is on disk."""
         with self._saving():
@@ -284,6 +233,138 @@ class Checkpointer:
                 "config. Use a new workdir, or the config the run was started with:\n"
                 + "\n".join(lines)
             )
+
+
+# ------------------------------------------------------------------- one checkpoint, only read
+
+
+def steps_in(directory: str | Path) -> list[int]:
+    """The complete checkpoints in a folder, oldest first; a run may be saving others meanwhile."""
+    found = ocp.utils.checkpoint_steps_paths(epath.Path(directory))
+    return sorted(int(path.name) for path in found if path.name.isdigit())
+
+
+def is_step(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, whatever its name."""
+    return (folder / "state").is_dir() and (folder / "extra").is_dir()
+
+
+def read_extra(folder: str | Path) -> dict[str, Any]:
+    """The JSON document of a checkpoint.
+
+    Args:
+      folder: the checkpoint's own, e.g. `checkpoints/1000`.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            return dict(reader.restore(epath.Path(folder) / "extra"))
+    except Exception as error:  # the library's errors have no common class
+        raise CheckpointError(_unreadable(folder, error)) from error
+
+
+def restore_params(folder: str | Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """The parameters in a checkpoint; its optimizer state is not read.
+
+    Args:
+      folder: the checkpoint's own, e.g. `checkpoints/1000`.
+      abstract: a nested dict of arrays or `jax.ShapeDtypeStruct`s, with shardings: all or some of
+        the parameters that were saved.
+
+    Returns:
+      A dict like `abstract`.
+
+    Raises:
+      CheckpointError: parameters that are not there or have other shapes, all listed; or the files
+        cannot be read.
+    """
+    theirs = _saved_params(folder)
+    lines = [
+        f"  {path}: {_leaf(theirs, path)} saved, {list(leaf.shape)} wanted"
+        for path, leaf in flatten_with_names(abstract)
+        if path not in theirs or theirs[path][0] != leaf.shape
+    ]
+    if lines:
+        raise CheckpointError(
+            f"{folder} was trained with other sizes. Give config.model the sizes of that run:\n"
+            + "\n".join(lines)
+        )
+    item = {"params": abstract}
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            found = reader.restore(
+                epath.Path(folder) / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=item,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                    partial_restore=True,
+                ),
+            )
+    except Exception as error:  # the library's errors have no common class
+        raise CheckpointError(_unreadable(folder, error)) from error
+    return found["params"]
+
+
+def restore_params_into(
+    folder: str | Path, params: dict[str, Any]
+) -> tuple[dict[str, Any], int, list[str]]:
+    """Replaces those parameters that a checkpoint has too, matched by their path.
+
+    The optimizer state is left alone, and what the checkpoint has besides is not read.
+
+    Args:
+      folder: the checkpoint's own, e.g. `checkpoints/1000`.
+      params: a nested dict of arrays, whose shapes, dtypes and shardings are kept.
+
+    Returns:
+      The parameters, the number of arrays taken, and what was not found: whole top-level keys, or
+      the paths of single arrays.
+
+    Raises:
+      CheckpointError: nothing in common, or as `restore_params`.
+    """
+    theirs = _saved_params(folder)
+    ours = dict(flatten_with_names(params))
+    common = {path: leaf for path, leaf in ours.items() if path in theirs}
+    if not common:
+        raise CheckpointError(f"{folder} has none of {list(params)}.")
+    found = restore_params(folder, nested(common))
+    merged = ours | dict(flatten_with_names(found))
+    return nested(merged), len(common), _missing(ours, set(common))
+
+
+def saved_shapes(folder: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Path -> (shape, dtype) of all arrays that a checkpoint holds; parameters begin "params/".
+
+    Args:
+      folder: the checkpoint's own, e.g. `checkpoints/1000`.
+
+    Raises:
+      CheckpointError: the files cannot be read.
+    """
+    try:
+        # Of the handler: the checkpointer's own keeps its errors to itself.
+        return _shapes(ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder) / "state"))
+    except Exception as error:  # the library's errors have no common class
+        raise CheckpointError(_unreadable(folder, error)) from error
+
+
+def _saved_params(folder: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    found = saved_shapes(folder)
+    return {
+        path.removeprefix("params/"): leaf
+        for path, leaf in found.items()
+        if path.startswith("params/")
+    }
+
+
+def _unreadable(folder: str | Path, error: BaseException) -> str:
+    return (
+        f"The checkpoint {folder} cannot be read ({_reason(error)}). Name another one of that run, "
+        "as WORKDIR/checkpoints/STEP; or the same command trains on from the one before."
+    )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:

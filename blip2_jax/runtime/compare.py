@@ -1,11 +1,13 @@
-"""Says, entry by entry, how two JSON documents differ."""
+"""Says, entry by entry, how two JSON documents differ; and whether two are of the same run."""
 
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
-# How a run is executed, which may change when it is resumed; all else is what it computes.
+# How a run is executed, which may change when it goes on; all else is what it computes.
 EXECUTION = frozenset(
     {
+        "config.checkpoint",
         "config.distributed",
         "config.faults",
         "config.mesh",
@@ -15,13 +17,46 @@ EXECUTION = frozenset(
         "config.data.index_dir",
     }
 )
+# Where things lie, which may change too: what lies there is compared by its digest.
+PLACES = frozenset(
+    {
+        "config.data.dir",
+        "config.data.images",
+        "config.data.mixture.*.dir",
+        "config.data.mixture.*.images",
+        "config.data.qformer_tokenizer",
+        "config.data.llm_tokenizer",
+        "config.model.vit.source",
+        "config.model.llm.source",
+        "config.init.checkpoint",
+        "config.init.bert",
+        "config.eval.tasks",
+    }
+)
+STEPS = "config.steps"  # a run may go on for more
+
+# What entries of a run's document that are no config keys are of.
+HINTS = {
+    "fingerprints": "other weights in config.model.NAME.source",
+    "data": "config.data leads to other records",
+    "eval_data": "config.data.eval_split has other records",
+    "tokenizers": "another tokenizer in config.data.NAME_tokenizer, or in config.model.llm.source",
+    "evaluation": "config.eval.tasks holds another evaluation, or it has other data",
+    "init": "the run was started from something else; take a new workdir to start from this",
+}
 
 
 def differences(
     name: str, saved: Any, wanted: Any, ignored: Collection[str] = EXECUTION
 ) -> list[str]:
-    """One line for every entry, however deep, that is not the same in both and not `ignored`."""
-    if name in ignored:
+    """One line for every entry, however deep, that is not the same in both and not `ignored`.
+
+    Args:
+      name: of the entry, for messages; what is below it follows after a dot.
+      saved, wanted: JSON documents.
+      ignored: names, in which `*` stands for any text.
+    """
+    if any(fnmatchcase(name, pattern) for pattern in ignored):
         return []
     if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
         lines = []
@@ -29,3 +64,27 @@ def differences(
             lines += differences(f"{name}.{key}", saved.get(key), wanted.get(key), ignored)
         return lines
     return [] if saved == wanted else [f"  {name}: {saved!r} saved, {wanted!r} now"]
+
+
+def run_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Why a run cannot go on as what is asked for now; no lines where it can.
+
+    Execution and places may differ, and `config.steps` may be more.
+
+    Args:
+      saved: what the run said of itself; may say more than `now`.
+      now: what is about to run, as JSON would hold it: "config", "recipe", digests.
+    """
+    lines = []
+    for key, value in now.items():
+        found = differences(key, saved.get(key), value, EXECUTION | PLACES | {STEPS})
+        lines += [f"{line} ({HINTS[key]})" for line in found] if key in HINTS else found
+    before, after = (document.get("config", {}).get("steps") for document in (saved, now))
+    if before is not None and after is not None and after < before:
+        lines.append(f"  {STEPS}: {before} saved, {after} now (it can be more, not fewer)")
+    return lines
+
+
+def moved(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether anything that two configs of one run read lies elsewhere now."""
+    return bool(differences("config", saved, now, EXECUTION | {STEPS}))

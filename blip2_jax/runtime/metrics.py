@@ -5,7 +5,6 @@ resumed leaves the same file as one that never stopped; `timing.jsonl` holds wha
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +15,8 @@ import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from blip2_jax.runtime import atomic
 
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
@@ -32,6 +33,10 @@ class MetricsWriter:
       restored_step: the step of the checkpoint that the run resumed from: lines after it are
         dropped, for they will be written again. None for a run from the start: all are dropped.
       active: whether this process writes; only the first does when None.
+
+    Attributes:
+      last_step: of the last line that was there and is kept; None: there is none, or this process
+        does not write.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class MetricsWriter:
         active: bool | None = None,
     ):
         self._active = jax.process_index() == 0 if active is None else active
+        self.last_step: int | None = None
         if not self._active:
             return
         last = -1 if restored_step is None else restored_step
@@ -49,7 +55,9 @@ class MetricsWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         self._files = {}
         for name in (METRICS_FILE, TIMING_FILE):
-            _drop_lines_after(workdir / name, last)
+            kept = _drop_lines_after(workdir / name, last)
+            if name == METRICS_FILE and kept:
+                self.last_step = kept[-1]["step"]
             self._files[name] = open(workdir / name, "a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=last + 1)
 
@@ -113,13 +121,13 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
+def _drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Returns the lines that are kept."""
     if not path.exists():
-        return
+        return []
     kept = [record for record in read_jsonl(path) if record["step"] <= step]
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(draft, path)
+    atomic.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
 
 
 def _number(key: str, value: Any) -> int | float:

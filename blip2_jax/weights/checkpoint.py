@@ -18,13 +18,19 @@ from blip2_jax.models.blip2 import LLMS, Blip2Config, make_model
 from blip2_jax.models.llama import LlamaConfig, RopeConfig
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.models.vit import ViTConfig
-from blip2_jax.runtime.checkpoint import Checkpointer
+from blip2_jax.runtime.checkpoint import (
+    Checkpointer,
+    restore_params,
+    restore_params_into,
+    saved_shapes,
+)
 from blip2_jax.runtime.mesh import nested
 from blip2_jax.weights import files, huggingface, lavis, transfer
 from blip2_jax.weights.files import Tensors, WeightsError
 from blip2_jax.weights.tables import Table
 
-NATIVE = "blip2_jax.json"  # sizes of the model in a native folder; its arrays: `checkpoints/`
+NATIVE = "blip2_jax.json"  # sizes of the model in a native folder
+ARRAYS = "checkpoints/0"  # its arrays
 
 
 OPTIONAL = {"temp", "itg_head"}  # what a stage-1 model of transformers lacks
@@ -93,8 +99,7 @@ class Checkpoint:
           WeightsError: nothing in common, or an array of another shape.
         """
         if not self.parts:
-            with Checkpointer(Path(self.source) / "checkpoints") as checkpointer:
-                return checkpointer.restore_params_into(params)
+            return restore_params_into(Path(self.source) / ARRAYS, params)
         ours, theirs = transfer.leaves_of(params), transfer.leaves_of(self.abstract())
         common = {
             p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
@@ -131,8 +136,7 @@ class Checkpoint:
           WeightsError: everything that does not fit, before anything is read.
         """
         if not self.parts:
-            with Checkpointer(Path(self.source) / "checkpoints") as checkpointer:
-                return checkpointer.restore({"params": _placed(abstract)})[0]["params"]
+            return restore_params(Path(self.source) / ARRAYS, _placed(abstract))
         self.plans(abstract)  # every part's problems before any part's reading
         loaded: dict[str, Any] = {}
         for table, tensors, share in self._shares(abstract):
@@ -254,8 +258,7 @@ def config_from_json(text: str) -> Blip2Config:
 
 
 def _native_dtypes(folder: Path) -> dict[str, Any]:
-    with Checkpointer(folder / "checkpoints") as checkpointer:
-        found = checkpointer.shapes()
+    found = saved_shapes(folder / ARRAYS)
     return {path.removeprefix("params/"): np.dtype(dtype) for path, (_, dtype) in found.items()}
 
 

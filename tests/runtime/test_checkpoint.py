@@ -12,7 +12,7 @@ import pytest
 
 from blip2_jax.runtime import mesh as mesh_lib
 from blip2_jax.runtime import state
-from blip2_jax.runtime.checkpoint import Checkpointer, CheckpointError
+from blip2_jax.runtime.checkpoint import Checkpointer, CheckpointError, restore_params_into
 
 TX = optax.adamw(1e-3)
 TABLE = ((r"kernel$", ("embed", "mlp")), (r".", ()))
@@ -172,12 +172,11 @@ def test_another_run_gives_what_it_has_in_common(tmp_path, abstract, train_state
     fresh["a"]["kernel"] = jax.device_put(fresh["a"]["kernel"], placed)
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, train_state, {})
-    with Checkpointer(tmp_path) as checkpointer:
-        params, taken, missing = checkpointer.restore_params_into(fresh)
-        with pytest.raises(CheckpointError, match=r"a/kernel: \[16, 8\] saved, \[4, 8\] wanted"):
-            checkpointer.restore_params_into({"a": {"kernel": jnp.zeros((4, 8))}})
-        with pytest.raises(CheckpointError, match=r"has none of \['b'\]"):
-            checkpointer.restore_params_into({"b": jnp.zeros(())})
+    params, taken, missing = restore_params_into(tmp_path / "1", fresh)
+    with pytest.raises(CheckpointError, match=r"a/kernel: float32\[16, 8\] saved, \[4, 8\] wanted"):
+        restore_params_into(tmp_path / "1", {"a": {"kernel": jnp.zeros((4, 8))}})
+    with pytest.raises(CheckpointError, match=r"has none of \['b'\]"):
+        restore_params_into(tmp_path / "1", {"b": jnp.zeros(())})
     assert (taken, missing) == (1, ["a/gate", "head"])
     expected = {**fresh, "a": fresh["a"] | {"kernel": train_state["params"]["a"]["kernel"]}}
     assert_same_bits(params, expected)
