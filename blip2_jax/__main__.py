@@ -1,6 +1,8 @@
 """blip2 COMMAND [flags]: hands over to a command's file; `blip2 COMMAND --help` teaches it."""
 
 import importlib
+import os
+import signal
 import sys
 
 from blip2_jax.runtime.values import did_you_mean
@@ -20,6 +22,9 @@ SYNONYMS = {
     "eval": "evaluate", "test": "evaluate", "export": "convert", "finetune": "train",
 }  # fmt: skip
 
+RESUMABLE = ("train", "evaluate")  # which leave with 42 when they are told to stop
+PREEMPTED = 42  # as in runtime.distributed, which takes seconds to import
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
@@ -38,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         there = f"there are {', '.join(COMMANDS)}.{near}"
         print(f"blip2: no command {words[0]!r}; {there}", file=sys.stderr)
         return 2
+    if words[0] in RESUMABLE:  # until it hears the signal itself: there is nothing to save yet
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
     return importlib.import_module(f"blip2_jax.{words[0]}").main(words[1:])
 
 

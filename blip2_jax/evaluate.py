@@ -49,7 +49,7 @@ from blip2_jax.evals import vqa
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.report import write_report
-from blip2_jax.runtime import distributed, run_dir
+from blip2_jax.runtime import atomic, distributed, run_dir
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.metrics import METRICS_FILE, read_jsonl
 from blip2_jax.tasks.task import Lines, Metrics, Rows, Task
@@ -303,7 +303,7 @@ class Result:
                 "versions": versions(),
             },
         }
-        (self.workdir / "metrics.json").write_text(json.dumps(content, indent=1) + "\n")
+        atomic.write_json(self.workdir / "metrics.json", content, indent=1)
         page(self, model)
         print_table(self.metrics, self.config.published.scores)
         for name, reason in self.left_out.items():

@@ -18,6 +18,7 @@ again takes seconds. It receives a JSON file for each plan.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -37,7 +38,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from blip2_jax import cli, recipe
-from blip2_jax.runtime import hlo, slices
+from blip2_jax.runtime import atomic, hlo, slices
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.chips import CHIPS, GIB, Chip
 from blip2_jax.stages.flops import flops_per_sample
@@ -266,7 +267,7 @@ def compile_step(run: recipe.Recipe, where: slices.Slice, workdir: Path) -> Comp
     key = hashlib.sha256(label.encode()).hexdigest()[:24]
     kept = workdir / "compiled" / f"{key}.json"
     text = kept.with_suffix(".hlo.gz")
-    if kept.is_file():
+    with contextlib.suppress(OSError, EOFError, ValueError, LookupError):  # none, or damaged
         said = json.loads(kept.read_text())
         if not said["error"]:
             said["text"] = gzip.decompress(text.read_bytes()).decode()
@@ -283,9 +284,8 @@ def compile_step(run: recipe.Recipe, where: slices.Slice, workdir: Path) -> Comp
     except jax.errors.JaxRuntimeError as error:
         said["error"] = why_it_does_not_run(str(error))
     said["seconds"] = time.monotonic() - started
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    text.write_bytes(gzip.compress(said["text"].encode(), 5))
-    kept.write_text(json.dumps({**said, "text": ""}))
+    atomic.write_bytes(text, gzip.compress(said["text"].encode(), 5))
+    atomic.write_json(kept, {**said, "text": ""}, indent=None)
     return Compiled(**said)
 
 
@@ -552,7 +552,7 @@ def write(plan: Plan, workdir: Path) -> Path:
     """Keeps a plan as JSON; returns where."""
     how = re.sub(r"[^\w.]+", "-", way(plan))
     path = workdir / f"{plan['recipe']}.{plan['topology']}.b{plan['batch_size']}.{how}.json"
-    path.write_text(json.dumps(plan, indent=2) + "\n")
+    atomic.write_json(path, plan)
     return path
 
 

@@ -201,10 +201,16 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_json(folder: str, name: str) -> dict[str, Any]:
+    path = files.join(folder, name)
     try:
-        return json.loads(files.read(files.join(folder, name)))
+        return dict(json.loads(files.read(path)))
     except RecordError:
         return {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Remove the folder and prepare it again, or name another "
+            "--out."
+        ) from error
 
 
 def _claim(plan: shards.Plan, settings: dict[str, Any]) -> None:
@@ -277,7 +283,7 @@ def prepare_digits(out: Path, seed: int, sizes: dict[str, int]) -> int:
     """Writes the embedded world into `out`; returns the exit code."""
     settings = {"source": "digits", "seed": seed, "sizes": sizes}
     if (out / DONE).is_file():
-        found = json.loads((out / DONE).read_text())
+        found = _read_json(str(out), DONE)
         if {name: found.get(name) for name in settings} != settings:
             raise SystemExit(
                 f"blip2 prepare: {out} holds other data ({found}); name another --out."

@@ -20,6 +20,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
+from blip2_jax.runtime import atomic
+
 # What stands on top, in this order, where the run measured it.
 HEADLINES = (
     "vqa/accuracy",
@@ -190,8 +192,7 @@ def _render(path: str | Path, template: str, **parts: Any) -> Path:
     )
     page = environment.get_template(template).render(**parts)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    atomic.write_text(path, page)
     return path
 
 

@@ -40,7 +40,7 @@ from typing import Any
 
 from blip2_jax import cli
 from blip2_jax.report import write_sweep_report
-from blip2_jax.runtime import jobs, values
+from blip2_jax.runtime import atomic, compare, jobs, run_dir, values
 from blip2_jax.runtime.distributed import PREEMPTED
 from blip2_jax.runtime.metrics import METRICS_FILE, read_jsonl
 
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     common = [word for word in words if word.startswith(cli.OVERRIDE)]
     try:
         return sweep(args.config_path, Path(args.workdir), common, args.backend, args.workers)
-    except (cli.ConfigError, jobs.Busy) as error:
+    except (cli.ConfigError, jobs.Busy, atomic.DamagedFile) as error:
         print(f"blip2 sweep: {error}", file=sys.stderr)
         return 2
 
@@ -192,13 +192,14 @@ class Run:
         Raises:
           ConfigError: the workdir holds those of another run.
         """
-        done = self.workdir / "done.json"
-        if not done.is_file():
+        saved = run_dir.read_done(self.workdir)
+        if saved is None:
             return False
         config = json.loads(self.config)
-        saved = json.loads(done.read_text())
         cli.check_same_run(saved, {"recipe": config["name"], "config": config}, self.workdir)
-        return True
+        # For more steps it goes on; and where things moved, it looks at them itself.
+        before = saved["config"]
+        return before["steps"] == config["steps"] and not compare.moved(before, config)
 
 
 def read_points(path: str) -> list[dict[str, Any]]:
@@ -302,26 +303,26 @@ def check_workdir(workdir: Path, identity: Mapping[str, Any]) -> None:
     """Refuses a folder that holds another sweep, or a run."""
     file = workdir / SWEEP_FILE
     if file.is_file():
-        cli.check_same_run(json.loads(file.read_text()), identity, workdir)
-    elif (workdir / "checkpoints").exists() or (workdir / "done.json").exists():
+        cli.check_same_run(_read(file), identity, workdir)
+    elif (workdir / run_dir.CHECKPOINTS).exists() or (workdir / run_dir.DONE).exists():
         raise cli.ConfigError(f"{workdir} holds a run, not a sweep; name another --workdir.")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return atomic.read_json(
+        file, "Remove it and give the same command again: the runs beside it stay as they are."
+    )
 
 
 def remember(workdir: Path, identity: Mapping[str, Any], runs: Sequence[Run]) -> None:
     """Writes down whose workdir this is, and says which runs are no longer in the sweep."""
     file = workdir / SWEEP_FILE
-    known = json.loads(file.read_text())["runs"] if file.is_file() else {}
+    known = _read(file)["runs"] if file.is_file() else {}
     gone = known.keys() - {run.name for run in runs}
     if gone:
         print(f"No longer in the sweep, and left as they are: {', '.join(sorted(gone))}.")
     content = {**identity, "runs": {**known, **{run.name: run.point for run in runs}}}
-    _write(file, json.dumps(content, indent=2) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    draft = file.with_name(file.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, file)
+    atomic.write_json(file, content)
 
 
 # ---------------------------------------------------------------------------------------- running
@@ -401,9 +402,10 @@ def write_results(
     for run in runs:
         log = run.workdir / METRICS_FILE
         records = read_jsonl(log) if log.is_file() else []
-        status, costs = "finished", {}
+        status = "finished"
+        costs: dict[str, Any] = {}
         if run.is_finished():
-            done = json.loads((run.workdir / "done.json").read_text())
+            done = run_dir.read_done(run.workdir) or {}
             costs = {name: done[name] for name in ("seconds", "peak_memory_gb") if name in done}
         elif failed and run.name in failed:
             status = f"failed ({failed[run.name]})"
@@ -416,12 +418,13 @@ def write_results(
         rows.append({"run": run.name, "status": status, **run.point, **last, **costs})
 
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    draft = workdir / "results.csv.tmp"
-    with open(draft, "w", newline="", encoding="utf-8") as file:
+    with (
+        atomic.replacing(workdir / "results.csv") as draft,
+        open(draft, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(draft, workdir / "results.csv")
     finished = sum(row["status"] == "finished" for row in rows)
     write_sweep_report(
         workdir / "results.html",

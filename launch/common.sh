@@ -25,6 +25,12 @@ run() { if dry_run; then quote "$@"; else "$@"; fi; }
 
 need() { command -v "$1" > /dev/null || die "$1 is not installed here. $2"; }
 
+# Puts the environment that the quickstart and test.sh make within reach, unless the shell has one active.
+environment() {
+  local venv="${BLIP2_VENV:-$repository/.venv}"
+  if ! command -v blip2 > /dev/null && [ -x "$venv/bin/blip2" ]; then PATH="$(cd "$venv/bin" && pwd):$PATH"; fi
+}
+
 require() {
   local name
   for name in "$@"; do [ -n "${!name:-}" ] || die "$name is not set; try --help."; done

@@ -3,16 +3,19 @@
   python launch/drill.py --out=runs/drill [--times=10] [--processes 1 2] [--signals KILL TERM]
 
 Every row of the table is one run that is stopped --times times: while it starts, after some step,
-or in the middle of an asynchronous save, by turns; on one process or on all of them, by turns. It
-is resumed with the same command, on as many devices (`same`) or on one and on two devices a
-process by turns (`other`). At no moment may a checkpoint be lost that was there before. At its end
-its parameters and its metrics.jsonl must be those of the run never stopped: the same bits on
-as many devices; within 1e-6 where sums are made in another order. For that bound to say something,
-the rate is an ordinary one (1e-3) but Adam's epsilon is 1e-4: where a gradient is zero but for
-rounding, Adam with its usual 1e-8 would take a full step in the direction of the noise.
+or in the middle of an asynchronous save, by turns; on one process or on all of them, by turns, and
+always with the workers that read its data, as SLURM and spot machines do it. It is resumed with the
+same command, on as many devices (`same`) or on one and on two devices a process by turns (`other`).
+At no moment may a checkpoint be lost that was there before, and a process that was told to stop
+(TERM) must have saved itself. At its end the run's parameters and its metrics.jsonl must be those
+of the run never stopped: the same bits on as many devices; within 1e-6 where sums are made in
+another order. For that bound to say something, the rate is an ordinary one (1e-3) but Adam's
+epsilon is 1e-4: where a gradient is zero but for rounding, Adam with its usual 1e-8 would take a
+full step in the direction of the noise.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -32,13 +35,13 @@ STEPS, PER_ROUND = 100, 8
 LIMIT = 300.0  # seconds for one start; more is a failure
 START_TIMEOUT, PEER_TIMEOUT = 60, 10
 MOMENTS = ("start", "step", "saving")
-PREEMPTED = 42
+SAVED = (0, 42)  # exit codes: at its end, or told to stop
 
 
 class Run:
     """One start of the command, in one process or several."""
 
-    def __init__(self, workdir: Path, processes: int, devices: int, steps: int):
+    def __init__(self, workdir: Path, processes: int, devices: int, steps: int, workers: int):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -48,6 +51,7 @@ class Run:
             *("--config.checkpoint.every=3", "--config.optim.peak_lr=1e-3"),
             *("--config.optim.eps=1e-4", f"--config.faults.peer_timeout={PEER_TIMEOUT}"),
             f"--config.faults.start_timeout={START_TIMEOUT}",
+            f"--config.data.workers={workers}",
         ]
         environment = {
             **os.environ,
@@ -74,6 +78,7 @@ class Run:
                     env=environment | {"JAX_PROCESS_ID": str(i)},
                     stdout=log,
                     stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )
                 for i in range(processes)
             ]
@@ -93,12 +98,14 @@ class Run:
         return [process.returncode for process in self.all]
 
     def send(self, number: int, to_all: bool) -> None:
+        """To one or all, each with the workers that read its data: its whole process group."""
         for process in self.all if to_all else [random.choice(self.all)]:
-            process.send_signal(number)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
     def kill(self) -> None:
+        self.send(signal.SIGKILL, to_all=True)
         for process in self.all:
-            process.kill()
             process.wait()
 
 
@@ -138,7 +145,7 @@ def stop(run: Run, number: int, turn: int) -> tuple[str, list[int]]:
 
 
 def drill(
-    out: Path, processes: int, name: str, same: bool, times: int, steps: int
+    out: Path, processes: int, name: str, same: bool, times: int, steps: int, workers: int
 ) -> dict[str, Any]:
     """One row of the table."""
     workdir = out / f"{name}-{processes}-{'same' if same else 'other'}"
@@ -147,16 +154,17 @@ def drill(
     codes: dict[int, int] = {}
     for turn in range(times):
         before = max([0, *checkpoints(workdir)])
-        run = Run(workdir, processes, 1 if same else 1 + turn % 2, steps)
+        run = Run(workdir, processes, 1 if same else 1 + turn % 2, steps, workers)
         moment, ended = stop(run, number, turn)
         met[moment] = met.get(moment, 0) + 1
         for code in ended:
             codes[code] = codes.get(code, 0) + 1
         lost += max([0, *checkpoints(workdir)]) < before
-    ended = Run(workdir, processes, 1 if same else 2, steps).codes()
+    ended = Run(workdir, processes, 1 if same else 2, steps, workers).codes()
     if any(ended):
         raise RuntimeError(f"{workdir} did not finish: exit codes {ended}; see its .log")
     whole = out / f"whole-{processes}"
+    strict = name == "TERM" and processes == 1  # of several that start, some wait for one that left
     return {
         "processes": processes,
         "signal": name,
@@ -164,6 +172,7 @@ def drill(
         "stops": " ".join(f"{k}:{v}" for k, v in sorted(met.items())),
         "exit codes": " ".join(f"{k}:{v}" for k, v in sorted(codes.items())),
         "lost": lost,
+        "unsaved": sum(codes[code] for code in codes if code not in SAVED) if strict else 0,
         "largest difference": difference(whole, workdir),
         "metrics": "same" if lines(whole) == lines(workdir) else "differ",
     }
@@ -181,6 +190,8 @@ def difference(left: Path, right: Path) -> float:
 
 
 def is_good(row: dict[str, Any]) -> bool:
+    if row["unsaved"]:
+        return False
     if row["devices"] == "same":
         return row["lost"] == 0 and row["largest difference"] == 0 and row["metrics"] == "same"
     return row["lost"] == 0 and row["largest difference"] <= 1e-6
@@ -196,6 +207,7 @@ def main() -> int:
     parser.add_argument("--signals", nargs="+", default=["KILL", "TERM"], choices=["KILL", "TERM"])
     parser.add_argument("--devices", nargs="+", default=["same", "other"])
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--workers", type=int, default=1, help="that read data (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     if args.out.exists() and any(args.out.iterdir()):
@@ -203,11 +215,12 @@ def main() -> int:
     random.seed(args.seed)
     out, good = args.out.resolve(), True
     for processes in args.processes:
-        if any(Run(out / f"whole-{processes}", processes, 1, args.steps).codes()):
+        sizes = args.steps, args.workers
+        if any(Run(out / f"whole-{processes}", processes, 1, *sizes).codes()):
             raise RuntimeError(f"The run never stopped failed; see {out}/whole-{processes}.log")
         for devices in args.devices:
             for name in args.signals:
-                row = drill(out, processes, name, devices == "same", args.times, args.steps)
+                row = drill(out, processes, name, devices == "same", args.times, *sizes)
                 good &= is_good(row)
                 verdict = "ok" if is_good(row) else "FAILED"
                 text = "  ".join(f"{key} {value}" for key, value in row.items())

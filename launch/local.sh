@@ -21,7 +21,8 @@ processes="${PROCESSES:-1}"
 [[ ${GRACE:-150} =~ ^[0-9]+$ ]] || die "GRACE is $GRACE; it must be a number of seconds."
 [[ $processes =~ ^[1-9][0-9]*$ ]] || die "PROCESSES is $processes; it must be 1 or more."
 arguments "$@"
-dry_run || need blip2 "Activate the environment that has it: pip install -e $repository"
+environment
+dry_run || need blip2 "Run ./launch/quickstart.sh, or in an environment of your own: pip install -e $repository"
 
 pids=() stopping=no
 pass_on() { stopping=yes; kill -TERM "${pids[@]}" 2> /dev/null || true; }

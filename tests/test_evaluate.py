@@ -454,6 +454,29 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(tmp_path, models, pairs):
             assert sorted(row["row"] for row in rows[1:]) == list(range(count))
 
 
+def test_told_to_stop_an_evaluation_leaves_after_its_batch_and_goes_on(
+    tmp_path, models, monkeypatch, capsys
+):
+    write_vqa(tmp_path / "data")
+    tasks = f'"val": task("vqa", "vqav2", "val", "{tmp_path}/data", {DECODING})'
+    words = [f"--config={config(tmp_path, tasks)}", f"--model={models}/opt"]
+    add, before = evaluate.Lines.add, signal.getsignal(signal.SIGTERM)
+
+    def told(lines, rows):
+        os.kill(os.getpid(), signal.SIGTERM)
+        add(lines, rows)
+
+    def count(name):
+        return (tmp_path / name / "lines" / "val.0.jsonl").read_text().count("\n") - 1
+
+    monkeypatch.setattr(evaluate.Lines, "add", told)
+    for done in (4, 5):  # in batches of four images; the last is scored at the next start
+        ended = evaluate.main([*words, f"--workdir={tmp_path}/stopped"])
+        assert ended == (42 if done == 4 else 0) and count("stopped") == done
+        assert ("The same command goes on" in capsys.readouterr().out) == (done == 4)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_lines_of_other_settings_are_refused_and_scoring_may_change(tmp_path, models):
     write_vqa(tmp_path / "data")
     tasks = f'"val": task("vqa", "vqav2", "val", "{tmp_path}/data", {DECODING})'

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from blip2_jax import cli, sweep
-from blip2_jax.runtime import jobs
+from blip2_jax.runtime import jobs, run_dir
 from blip2_jax.runtime.metrics import read_jsonl
 from tests.launch import fakes
 from tests.test_report import Page
@@ -327,6 +327,30 @@ def test_a_sweep_reports_its_failures_and_their_last_words(recipe, tmp_path, cap
     assert "1 of 2 runs failed; the same command tries them again:" in out
     assert "seed=1: exit code 1. ValueError: no such folder" in out
     assert re.search(r"seed=1 +failed \(1\)", out) and re.search(r"seed=2 +finished", out)
+
+
+def test_a_damaged_file_of_a_sweep_is_named_and_a_runs_is_no_end(
+    recipe, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(jobs, "run_all", lambda *_: ({}, False))
+    path, workdir = recipe("def sweep(add):\n    add(seed=1)\n"), tmp_path / "w"
+    words = (f"--config={path}", f"--workdir={workdir}", "--backend=local")
+    assert sweep.main(list(words)) == 0
+    (run,) = sweep.make_runs(str(path), workdir)
+    document = {"recipe": "digits-stage1", "config": json.loads(run.config)}
+    run_dir.write_done(run.workdir, document)
+    assert run.is_finished()
+    longer, elsewhere = (json.loads(json.dumps(document)) for _ in range(2))
+    longer["config"]["steps"] -= 1  # what is asked for now is more
+    elsewhere["config"]["data"]["dir"] = "/moved"  # the run itself compares what lies there
+    for other in (longer, elsewhere):
+        run_dir.write_done(run.workdir, other)
+        assert not run.is_finished()
+    run.workdir.joinpath("done.json").write_text('{"recipe"')
+    assert not run.is_finished()
+    for text in ("", '{"runs"', "\0\0"):
+        (workdir / "sweep.json").write_text(text)
+        assert "sweep.json is damaged" in refused(capsys, *words)
 
 
 def test_two_sweeps_at_once_are_refused(tmp_path, capsys):

@@ -13,6 +13,8 @@ from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from blip2_jax.runtime import atomic
+
 FIELDS = {
     "vqa": ("question_id", "answer"),
     "gqa": ("questionId", "prediction"),
@@ -41,8 +43,7 @@ def write(path: Path, kind: str, predictions: Mapping[Any, str]) -> None:
     """Writes texts by official id; `kind` is one of `FIELDS`."""
     key, value = FIELDS[kind]
     rows = [{key: number, value: text} for number, text in predictions.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    atomic.write_json(path, rows, indent=0)
 
 
 def read(path: Path, kind: str) -> dict[Any, str]:

@@ -234,6 +234,8 @@ class StopSignal:
         """Raises Stopped if this process was told to stop, or another one."""
         self._share()
         if self.requested:
+            if jax.process_index() == 0:
+                self._decide(self._meetings + 1, "stop")  # others may wait there
             raise Stopped
 
     def meet(self) -> None:
@@ -245,20 +247,26 @@ class StopSignal:
         if self._client is None:
             return
         self._meetings += 1
-        place = f"{self._place}/meeting/{self._meetings}"
+        place = f"{self._place}/{self._meetings}"
         self._client.key_value_set(f"{place}/here/{jax.process_index()}", "yes")
         if jax.process_index() == 0:  # one decides, so that all do the same
-            while self._count(f"{place}/here/") < jax.process_count() and not self.requested:
+            while not (all_here := len(self._values(f"{place}/here")) == jax.process_count()):
+                if self.requested:
+                    break
                 time.sleep(POLL)
                 self._share()
-            go_on = self._count(f"{place}/here/") == jax.process_count()
-            self._client.key_value_set(f"{place}/verdict/{'go on' if go_on else 'stop'}", "yes")
-        while not self._count(f"{place}/verdict/"):
+            self._decide(self._meetings, "go on" if all_here else "stop")
+        while not (decided := self._values(f"{place}/decided")):
             time.sleep(POLL)
             self._share()
-        if not self._count(f"{place}/verdict/go on"):
+        if decided != ["go on"]:
             self.requested = True
             raise Stopped
+
+    def _decide(self, meeting: int, verdict: str) -> None:
+        if self._client is not None:
+            name = f"{self._place}/{meeting}/decided/0"
+            self._client.key_value_set(name, verdict, allow_overwrite=True)
 
     def _share(self) -> None:
         """Tells the others, and hears from them."""
@@ -268,10 +276,13 @@ class StopSignal:
             self._told = True
             self._client.key_value_set(f"{self._place}/told/{jax.process_index()}", "yes")
         elif not self.requested:
-            self.requested = self._count(f"{self._place}/told/") > 0
+            self.requested = bool(self._values(f"{self._place}/told"))
 
-    def _count(self, prefix: str) -> int:
-        return len(self._client.key_value_dir_get(prefix))  # type: ignore[union-attr]
+    def _values(self, folder: str) -> list[str]:
+        """Of the service's keys in a folder."""
+        if self._client is None:
+            return []
+        return [value for _, value in self._client.key_value_dir_get(folder)]
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -5,12 +5,14 @@ results of two settings never mix; a last line that a kill cut off is dropped.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from blip2_jax.runtime import atomic
 from blip2_jax.runtime.compare import differences
+
+HEAD = b'{"request": '  # what every journal begins with
 
 
 def read(path: Path, request: Mapping[str, Any], command: str) -> list[dict[str, Any]]:
@@ -26,13 +28,23 @@ def read(path: Path, request: Mapping[str, Any], command: str) -> list[dict[str,
     """
     if not path.exists() or not path.stat().st_size:
         return []
-    whole = path.read_text(encoding="utf-8")
-    kept = whole[: whole.rfind("\n") + 1]
+    whole = path.read_bytes()
+    kept = whole[: whole.rfind(b"\n") + 1]
+    if not kept and HEAD.startswith(whole[: len(HEAD)]):  # its first line was cut
+        path.unlink()
+        return []
+    documents: list[dict[str, Any]] = []
     try:
-        # Not splitlines(): texts may hold U+2028, which JSON need not escape.
-        first, *rows = map(json.loads, kept.split("\n")[:-1] or [whole])
+        for line in kept.split(b"\n")[:-1] or [whole]:
+            documents.append(json.loads(line))
+        first, *rows = documents
         before = first["request"]
     except (ValueError, KeyError, TypeError) as error:
+        if kept.startswith(HEAD) and documents:
+            raise ValueError(
+                f"{path}, line {len(documents) + 1} is damaged ({error}). Remove that line, whose "
+                "images are then done again, or the file."
+            ) from error
         raise ValueError(f"{path} was not written by {command}; name another.") from error
     now = json.loads(json.dumps(request))
     if before != now:
@@ -42,9 +54,7 @@ def read(path: Path, request: Mapping[str, Any], command: str) -> list[dict[str,
             + "\n".join(lines)
         )
     if kept != whole:
-        draft = path.with_name(f"{path.name}.partial")
-        draft.write_text(kept, encoding="utf-8")
-        os.replace(draft, path)
+        atomic.write_bytes(path, kept)
     return rows
 
 

@@ -109,15 +109,24 @@ class MetricsWriter:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that a killed process left unfinished is skipped."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    """The lines of a metrics file.
+
+    A last line that a killed process left unfinished is skipped; others that are damaged, by a
+    crash of the machine or by hand, are skipped and reported.
+    """
+    lines = Path(path).read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+            if not isinstance(record.get("step"), int):
+                raise ValueError("no step")
+            records.append(record)
+        except (ValueError, AttributeError):
             if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not JSON: {line[:80]!r}") from error
+                print(
+                    f"{path}, line {number} is damaged and left out: {line[:80]!r}", file=sys.stderr
+                )
     return records
 
 

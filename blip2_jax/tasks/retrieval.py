@@ -1,6 +1,5 @@
 """Images from texts and texts from images: all pairs by ITC, the best of them by ITM."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from blip2_jax.data.heldout import Heldout
 from blip2_jax.data.lists import Row
 from blip2_jax.data.loader import Host
 from blip2_jax.evals import retrieval
+from blip2_jax.runtime import atomic
 from blip2_jax.runtime.metrics import Progress
 from blip2_jax.tasks.task import PACKED, Lines, Metrics, Rows, Task
 
@@ -178,8 +178,7 @@ class Retrieval(Task):
                     scored = [[found[other[i]], round(float(final[i]), 4)] for i in best]
                     answers[way].append({"query": name, "best": scored})
         path = folder / f"{self.name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(answers, ensure_ascii=False) + "\n", encoding="utf-8")
+        atomic.write_json(path, answers, indent=None)
         return path
 
 

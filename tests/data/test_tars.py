@@ -84,9 +84,24 @@ def test_indexes_go_elsewhere_when_asked_and_a_broken_one_is_made_again(tmp_path
     folder = str(tmp_path / "indexes")
     assert len(tars.TarSource([path], index_folder=folder)) == 2
     assert os.listdir(tmp_path / "tars") == ["00000.tar"]
-    for note in (tmp_path / "indexes").glob("*.json"):
-        note.write_text("{")  # a kill in the middle of something
-    assert len(tars.TarSource([path], index_folder=folder)) == 2
+    for name in ("*.json", "*.idx"):  # a kill or a power cut in the middle of something
+        for content in (b"", b"{", b"[]", b"\0" * 40):
+            (file,) = (tmp_path / "indexes").glob(name)
+            file.write_bytes(content)
+            assert len(tars.TarSource([path], index_folder=folder)) == 2
+
+
+def test_the_digest_is_of_what_an_archive_holds_wherever_it_lies(tmp_path):
+    (path,) = made.write_shards(tmp_path, 1, 3)
+    before = tars.TarSource([path]).digest()
+    moved = tmp_path / "elsewhere" / "other.tar"
+    moved.parent.mkdir()
+    os.rename(path, moved)
+    assert tars.TarSource([str(moved)]).digest() == before
+    members = [(f"{i:09d}.jpg", made.jpeg(i)) for i in range(3)]
+    members += [(f"{i:09d}.txt", b"one more word") for i in range(3)]
+    made.write_tar(moved, sorted(members))
+    assert tars.TarSource([str(moved)]).digest() != before
 
 
 def test_an_index_costs_32_bytes_a_record_and_is_mapped(tmp_path):

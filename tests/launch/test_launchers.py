@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from blip2_jax.runtime import run_dir
 from blip2_jax.runtime.checkpoint import Checkpointer
 from blip2_jax.runtime.metrics import read_jsonl
 from tests.launch import fakes
@@ -448,6 +449,19 @@ def test_wrong_settings_are_refused(place, launcher, words, environment, message
     assert place.started() == [] and not place.verbs()
 
 
+def test_a_shell_without_the_environment_finds_what_the_quickstart_made(place, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for tool in ("bash", "sh", "env", "awk", "dirname", "cat", "sed"):
+        (bare / tool).symlink_to(shutil.which(tool))
+    said = place.run("local", RECIPE, "/w", PATH=str(bare))
+    assert said.returncode == 0, said.stderr
+    assert len(place.started()) == 1
+    said = place.run("local", RECIPE, "/w", PATH=str(bare), BLIP2_VENV=str(tmp_path / "none"))
+    assert said.returncode == 2
+    assert "blip2 is not installed here. Run ./launch/quickstart.sh" in said.stderr
+
+
 def test_a_recipe_outside_the_checkout_is_refused_where_it_would_not_arrive(place):
     shutil.copy(ROOT / RECIPE, place.folder / "mine.py")
     for launcher in ("tpu", "gke"):
@@ -523,6 +537,22 @@ def test_two_processes_train_as_one(tmp_path):
     assert [record["step"] for record in two] == [2, 4, 6]
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, rel=1e-4)
+
+
+def test_a_whole_process_group_that_is_told_to_stop_saves_itself(tmp_path):
+    """As SLURM and spot machines do it: launcher, run and the run's workers all hear the signal."""
+    place = Place(tmp_path / "place", ROOT, real=True)
+    workdir = tmp_path / "run"
+    words = ["--config.steps=4000", "--config.log.every=1", "--config.data.workers=2"]
+    launcher = place.start("local", "tests/recipes/tiny_lm.py", str(workdir), *words)
+    log = workdir / "metrics.jsonl"
+    wait_until(lambda: log.is_file() and len(log.read_text().splitlines()) > 2, seconds=240)
+    os.killpg(launcher.pid, signal.SIGTERM)
+    said, errors = launcher.communicate(timeout=200)
+    assert launcher.returncode == 42, errors
+    assert f"Asked to stop: saved step {run_dir.find(workdir).step}." in said
+    group = ["pgrep", "-g", str(launcher.pid)]
+    wait_until(lambda: subprocess.run(group, stdout=subprocess.DEVNULL).returncode == 1, seconds=60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["hangs", "dies"])

@@ -41,11 +41,15 @@ def test_a_run_from_the_start_drops_what_an_earlier_one_left(tmp_path):
     assert json.loads(*lines(tmp_path)) == {"step": 0, "loss": 3.0, "count": 2}
 
 
-def test_a_broken_line_inside_the_file_is_an_error(tmp_path):
+@pytest.mark.parametrize("line", [b"broken", b"\0\0\0\0", b"\xff\xfe", b"12", b"{}", b""])
+def test_a_damaged_line_inside_the_file_is_left_out_and_reported(tmp_path, capsys, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nbroken\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON: 'broken'"):
-        metrics.read_jsonl(path)
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n{"st')
+    assert metrics.read_jsonl(path) == [{"step": 1}, {"step": 2}]
+    assert f"{path}, line 2 is damaged and left out" in capsys.readouterr().err
+    with metrics.MetricsWriter(tmp_path, restored_step=1) as writer:
+        assert writer.last_step == 1
+    assert path.read_bytes() == b'{"step": 1}\n'
 
 
 def test_only_scalars_are_metrics(tmp_path):
