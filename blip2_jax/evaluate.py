@@ -237,7 +237,7 @@ class DuringTraining:
             ):
                 raise ValueError(
                     f"config.eval.tasks: {run.config.name} has no head for {task.name} "
-                    f"({task.kind}) of {path}."
+                    f"({task.kind}) of {path}. Name another, or --config.eval.tasks='' for none."
                 )
 
     def identity(self) -> dict[str, Any]:

@@ -40,6 +40,26 @@ STAGES: dict[str, ModuleType] = {
 }
 
 
+# The least that counts in a config may be.
+LEAST = {
+    "steps": 1,
+    "data.batch_size": 1,
+    "data.text_length": 2,  # [CLS] and [SEP]
+    "data.llm_length": 1,
+    "data.threads": 1,
+    "data.workers": 0,
+    "stage.accumulate": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep_last": 1,
+    "checkpoint.keep_every": 0,
+    "log.every": 1,
+    "eval.every": 0,
+    "eval.batches": 0,
+    "eval.batch_size": 1,
+    "eval.tasks_every": 0,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """A config, resolved.
@@ -220,6 +240,12 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
     """
     if config.stage.name not in STAGES:
         raise ValueError(f"config.stage.name is {config.stage.name!r}; known: {', '.join(STAGES)}.")
+    for key, least in LEAST.items():
+        value: Any = functools.reduce(lambda section, name: section[name], key.split("."), config)
+        if value < least:
+            raise ValueError(
+                f"config.{key} is {value}, and at least {least} is needed: --config.{key}={least}."
+            )
     objectives = set(config.stage.objectives)
     if not objectives or not objectives <= set(stage1.OBJECTIVES):
         raise ValueError(
@@ -232,13 +258,16 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
         many = f" in {parts} parts (config.stage.accumulate)" if parts > 1 else ""
         raise ValueError(
             f"config.data.batch_size {config.data.batch_size} does not divide over the "
-            f"{devices} devices of the mesh's data and fsdp axes{many}; take a multiple."
+            f"{devices} devices of the mesh's data and fsdp axes{many}; take a multiple of "
+            f"{devices * parts}: --config.data.batch_size={_near(config, devices * parts)}."
         )
     sizes = model_config(config)
     if (lora.PART in config.trainable) != bool(config.model.llm.lora.rank):
         raise ValueError(
             f"Low-rank adaptation takes both: `{lora.PART}` in config.trainable and a rank "
-            f"in config.model.llm.lora.rank, which is {config.model.llm.lora.rank}."
+            f"in config.model.llm.lora.rank, which is {config.model.llm.lora.rank}. Set "
+            f"--config.model.llm.lora.rank={0 if config.model.llm.lora.rank else 16}, or "
+            f"--config.trainable={_trainable(config, lora.PART)}."
         )
 
     def params_of(key: jax.Array) -> Params:
@@ -259,7 +288,8 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
         if "vit" not in trainable:
             raise ValueError(
                 "config.optim.vit_layer_decay is for a trained ViT, and `vit` is not in "
-                "config.trainable; add it, or set the decay to 1."
+                "config.trainable. Set --config.optim.vit_layer_decay=1.0, or "
+                f"--config.trainable={_trainable(config, 'vit')}."
             )
         scales = jax.tree.map(lambda _: np.float32(1.0), trainable)
         scales["vit"] = vit.layer_scales(trainable["vit"], config.optim.vit_layer_decay)
@@ -280,7 +310,7 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
     stage = STAGES[config.stage.name]
     spec = Spec(graph, optimizer, schedule, FrozenConfigDict(config.stage), mesh)
     batch, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
-    return Recipe(
+    recipe = Recipe(
         config=config,
         stage=stage,
         mesh=mesh,
@@ -301,6 +331,40 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
             out_shardings=everywhere,
         ),
     )
+    _check_lengths(recipe)
+    return recipe
+
+
+def _near(config: ConfigDict, multiple: int) -> int:
+    """A batch size like the config's that is a multiple of this."""
+    return max(1, round(config.data.batch_size / multiple)) * multiple
+
+
+def _trainable(config: ConfigDict, part: str) -> str:
+    """`config.trainable` as a flag takes it, with a part that is not in it, or without it."""
+    names = tuple(config.trainable)
+    other = tuple(n for n in names if n != part) if part in names else (*names, part)
+    return '"' + repr(other).replace(" ", "") + '"'
+
+
+def _check_lengths(recipe: Recipe) -> None:
+    """Refuses texts that are longer than the tables of positions; JAX would read their last row."""
+    sizes, batch = recipe.model_config, recipe.abstract_batch
+    qformer, llm = getattr(sizes, "qformer", None), getattr(sizes, "llm", sizes)
+    queries = qformer.num_query_tokens if qformer else 0
+    for name, before, tower in (("text", 0, qformer), ("llm", queries, llm)):
+        room = getattr(tower, "max_position_embeddings", None)  # of those that have such a table
+        if room is None or f"{name}_ids" not in batch:
+            continue
+        length = batch[f"{name}_ids"].shape[1]  # with a prompt, where that has its own
+        asked = recipe.config.data[f"{name}_length"]
+        if before + length > room:
+            what = f", after {before} queries," if before else ""
+            raise ValueError(
+                f"Texts are {length} tokens long{what} and the model has positions for {room}: "
+                f"--config.data.{name}_length={asked - (before + length - room)}, or less "
+                f"(it is {asked})."
+            )
 
 
 def _on_mesh(step: Callable[..., Any], spec: Spec) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import tests.tiny as tiny
 from blip2_jax import cli, recipe
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.checkpoint import Checkpointer, saved_shapes
@@ -30,6 +31,40 @@ RECIPES = [
     ("instruct.py", None),
     ("instruct.py:vitg-flant5xxl", None),
 ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "remedy"),
+    [
+        ("stage1", {"steps": 0}, "--config.steps=1"),
+        ("stage1", {"checkpoint.every": 0}, "--config.checkpoint.every=1"),
+        ("stage1", {"log.every": 0}, "--config.log.every=1"),
+        ("stage1", {"eval.every": -1}, "--config.eval.every=0"),
+        ("stage1", {"data.batch_size": 0}, "--config.data.batch_size=1"),
+        ("stage1", {"data.batch_size": 12}, "multiple of 8: --config.data.batch_size=16"),
+        ("stage2", {"data.batch_size": 8, "stage.accumulate": 3}, "--config.data.batch_size=24"),
+        ("stage1", {"data.text_length": 13}, "--config.data.text_length=12, or less"),
+        ("stage2", {"data.llm_length": 29}, "after 4 queries.*--config.data.llm_length=28, or"),
+        ("pretrain_lm", {"data.llm_length": 33}, "--config.data.llm_length=32, or less"),
+        ("stage1", {"optim.warmup_steps": 20}, "--config.optim.warmup_steps=2"),
+        ("stage1", {"optim.vit_layer_decay": 0.9}, "--config.optim.vit_layer_decay=1.0, or"),
+        ("stage2", {"model.llm.lora.rank": 4}, "lora.rank=0, or --config.trainable=.*'llm_lora'"),
+        (
+            "stage2",
+            {"trainable": ("qformer", "llm_lora")},
+            "lora.rank=16, or .*=\"\\('qformer',\\)",
+        ),
+        ("stage1", {"trainable": ("qformer", "temperature")}, "Set --config.trainable to some"),
+        ("stage1", {"model.qformer.num_layers": 3}, "--config.model.qformer.cross_attention_fre"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused_with_the_flag_that_mends_it(
+    stage, changes, remedy
+):
+    if stage == "pretrain_lm":
+        changes = {**changes, "trainable": ("llm",)}
+    with pytest.raises(ValueError, match=rf"(?s){remedy}"):
+        recipe.build(tiny.config(stage, **changes))
 
 
 @pytest.fixture(scope="module")

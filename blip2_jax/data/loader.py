@@ -292,7 +292,7 @@ def _source(
         if "{split}" not in data.dir and not sources.is_prepared(data.dir):
             raise ValueError(
                 f"config.data.dir {data.dir!r} is the same for {config.data.split!r} and "
-                f"{split!r}. Write {{split}} where the two differ, or set eval.every to 0."
+                f"{split!r}. Write {{split}} where the two differ, or set --config.eval.every=0."
             )
     if data.source in STORIES:
         if training:

@@ -216,7 +216,8 @@ class QFormer(nnx.Module):
         if rest:
             raise ValueError(
                 f"qformer.num_layers {config.num_layers} is not a multiple of "
-                f"cross_attention_frequency {config.cross_attention_frequency}."
+                f"cross_attention_frequency {config.cross_attention_frequency}: "
+                "--config.model.qformer.cross_attention_frequency=1, or another number of layers."
             )
         self.config, self.text = config, text
         if text:

@@ -87,7 +87,10 @@ def split_by_keys(
     """
     unknown = sorted(set(trainable_keys) - set(params))
     if unknown:
-        raise ValueError(f"Cannot train {unknown}: the model has the parts {sorted(params)}.")
+        raise ValueError(
+            f"Cannot train {unknown}: the model has the parts {sorted(params)}. Set "
+            "--config.trainable to some of them."
+        )
     trainable = {key: value for key, value in params.items() if key in trainable_keys}
     frozen = {key: value for key, value in params.items() if key not in trainable_keys}
     return trainable, frozen

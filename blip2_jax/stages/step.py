@@ -111,7 +111,7 @@ def _accumulated(
         if WEIGHT not in found[1]:
             raise ValueError(
                 "config.stage.accumulate is above 1, but the loss of this stage is over the whole "
-                "batch at once (its contrast needs all pairs); set it to 1."
+                "batch at once (its contrast needs all pairs): --config.stage.accumulate=1."
             )
         weighed = jax.tree.map(lambda x: x.astype(jnp.float32) * found[1][WEIGHT], found)
         return jax.tree.map(jnp.add, total, weighed), found[1][WEIGHT]

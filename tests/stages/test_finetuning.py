@@ -40,7 +40,7 @@ def test_a_batch_in_parts_is_the_whole_batch(one_device):
 
 
 def test_a_contrast_in_parts_is_refused(one_device):
-    with pytest.raises(ValueError, match=r"accumulate is above 1, .* set it to 1"):
+    with pytest.raises(ValueError, match=r"accumulate is above 1, .*--config.stage.accumulate=1"):
         first_step(tiny.config("stage1", **{"stage.accumulate": 2}), one_device)
     with pytest.raises(ValueError, match="batch_size 8 .*in 3 parts"):
         recipe.build(tiny.config("stage2", **{"stage.accumulate": 3}), one_device)
