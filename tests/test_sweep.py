@@ -139,7 +139,7 @@ def test_tuples_and_numbers_take_the_type_of_their_key(recipe, tmp_path):
         ("def sweep(add):\n    pass\n", "has no points"),
         ("def sweep(add):\n    add(3)\n", r"add\(3\) .*keys have names"),
         ("def sweep(add):\n    add(sed=3)\n", r"Point 1 .*no key --config.sed. Did you mean"),
-        ("def sweep(add):\n    add(seed=1)\n    add(seed='x')\n", "Point 2 .*takes int"),
+        ("def sweep(add):\n    add(seed=1)\n    add(seed='x')\n", "Point 2 .*takes a whole number"),
         ("def sweep(add):\n    add(seed=1)\n    add(seed=2)\n    add(seed=1)\n", "Points 1 and 3"),
         ("def sweep(add):\n    add()\n    add(seed=0)\n", "Points 1 and 2 .* are the same run"),
         ("def sweep(add):\n    pass\ndef get_hyper(hyper):\n    pass\n", "both .*keep one"),
