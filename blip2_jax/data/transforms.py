@@ -1,15 +1,17 @@
 """Images from bytes to the array that a model reads: uint8, normalized later on the device."""
 
+import functools
 import io
 from collections.abc import Callable
 
 import numpy as np
-from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageColor, ImageEnhance, ImageOps
 
 from blip2_jax.data.faults import RecordError
 
 MAX_PIXELS = 64_000_000  # larger images are refused before they are decoded (decompression bombs)
 RATIOS = (3 / 4, 4 / 3)  # width to height of a random crop, from .. to
+WHITE, DROP = "white", "drop"  # of `alpha_background`
 GRAY = (128, 128, 128)  # what RandAugment shows beyond an image's border (LAVIS)
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -27,15 +29,19 @@ def _open(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise ImageError("too many pixels") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # the errors of Pillow's readers have no common class
         raise ImageError("not a readable image") from error
     if image.width * image.height > MAX_PIXELS:
         raise ImageError("too many pixels")
     return image
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, alpha_background: str = WHITE) -> Image.Image:
     """Decodes a JPEG, PNG or whatever Pillow reads, to upright RGB.
+
+    Args:
+      data: of a file.
+      alpha_background: see `to_rgb`.
 
     Raises:
       ImageError: not an image, a damaged one, or one of more than `MAX_PIXELS`.
@@ -44,14 +50,81 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # a copy less than `upright_rgb` makes
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return to_rgb(image, alpha_background)
+    except Exception as error:  # the errors of Pillow's readers have no common class
         raise ImageError("not a readable image: damaged") from error
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF data say, as transformers' `load_image` does, then RGB."""
-    return ImageOps.exif_transpose(image).convert("RGB")
+def upright_rgb(image: Image.Image, alpha_background: str = WHITE) -> Image.Image:
+    """Turned as its EXIF data say, as transformers' `load_image` does, then RGB; see `to_rgb`."""
+    return to_rgb(ImageOps.exif_transpose(image), alpha_background)
+
+
+@functools.cache
+def background_color(name: str) -> tuple[int, int, int] | None:
+    """The color that an `alpha_background` names; None: alpha is dropped.
+
+    Raises:
+      ValueError: it names none.
+    """
+    if name == DROP:
+        return None
+    try:
+        red, green, blue = ImageColor.getcolor(name, "RGB")  # type: ignore[misc]  # of RGB: three
+    except ValueError as error:
+        raise ValueError(
+            f"alpha_background is {name!r}: name a color (white, gray, #7f7f7f), or {DROP!r}."
+        ) from error
+    return red, green, blue
+
+
+def to_rgb(image: Image.Image, alpha_background: str = WHITE) -> Image.Image:
+    """An image of any mode as RGB, three times 8 bits.
+
+    Where the published preprocessing is `convert("RGB")`, which cuts 16 bits, integers and floats
+    off at 255 and shows what lies under transparent pixels, this differs:
+
+        16 bits             scaled, 65535 is white
+        integers, floats    scaled by the smallest of 0..1 (floats), 0..255 and 0..65535 that holds
+                            all values; if none does, from the least to the largest
+        alpha               composed on a color
+
+    Args:
+      image: decoded.
+      alpha_background: what transparent pixels show: a color's name or #rrggbb; "drop": alpha is
+        ignored, as in `convert("RGB")`.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _scaled(image)
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
+    color = background_color(alpha_background)
+    if color is None or not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*color, 255)), image).convert("RGB")
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """A gray image of more than 8 bits as one of 8; LA where one of its values is transparent."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode.startswith("I;16"):
+        low, high = 0.0, 65535.0
+    else:
+        finite = values[np.isfinite(values)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+        usual = [255.0, 65535.0] if image.mode == "I" else [1.0, 255.0, 65535.0]
+        fitting = [top for top in usual if low >= 0 and high <= top]
+        low, high = (0.0, fitting[0]) if fitting else (low, high)
+    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(high - low, 1e-9)
+    gray = Image.fromarray(np.round(255 * np.clip(scaled, 0, 1)).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        gray.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return gray
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:
@@ -185,6 +258,7 @@ def train_image(
     flip: bool = True,
     randaugment: tuple[int, float] = (0, 0),
     resize: str = "exact",
+    alpha_background: str = WHITE,
 ) -> np.ndarray:
     """From a file's bytes to a training image, uint8[size, size, 3].
 
@@ -197,11 +271,15 @@ def train_image(
         `blip2_image_train` none, (0, 0).
       resize: "exact": Pillow's antialiased bicubic, as the published models were trained with;
         "fast": see `fast_image`.
+      alpha_background: see `to_rgb`.
     """
     if resize == "fast":
-        image = fast_image(data, size, rng, scale=scale, flip=flip)
+        image = fast_image(
+            data, size, rng, scale=scale, flip=flip, alpha_background=alpha_background
+        )
     else:
-        image = random_resized_crop(decode_image(data), size, rng, scale=scale, flip=flip)
+        whole = decode_image(data, alpha_background)
+        image = random_resized_crop(whole, size, rng, scale=scale, flip=flip)
     if randaugment[0]:
         image = rand_augment(image, rng, count=randaugment[0], magnitude=randaugment[1])
     return image
@@ -221,6 +299,7 @@ def fast_image(
     *,
     scale: tuple[float, float] = (1.0, 1.0),
     flip: bool = False,
+    alpha_background: str = WHITE,
 ) -> np.ndarray:
     """`random_resized_crop`, with libjpeg-turbo alone and OpenCV's area averaging.
 
@@ -237,7 +316,7 @@ def fast_image(
         height = width = 0
         plain = False
     if not plain:
-        image = decode_image(data)
+        image = decode_image(data, alpha_background)
         width, height = image.size
     elif width * height > MAX_PIXELS:
         raise ImageError("too many pixels")

@@ -1,5 +1,6 @@
 """Images as the published models see them."""
 
+import importlib.util
 import io
 
 import numpy as np
@@ -221,9 +222,102 @@ def test_what_is_wrong_with_an_image_is_said(reason, resize):
     assert error.value.reason == reason
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
-def test_every_mode_becomes_rgb(mode):
+def encoded(image, kind="TIFF", **options):
     out = io.BytesIO()
-    image = Image.new(mode, (5, 4))
-    image.save(out, "TIFF")
-    assert transforms.decode_image(out.getvalue()).mode == "RGB"
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1", "I", "F", "LA", "LAB"])
+def test_every_mode_becomes_rgb(mode):
+    assert transforms.decode_image(encoded(Image.new(mode, (5, 4)))).mode == "RGB"
+
+
+RAMP = np.linspace(0, 1, 256).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.round(RAMP * 65535).astype(np.uint16),
+        np.round(RAMP * 255).astype(np.int32),
+        np.round(RAMP * 65535).astype(np.int32),
+        np.round(RAMP * 1e9 - 1e6).astype(np.int32),
+        RAMP.astype(np.float32),
+        (RAMP * 255).astype(np.float32),
+        (RAMP * 65535).astype(np.float32),
+        (RAMP * 7 - 3).astype(np.float32),
+    ],
+    ids=["uint16", "int 255", "int 65535", "int", "0..1", "0..255", "0..65535", "-3..4"],
+)
+def test_gray_of_more_than_8_bits_is_scaled_to_8(values):
+    data = encoded(Image.fromarray(values))
+    if values.dtype == np.uint16:
+        assert data != encoded(Image.fromarray(values), "PNG")
+        data = encoded(Image.fromarray(values), "PNG")
+    found = np.asarray(transforms.decode_image(data)).astype(float)
+    np.testing.assert_allclose(found, np.repeat(255 * RAMP[..., None], 3, axis=2), atol=0.51)
+
+
+def test_gray_images_keep_their_brightness():
+    """A dark image stays dark: the scale comes from the type and range, not from the image."""
+    for values in (np.full((4, 4), 257 * 30, np.uint16), np.full((4, 4), 30 / 255, np.float32)):
+        assert transforms.decode_image(encoded(Image.fromarray(values))).getpixel((0, 0))[0] == 30
+    odd = np.array([[np.nan, np.inf, 0.5, 1.0]], np.float32)
+    pixels = np.asarray(transforms.decode_image(encoded(Image.fromarray(odd))))[0, :, 0]
+    assert pixels.tolist() == [0, 255, 128, 255]
+
+
+def transparent():
+    """Red, half transparent green, and fully transparent blue, in every way that files have."""
+    rgba = Image.new("RGBA", (3, 1))
+    for x, color in enumerate([(200, 0, 0, 255), (0, 200, 0, 128), (0, 0, 200, 0)]):
+        rgba.putpixel((x, 0), color)
+    yield "RGBA", encoded(rgba, "PNG"), [(200, 0, 0), (127, 227, 127), (255, 255, 255)]
+    yield "webp", encoded(rgba, "WEBP", lossless=True), [(200, 0, 0), None, (255, 255, 255)]
+    gray = Image.merge("LA", (Image.new("L", (3, 1), 40), rgba.getchannel("A")))
+    yield "LA", encoded(gray, "PNG"), [(40,) * 3, None, (255, 255, 255)]
+    for mode, key in (("P", 2), ("L", 90), ("RGB", (0, 0, 200)), ("1", 1)):
+        image = Image.new(mode, (3, 1), 0)
+        if mode == "P":
+            image.putpalette([0, 0, 0, 9, 9, 9, 0, 0, 200])
+        image.putpixel((2, 0), key)
+        data = encoded(image, "PNG", transparency=key)
+        yield mode, data, [(0, 0, 0), None, (255, 255, 255)]
+    palette = Image.new("P", (3, 1), 1)
+    palette.putpalette([0, 0, 0, 9, 8, 7] + [0] * 750)
+    yield "bytes", encoded(palette, "PNG", transparency=b"\xff\x00"), [(255, 255, 255), None, None]
+    deep = Image.fromarray(np.array([[0, 257, 65535]], np.uint16))
+    yield "I;16", encoded(deep, "PNG", transparency=65535), [(0, 0, 0), (1, 1, 1), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("resize", transforms.RESIZES)
+def test_alpha_is_composed_on_a_color(resize):
+    rng = np.random.default_rng(0)
+    for name, data, expected in transparent():
+        image = transforms.decode_image(data)
+        for x, color in enumerate(expected):
+            assert color is None or image.getpixel((x, 0)) == color, name
+        red = transforms.decode_image(data, "#ff0000")
+        assert red.getpixel((0 if name == "bytes" else 2, 0)) == (255, 0, 0), name
+        plain = Image.open(io.BytesIO(data))
+        if name != "I;16":
+            dropped = transforms.decode_image(data, "drop")
+            assert dropped.tobytes() == plain.convert("RGB").tobytes(), name
+        if resize == "exact" or importlib.util.find_spec("cv2"):
+            options = {"scale": (1.0, 1.0), "flip": False, "resize": resize}
+            array = transforms.train_image(data, 3, rng, **options, alpha_background="#ff0000")
+            assert array[0, 0 if name == "bytes" else 2].tolist() == [255, 0, 0], name
+
+
+def test_opaque_images_are_what_they_were():
+    rgba = Image.open(io.BytesIO(made.jpeg(2))).convert("RGBA")
+    assert transforms.to_rgb(rgba).tobytes() == rgba.convert("RGB").tobytes()
+    cmyk = encoded(Image.open(io.BytesIO(made.jpeg(2))).convert("CMYK"), "JPEG")
+    expected = Image.open(io.BytesIO(cmyk)).convert("RGB")
+    assert transforms.decode_image(cmyk).tobytes() == expected.tobytes()
+
+
+def test_a_color_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="alpha_background is 'whit'.*'drop'"):
+        transforms.background_color("whit")
