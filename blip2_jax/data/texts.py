@@ -1,16 +1,45 @@
 """Texts as the published models read them: LAVIS's cleaning, and T5's prefix and suffix."""
 
 import re
+from typing import Any
 
 import numpy as np
 
 MOST_WORDS = 50
 _PUNCTUATION = re.compile(r'[.!"()*#:;~]')
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SPACES = re.compile(r"\s{2,}")
 
 
 def _first_words(text: str, most: int) -> str:
     return " ".join(text.split(" ")[:most])
+
+
+def fold(text: str) -> str:
+    """One space for every run of white space or control characters, line ends included."""
+    return " ".join(_CONTROLS.sub(" ", text).split())
+
+
+def folded(record: dict[str, Any]) -> dict[str, Any]:
+    """A record (see `sources`) with `fold` on its captions, questions and answers."""
+    record = dict(record)
+    if "captions" in record:
+        record["captions"] = [fold(text) for text in record["captions"]]
+    if "questions" in record:
+        record["questions"] = [_folded_question(question) for question in record["questions"]]
+    return record
+
+
+def _folded_question(question: dict[str, Any]) -> dict[str, Any]:
+    """A question and its answers, folded; its other fields are as they were."""
+    kept = dict(question)
+    for key in ("question", "answer"):
+        if isinstance(kept.get(key), str):
+            kept[key] = fold(kept[key])
+    for key in ("answers", "choices"):
+        if key in kept:
+            kept[key] = [fold(text) for text in kept[key]]
+    return kept
 
 
 def clean_caption(text: str, *, most_words: int = MOST_WORDS) -> str:

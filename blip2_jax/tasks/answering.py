@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from blip2_jax.data import prompting, texts
-from blip2_jax.data.lists import Row
+from blip2_jax.data.containers import Row
 from blip2_jax.data.loader import Host
 from blip2_jax.evals import check_ids, vqa
 from blip2_jax.tasks.task import Lines, Metrics, Rows, Task
@@ -108,26 +108,32 @@ class Vqa(Task):
         for question in questions:  # "yes/no" would look like a group of metrics
             kind = question.get("type") or question.get("answer_type")
             question["type"] = kind and kind.replace("/", "_")
-        if not any(q.get("answers") or q.get("answer") for q in questions):
+        known = [q for q in questions if q.get("answers") or q.get("answer")]
+        if not known:
             where = "hand the file of predictions to the data set's evaluation server"
             return {}, {"accuracy": f"the answers of this split are not public: {where}"}
+        reasons = {}
+        if len(known) < len(questions):
+            bare = len(questions) - len(known)
+            reasons["questions"] = f"{bare} of {len(questions)} have no answer to compare with"
         metrics: Metrics = {}
         for suffix, key in (("_blind", "blind"), ("", "answers")):
             if key == "blind" and not self._has_blind(rows):
                 continue
-            said = self.by_question(rows, key)
+            every = self.by_question(rows, key)
+            said = {question["id"]: every[question["id"]] for question in known}
             if self.config.lemmatize:
                 said = dict(zip(said, vqa.lemmatize(list(said.values())), strict=True))
             if self.config.metric == "exact":
-                found = vqa.gqa_metrics(said, questions)
+                found = vqa.gqa_metrics(said, known)
             else:
                 first, *others = self.config.forms
-                found = vqa.vqa_metrics(said, questions, form=first)
+                found = vqa.vqa_metrics(said, known, form=first)
                 for form in others:
-                    overall = vqa.vqa_metrics(said, questions, form=form)["accuracy"]
+                    overall = vqa.vqa_metrics(said, known, form=form)["accuracy"]
                     found[f"accuracy_{form}"] = overall
             metrics |= {f"{name}{suffix}": value for name, value in found.items()}
-        return metrics, {}
+        return metrics, reasons
 
     def _has_blind(self, rows: Rows) -> bool:
         return all("blind" in row for row in rows.values())

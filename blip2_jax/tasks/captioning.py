@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from blip2_jax.data import world
-from blip2_jax.data.lists import Row
+from blip2_jax.data.containers import Row
 from blip2_jax.evals import captioning, check_ids, submissions
 from blip2_jax.tasks.task import Metrics, Rows, Task
 
@@ -65,8 +65,13 @@ class Captioning(Task):
     def _score(self, rows: Rows) -> tuple[Metrics, dict[str, str]]:
         records = {n: self.dataset.records[n] for n in rows}
         reasons = captioning.left_out(self.config.scores)
-        if not any(record["captions"] for record in records.values()):
+        bare = [n for n, record in records.items() if not record["captions"]]
+        if len(bare) == len(records):
             return {}, {"captions": "the references of this split are not public"}
+        if bare:
+            reasons["references"] = f"{len(bare)} of {len(records)} images have none"
+            records = {n: record for n, record in records.items() if record["captions"]}
+            rows = {n: rows[n] for n in records}
         scores = [name for name in self.config.scores if name not in reasons]
         metrics: Metrics = {}
         for suffix, key in (("", "caption"), ("_blind", "blind")):

@@ -7,8 +7,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from blip2_jax.data import texts
+from blip2_jax.data.containers import Row
 from blip2_jax.data.heldout import Heldout
-from blip2_jax.data.lists import Row
 from blip2_jax.data.loader import Host
 from blip2_jax.evals import retrieval
 from blip2_jax.runtime import atomic

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from blip2_jax.data.containers import Row
 from blip2_jax.data.heldout import Heldout
-from blip2_jax.data.lists import Row
 from blip2_jax.data.loader import Host
 from blip2_jax.evals import submissions
 from blip2_jax.inference.pipeline import Blip2

@@ -24,6 +24,21 @@ def test_captions(said, cleaned):
     assert texts.clean_caption(said) == cleaned
 
 
+def test_white_space_is_folded():
+    assert texts.fold(" a\tcat\r\n\non a\u00a0mat\0 \x85") == "a cat on a mat"
+    record = {
+        "captions": ["one\ntwo"],
+        "questions": [{"question": "a\nb", "answers": ["c\nd"], "question_id": 1}],
+        "url": "x\ny",
+    }
+    assert texts.folded(record) == {
+        "captions": ["one two"],
+        "questions": [{"question": "a b", "answers": ["c d"], "question_id": 1}],
+        "url": "x\ny",
+    }
+    assert record["captions"] == ["one\ntwo"]
+
+
 @pytest.mark.parametrize(
     ("asked", "cleaned"),
     [
