@@ -390,7 +390,8 @@ def pictures(done: Sequence[tuple[Task, Rows]], seed: int) -> Iterator[dict[str,
         count = max(task.config.examples for task, _ in group)
         for number in np.random.default_rng(seed).permutation(len(dataset))[:count].tolist():
             try:
-                image = np.asarray(transforms.decode_image(dataset.source[number]["image"]))
+                data = dataset.source[number]["image"]
+                image = np.asarray(transforms.decode_image(data, dataset.data.alpha_background))
             except RecordError:
                 continue
             record = dataset.records[number]

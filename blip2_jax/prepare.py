@@ -10,8 +10,14 @@
 
 digits: the embedded world, scenes of real handwritten digits with captions and questions, drawn
 here; the same seed and sizes give the same bytes. files: a folder of tars (webdataset,
-img2dataset), or lists (.json, .jsonl, .csv, .tsv, .parquet) of images with captions or questions;
-local, or gs://... Every other source is a data set in the form that its owners publish.
+img2dataset), lists (.json, .jsonl, .csv, .tsv, .parquet, .arrow) of images with captions or
+questions, a folder that Hugging Face's datasets saved, or a folder of images beside texts (a.jpg,
+a.txt); local, or gs://... Every other source is a data set in the form that its owners publish.
+
+Columns of lists are known by their usual names; --columns image=filepath,caption=title says
+others. Where rows name a split, only those of --split are read. Paths of images begin in the
+list's folder, or in --images, and stay inside; ../ and absolute paths need an --images that holds
+them, absolute ones of a local list also none.
 
 Every image is decoded; what cannot be used is left out, and counted by reason. A run that was
 killed goes on where it was with the same command; a folder that is finished is left as it is.
@@ -37,7 +43,7 @@ from typing import Any
 import numpy as np
 
 from blip2_jax import cli
-from blip2_jax.data import card, datasets, files, shards, sources, tars
+from blip2_jax.data import card, datasets, files, shards, sources, tars, transforms
 from blip2_jax.data.faults import RecordError, Skipped
 
 DONE = "done.json"
@@ -71,9 +77,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["image", "caption", "question"],
         help="of lists: what makes a record (default: image)",
     )
+    group.add_argument(
+        "--columns",
+        default="",
+        metavar="FIELD=COLUMN,...",
+        help="of lists: which column holds what, e.g. image=filepath,caption=title",
+    )
     group.add_argument("--name", default="", help="of the data set (default: the source's)")
     group.add_argument(
         "--shorter_side", type=int, default=0, help="make larger images smaller; 0: bytes as are"
+    )
+    group.add_argument(
+        "--alpha_background",
+        default=transforms.WHITE,
+        metavar="COLOR",
+        help="behind transparent images that are made smaller; drop: alpha is (default: white)",
     )
     group.add_argument(
         "--records_per_shard", type=int, default=4096, help="of the source (default: 4096)"
@@ -114,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) < 1:
             raise SystemExit(f"blip2 prepare: --{name} must be at least 1.")
     try:
+        transforms.background_color(args.alpha_background)
         return prepare_pairs(args)
     except ValueError as error:
         raise SystemExit(f"blip2 prepare: {error}") from error
@@ -127,10 +146,18 @@ def open_source(args: argparse.Namespace) -> Any:
     if not args.dir:
         raise ValueError(f"--source={args.source} needs --dir.")
     if args.source == FILES:
-        return sources.open_files(args.dir, images=args.images, split=args.split, form=args.form)
+        return sources.open_files(
+            args.dir,
+            images=args.images,
+            split=args.split,
+            form=args.form,
+            columns=args.columns,
+        )
     if len(args.dir) > 1:
         raise ValueError(f"--source={args.source} takes one --dir.")
-    return datasets.open_dataset(args.source, args.dir[0], args.split, args.images, form=args.form)
+    return datasets.open_dataset(
+        args.source, args.dir[0], args.split, args.images, form=args.form, columns=args.columns
+    )
 
 
 def prepare_pairs(args: argparse.Namespace) -> int:
@@ -154,6 +181,7 @@ def prepare_pairs(args: argparse.Namespace) -> int:
         return 0
     started = time.monotonic()
     source = open_source(args)
+    _print_rows(source)
     plan = make_plan(args, source)
     if not plan.check:
         _claim(plan, settings)
@@ -189,12 +217,14 @@ def make_plan(args: argparse.Namespace, source: Any) -> shards.Plan:
         shorter_side=args.shorter_side,
         check=args.check,
         duplicates=repeated,
+        alpha_background=args.alpha_background,
     )
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the bytes that are written."""
-    names = ["source", "dir", "images", "form", "shorter_side", "records_per_shard"]
+    names = ["source", "dir", "images", "form", "columns", "shorter_side", "records_per_shard"]
+    names += ["alpha_background"]
     if args.capfilt:
         names += ["model", "ranker", "samples", "keep"]
     return {name: getattr(args, name) for name in names}
@@ -246,6 +276,20 @@ def _finish(plan: shards.Plan, splits: dict[str, Any], summary: dict[str, Any]) 
         ),
     }.items():
         files.write(files.join(plan.out, name), text.encode())
+
+
+def _print_rows(source: Any) -> None:
+    """What became of the rows of lists; each was used or left out."""
+    rows = getattr(source, "rows", None)
+    if rows is None:
+        return
+    others = f" (and {rows.other_splits:,} of other splits)" if rows.other_splits else ""
+    print(
+        f"{source.name}: {rows.read:,} rows read{others} = {rows.used:,} used + {rows.skipped:,} "
+        f"skipped; the used ones make {len(source):,} records."
+    )
+    if source.notes.count:
+        print(f"Left out of rows that are used:\n{source.notes.text()}")
 
 
 def _print(args: argparse.Namespace, summary: dict[str, Any], seconds: float) -> None:

@@ -149,12 +149,14 @@ def get_config() -> ConfigDict:
             "dir": "",
             "images": "",  # folder of the images that lists name; "": the list's own
             "form": "image",  # of lists: a record an `image`, or a `caption` (LAVIS's COCO)
+            # Of lists whose columns have unusual names: "image=filepath,caption=title".
+            "columns": "",
             "index_dir": "",  # where indexes of tars are kept; "": beside them, or in the cache
             "split": "train",
             "eval_split": "test",
             # Several sources: name -> {"dir": ..., "weight": 1.0, and "source", "images", "form",
-            # "split" and "randaugment" where they differ from those here}. Empty: the one above; a
-            # recipe's own is emptied by --config.data.mixture={}.
+            # "columns", "split" and "randaugment" where they differ from those here}. Empty: the
+            # one above; a recipe's own is emptied by --config.data.mixture={}.
             "mixture": ConfigDict(),
             "mixture_by": "weight",  # weight, size or sqrt_size (of the parts, in records)
             "batch_size": 1680,  # global; the paper's for ViT-g
@@ -179,12 +181,18 @@ def get_config() -> ConfigDict:
             # it, and at 1 a control that nothing about images can be learned from.
             "mismatched": 0.0,
             "clean_text": True,  # LAVIS's `blip_caption`: lower case, no punctuation, 50 words
+            # One space for every run of spaces, tabs and line ends in a text: OPT's texts end with
+            # a newline, and one inside a caption would teach it to stop there.
+            "fold_whitespace": True,
             "first_captions": 0,  # draw from this many captions of an image; 0: all (LAION: 2)
             "crop_scale": (0.5, 1.0),  # random resized crop, share of the area; (1, 1): none
             "flip": True,
             # RandAugment's operations and magnitude; LAVIS's `blip_image_train`: (2, 5).
             "randaugment": (0, 0),
             "resize": "exact",  # Pillow's antialiased bicubic; or fast (see the README)
+            # What shows through transparent pixels: a color's name or #rrggbb; "drop": what lies
+            # under them, as LAVIS and transformers have it.
+            "alpha_background": "white",
             "threads": 16,  # that decode; with workers, of all of them together
             "workers": 0,  # processes that decode; 0: threads of this one, which scale as well
             "most_skipped": 0.1,  # share of records that may be unreadable before a run stops

@@ -240,6 +240,38 @@ def test_gqa_is_exact_match_of_normalized_texts(tmp_path):
     assert rows[0].keys() == {"questionId", "prediction"}
 
 
+@pytest.mark.parametrize("empty", [None, [], [{"answer": None}], ""], ids=repr)
+def test_questions_without_an_answer_are_counted_and_not_scored(tmp_path, empty):
+    truth = write_vqa(tmp_path / "data")
+    path = tmp_path / "data/v2_mscoco_val2014_annotations.json"
+    document = json.loads(path.read_text())
+    document["annotations"][3]["answers"] = empty
+    path.write_text(json.dumps(document))
+    submissions.write(tmp_path / "said.json", "vqa", dict.fromkeys(truth, "None"))
+    file = config(tmp_path, f'"val": task("vqa", "vqav2", "val", "{tmp_path}/data")')
+    metrics = run(file, tmp_path / "out", f"--predictions={tmp_path}/said.json")
+    scored = [answers for n, answers in enumerate(truth.values()) if n != 3]
+    each = [literal_accuracy("None", answers, "lavis") for answers in scored]
+    assert metrics["val/accuracy"] == pytest.approx(np.mean(each)) and np.mean(each) < 1
+    assert metrics["left_out"]["val/questions"] == "1 of 10 have no answer to compare with"
+    assert "1 x empty answer" in metrics["left_out"]["val/records"]
+
+
+def test_images_without_a_reference_are_counted_and_not_scored(tmp_path):
+    rows = [{"image": f"{n}.jpg", "caption": f"a red dog {n}", "image_id": n} for n in range(4)]
+    rows.append({"image": "4.jpg", "question": "What?", "answer": "x", "image_id": 4})
+    made.write_images(tmp_path, 5)
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    submissions.write(tmp_path / "said.json", "captions", {n: "a red dog 1" for n in range(5)})
+    tasks = (
+        f'"c": task("captioning", "files", "", "{tmp_path}/x.json", scores=("bleu4", "rouge_l"))'
+    )
+    metrics = run(config(tmp_path, tasks), tmp_path / "out", f"--predictions={tmp_path}/said.json")
+    expected = np.mean([rouge_l("a red dog 1", [f"a red dog {n}"]) for n in range(4)])
+    assert metrics["c/rouge_l"] == pytest.approx(expected)
+    assert metrics["left_out"]["c/references"] == "1 of 5 images have none"
+
+
 def plain(text: str) -> str:
     """Tokens of the captions above, which need no treebank: but for the known drops."""
     text = text.lower().replace(",", " ").replace(".", " ")

@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(web, tmp_path):
     words = ["--source=files", f"--dir={web}", "--records_per_shard=4", "--workers=0"]
     slow = (
         "import time; from blip2_jax.data import shards; real = shards.transforms.decode_image\n"
-        "shards.transforms.decode_image = lambda d: (time.sleep(0.05), real(d))[1]\n"
+        "shards.transforms.decode_image = lambda *a: (time.sleep(0.05), real(*a))[1]\n"
         f"from blip2_jax import prepare; prepare.main({[*words, f'--out={out}']})"
     )
     process = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.DEVNULL)
@@ -159,6 +159,48 @@ def test_checking_writes_nothing(web, tmp_path, capsys):
     good.mkdir()
     made.write_shards(good, 1, 3)
     assert run("--source=files", f"--dir={good}", "--check") == 0
+
+
+def test_the_sum_of_a_lists_rows_is_said(tmp_path, capsys):
+    made.write_images(tmp_path, 3)
+    rows = ["image,caption,split", "0.jpg,one,train", "0.jpg,two,train", "1.jpg,,train"]
+    rows += ['2.jpg,"open,train', "2.jpg,three,test", "nothing.jpg,four,train"]
+    (tmp_path / "x.csv").write_text("\n".join(rows))
+    words = ["--source=files", f"--dir={tmp_path}/x.csv", "--check"]
+    assert run(*words, "--most_skipped=1") == 1
+    said = capsys.readouterr().out
+    assert "x.csv: 5 rows read (and 1 of other splits) = 3 used + 2 skipped" in said
+    assert "make 2 records" in said and "usable: 1 train records" in said
+    assert "1 x quote that is not closed: " in said and "1 x no such file: " in said
+    with pytest.raises(SystemExit, match="no split 'val'; there are test, train"):
+        run(*words, "--split=val")
+
+
+def test_columns_are_named_and_images_in_parquet_prepared(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"picture": [made.jpeg(n) for n in range(3)], "said": ["a", "b\nb", "c"]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    columns = "--columns=image=picture,caption=said"
+    pairs(tmp_path / "x.parquet", tmp_path / "out", columns, workers=2)
+    found = list(sources.TfdsSource(tmp_path / "out", "train"))
+    assert [r["captions"] for r in found] == [["a"], ["b\nb"], ["c"]]
+    assert [r["image"] for r in found] == [made.jpeg(n) for n in range(3)]
+    with pytest.raises(SystemExit, match="holds another 'train'"):
+        pairs(tmp_path / "x.parquet", tmp_path / "out", "--columns=image=picture,caption=x")
+
+
+def test_transparent_images_that_are_made_smaller_get_a_background(tmp_path):
+    Image.new("RGBA", (90, 60), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    (tmp_path / "x.json").write_text(json.dumps([{"image": "a.png", "caption": "nothing"}]))
+    for color, expected in (("white", 255), ("drop", 0)):
+        words = [f"--alpha_background={color}", "--shorter_side=30"]
+        pairs(tmp_path / "x.json", tmp_path / color, *words)
+        (record,) = sources.TfdsSource(tmp_path / color, "train")
+        assert transforms.decode_image(record["image"]).getpixel((3, 3)) == (expected,) * 3
+    with pytest.raises(SystemExit, match="alpha_background is 'whit'"):
+        pairs(tmp_path / "x.json", tmp_path / "x", "--alpha_background=whit")
 
 
 def test_too_much_that_is_broken_stops_it(web, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from blip2_jax.data import datasets, shards, sources
+from blip2_jax.data import datasets, shards, sources, transforms
 from blip2_jax.data.faults import Skipped
 
 RANGE = 256  # record numbers that are one unit of a worker's work
@@ -32,7 +32,9 @@ class ImageText(tfds.core.GeneratorBasedBuilder):
       splits: which to build.
       images: folder of the images that lists name; "": see `datasets.open_dataset`.
       form: of lists: a record an "image", a "caption" or a "question".
+      columns: of lists: which columns hold what; see `fields.Columns`.
       shorter_side: pixels that larger images are made smaller to; 0: bytes stay as they are.
+      alpha_background: see `transforms.to_rgb`; of images that are made smaller.
       beam: whether Beam makes the records.
 
     Attributes:
@@ -49,12 +51,17 @@ class ImageText(tfds.core.GeneratorBasedBuilder):
         splits: tuple[str, ...] = ("train",),
         images: str = "",
         form: str = "image",
+        columns: str = "",
         shorter_side: int = 0,
+        alpha_background: str = transforms.WHITE,
         beam: bool = False,
         **kwargs: Any,
     ):
-        self._open = functools.partial(open_source, dataset, dir, images=images, form=form)
-        self.split_names, self.shorter_side, self.beam = splits, shorter_side, beam
+        self._open = functools.partial(
+            open_source, dataset, dir, images=images, form=form, columns=columns
+        )
+        self.split_names, self.beam = splits, beam
+        self._smaller = (shorter_side, alpha_background)
         self.skipped = {split: Skipped() for split in splits}
         super().__init__(file_format="array_record", **kwargs)
 
@@ -71,26 +78,27 @@ class ImageText(tfds.core.GeneratorBasedBuilder):
         source = self._open(split)
         if not self.beam:
             numbers = range(len(source))
-            return examples(source, numbers, self.shorter_side, self.skipped[split])
+            return examples(source, numbers, *self._smaller, self.skipped[split])
         import apache_beam as beam
 
-        make = functools.partial(make_range, self._open, split, len(source), self.shorter_side)
+        make = functools.partial(make_range, self._open, split, len(source), *self._smaller)
         starts = range(0, len(source), RANGE)
         return beam.Create(starts) | beam.Reshuffle() | beam.FlatMap(make)
 
 
-def open_source(dataset: str, dir: str, split: str, *, images: str, form: str) -> Any:
+def open_source(dataset: str, dir: str, split: str, *, images: str, form: str, columns: str) -> Any:
     """The source of one split."""
     if dataset == "files":
-        return sources.open_files(dir, images=images, split=split, form=form)
-    return datasets.open_dataset(dataset, dir, split, images, form=form)
+        return sources.open_files(dir, images=images, split=split, form=form, columns=columns)
+    return datasets.open_dataset(dataset, dir, split, images, form=form, columns=columns)
 
 
 def examples(
-    source: Any, numbers: range, shorter_side: int, skipped: Skipped
+    source: Any, numbers: range, shorter_side: int, alpha_background: str, skipped: Skipped
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Keys and examples of those records that can be used."""
-    for index, record, image in shards.read_checked(source, numbers, skipped):
+    checked = shards.read_checked(source, numbers, skipped, alpha_background=alpha_background)
+    for index, record, image in checked:
         yield (
             index,
             shards.to_example(record, index, shards.smaller(record["image"], image, shorter_side)),
@@ -103,13 +111,19 @@ def _opened(open_split: functools.partial[Any], split: str) -> Any:
 
 
 def make_range(
-    open_split: functools.partial[Any], split: str, count: int, shorter_side: int, start: int
+    open_split: functools.partial[Any],
+    split: str,
+    count: int,
+    shorter_side: int,
+    alpha_background: str,
+    start: int,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """What a Beam worker does with the number of a range: its examples; faults go to counters."""
     from apache_beam.metrics import Metrics
 
     skipped = Skipped()
     numbers = range(start, min(start + RANGE, count))
-    yield from examples(_opened(open_split, split), numbers, shorter_side, skipped)
+    source = _opened(open_split, split)
+    yield from examples(source, numbers, shorter_side, alpha_background, skipped)
     for reason, found in skipped.by_reason.items():
         Metrics.counter("blip2_jax skipped", reason).inc(found)

@@ -2,21 +2,17 @@
 
     source = open_dataset("coco", "/data/coco", "train")
 
-Every function below yields rows as `lists.normalize` reads them, with paths of images below the
-data set's folder. `FILES` says what has to be there.
+Every function below yields rows as `fields.read` takes them, with paths of images below the data
+set's folder. `FILES` says what has to be there.
 """
 
-import csv
-import io
 import itertools
-import json
 from collections.abc import Iterator
 from typing import Any
 
-from blip2_jax.data import files, lists, sources
+from blip2_jax.data import containers, fields, files, layouts, lists, sources
+from blip2_jax.data.containers import Line, Row
 from blip2_jax.data.faults import RecordError
-
-Rows = Iterator[lists.Row | RecordError]
 
 # What is looked for, in the folder and in its annotations/; the first that is there is read.
 # {split} is the split. Image folders: where the rows' paths may begin.
@@ -29,6 +25,9 @@ FILES: dict[str, tuple[str, ...]] = {
     "vqav2": ("v2_OpenEnded_mscoco_{split}_questions.json", "vqa_{split}.json"),
     "okvqa": ("OpenEnded_mscoco_{split}_questions.json", "okvqa_{split}.json"),
     "gqa": ("{split}_questions.json", "{split}_questions/{split}_questions_0.json"),
+    "textvqa": ("TextVQA_0.5.1_{split}.json",),
+    "vizwiz": ("{split}.json",),
+    "aokvqa": ("aokvqa_v1p0_{split}.json",),
     "cc3m": ("*.tar", "cc3m.json"),
     "cc12m": ("*.tar", "cc12m.json"),
     "sbu": ("*.tar", "sbu.json"),
@@ -37,21 +36,23 @@ FILES: dict[str, tuple[str, ...]] = {
 NAMES = tuple(FILES)
 LOOKED_AT = 20  # rows, to find out where the images are
 IMAGE_FOLDERS = ("", "images", "flickr30k_images", "flickr30k-images", "val")
-YEARS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
+VQA_YEARS = {"train": "2014", "val": "2014", "test": "2015", "test-dev": "2015"}
+YEARS = ("2014", "2015", "2017")
 
 
 def open_dataset(
-    name: str, folder: str, split: str, images: str = "", *, form: str = "image"
+    name: str, folder: str, split: str, images: str = "", *, form: str = "image", columns: str = ""
 ) -> Any:
     """The source of a data set.
 
     Args:
       name: one of `NAMES`.
       folder: where its files are, local or remote.
-      split: as the data set calls it; "train" of COCO includes "restval", "val" of the VQA sets
-        is val2014.
+      split: as the data set calls it; "train" of COCO includes "restval", and years may be left
+        out: "val" of the VQA sets is val2014, "train" of COCO's own files the year that is there.
       images: folder of the images; "": found below `folder`.
       form: a record an "image", a "caption" or a "question".
+      columns: which columns hold what, if not the usual ones; see `fields.Columns`.
 
     Raises:
       ValueError: the files are not there; says which.
@@ -60,150 +61,171 @@ def open_dataset(
         raise ValueError(f"No data set {name!r}; known: {', '.join(NAMES)}.")
     path = find(name, folder, split)
     if path.endswith(".tar"):
-        return sources.open_files(path)
-    rows = rows_of(name, path, split)
-    first = list(itertools.islice(rows, LOOKED_AT))
-    images = images or _image_folder(folder, first)
-    return lists.ListSource(itertools.chain(first, rows), images, split=split, form=form)
+        return sources.open_files(path.rsplit("/", 1)[0])
+    names = fields.Columns(columns)
+    lines = lines_of(name, path, names)
+    first = list(itertools.islice(lines, LOOKED_AT))
+    lines = itertools.chain(first, lines)
+    file = path.rsplit("/", 1)[-1]
+    prefix = ""  # COCO's own files name images without their folder
+    if name == "coco" and file.startswith("captions_"):
+        prefix = file.removeprefix("captions_").removesuffix(".json") + "/"
+    places = [images] if images else [_join(folder, place) for place in (*IMAGE_FOLDERS, split)]
+    images, prefix = _locate(places, prefix, first, names) or (images or folder, prefix)
+    if prefix:
+        lines = _prefixed(lines, prefix, names)
+    return lists.ListSource(lines, images, split=split, form=form, columns=columns)
+
+
+def _join(folder: str, place: str) -> str:
+    return files.join(folder, place) if place else folder
 
 
 def find(name: str, folder: str, split: str) -> str:
     """The file that a data set is read from.
 
     Raises:
-      ValueError: none is there.
+      ValueError: none is there, or those of several years.
     """
-    official = YEARS.get(split, split) if name in ("vqav2", "okvqa") else split
+    vqa = name in ("vqav2", "okvqa")
+    spelled = [split + VQA_YEARS[split]] if vqa and split in VQA_YEARS else []
     fs, root = files.filesystem(folder)
     for pattern in FILES[name]:
-        for place in ("", "annotations"):
-            for spelled in dict.fromkeys((official, split)):
-                file = files.join(place, pattern.format(split=spelled))
-                if fs.glob(files.join(root, file)):
-                    return files.join(folder, file)
-    wanted = ", ".join(pattern.format(split=official) for pattern in FILES[name])
+        for place in ("", "annotations", "Annotations"):
+            where = _join(folder, place)
+            if "*" in pattern:
+                found = files.matches(files.join(where, pattern))
+                if found:
+                    return found[0]
+                continue
+            for own in (*spelled, split):
+                path = files.join(where, pattern.format(split=own))
+                if files.exists(path):
+                    return path
+            years = [files.join(where, pattern.format(split=split + year)) for year in YEARS]
+            years = [path for path in years if name == "coco" and files.exists(path)]
+            if len(years) > 1:
+                raise ValueError(
+                    f"{folder} holds {' and '.join(p.rsplit('/', 1)[-1] for p in years)}; name the "
+                    f"year in the split, e.g. {split}{YEARS[-1]}."
+                )
+            if years:
+                return years[0]
+    wanted = ", ".join(pattern.format(split=[*spelled, split][0]) for pattern in FILES[name])
     raise ValueError(
         f"{folder} holds no {name} ({split!r}): looked for {wanted}, there and in annotations/."
     )
 
 
-def _image_folder(folder: str, first: list[lists.Row | RecordError]) -> str:
-    """The folder that the images of the first rows, or some of them, are in."""
-    images = [lists.normalize(row)["image"] for row in first if isinstance(row, dict)]
-    fs, root = files.filesystem(folder)
-    for image in filter(None, images):
-        for place in IMAGE_FOLDERS:
-            if fs.exists(files.join(files.join(root, place) if place else root, image)):
-                return files.join(folder, place) if place else folder
-    return folder
+def _locate(
+    places: list[str], prefix: str, first: list[Line], columns: fields.Columns
+) -> tuple[str, str] | None:
+    """The folder that the images of the first rows, or some of them, are in, and whether their
+    names need the prefix there; None if they are in none of the places."""
+    for _, row in first:
+        name = columns.get(row, "image") if isinstance(row, dict) else None
+        for place in places if isinstance(name, str) else ():
+            for start in dict.fromkeys((prefix, "")):
+                if files.exists(files.join(place, f"{start}{name}")):
+                    return place, start
+    return None
 
 
-def rows_of(name: str, path: str, split: str) -> Rows:
+def lines_of(name: str, path: str, columns: fields.Columns) -> Iterator[Line]:
     """The rows of a data set's file, in the owners' form or in LAVIS's."""
     file = path.rsplit("/", 1)[-1]
     if file.endswith(".token"):
-        return _flickr_rows(path)
-    if name == "coco" and file.startswith("captions_"):
-        return _prefixed(lists.read_rows(path), split)
+        return _flickr_lines(path)
     if "OpenEnded_mscoco" in file:
-        return _vqa_rows(path)
+        return _vqa_lines(path)
     if name == "gqa":
-        return _gqa_rows(path)
+        return _gqa_lines(path, columns)
     if file in ("region_descriptions.json", "question_answers.json"):
-        return _vg_rows(path)
-    return lists.read_rows(path, split)
+        return _vg_lines(path)
+    return layouts.read(path, columns).lines
 
 
-def _load(path: str) -> Any:
-    try:
-        return json.loads(files.read(path))
-    except (RecordError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+def _prefixed(lines: Iterator[Line], prefix: str, columns: fields.Columns) -> Iterator[Line]:
+    """Rows whose images' names begin in another folder."""
+    for line in lines:
+        name = columns.get(line.row, "image") if isinstance(line.row, dict) else None
+        if isinstance(line.row, dict) and isinstance(name, str):
+            line = Line(line.where, {**line.row, "image": prefix + name})
+        yield line
 
 
-def _prefixed(rows: Rows, folder: str) -> Rows:
-    """COCO's own files name images without their folder."""
-    for row in rows:
-        yield row if isinstance(row, RecordError) else {**row, "image": f"{folder}/{row['image']}"}
+def _entries(path: str, key: str = "") -> list[Any]:
+    """The list in a JSON file, or under a key of its object; ValueError if there is none."""
+    found = containers.document(path)
+    found = found.get(key) if key and isinstance(found, dict) else found
+    if not isinstance(found, list):
+        raise ValueError(f"{path} holds no list{f' of {key}' if key else ''}.")
+    return found
 
 
-def _vqa_rows(path: str) -> Rows:
+def _vqa_lines(path: str) -> Iterator[Line]:
     """VQAv2 and OK-VQA: questions, and ten answers each where they are published."""
-    questions = _load(path)["questions"]
     other = path.replace("OpenEnded_", "").replace("_questions.json", "_annotations.json")
-    fs, inner = files.filesystem(other)
-    found = _load(other)["annotations"] if fs.exists(inner) else []
-    answers = {annotation["question_id"]: annotation for annotation in found}
-    if found:
-        _check_same_questions(questions, answers, path, other)
+    annotations = _entries(other, "annotations") if files.exists(other) else []
     # v2_OpenEnded_mscoco_test-dev2015_questions.json asks about the images of test2015.
     split = path.rsplit("mscoco_", 1)[-1].removesuffix("_questions.json").replace("-dev", "")
-    for question in questions:
-        known = answers.get(question["question_id"], {})
-        number = question["image_id"]
-        yield {
-            "image": f"{split}/COCO_{split}_{number:012d}.jpg",
-            "image_id": number,
-            "question": question["question"],
-            "question_id": question["question_id"],
-            "answers": known.get("answers", []),
-            **{key: known[key] for key in ("question_type", "answer_type") if key in known},
-        }
+
+    def image(number: Any) -> str | None:
+        number = fields.identity_of(number)
+        if not str(number).isdigit():
+            return None
+        return f"{split}/COCO_{split}_{int(number or 0):012d}.jpg"
+
+    return layouts.joined_questions(_entries(path, "questions"), annotations, path, other, image)
 
 
-def _check_same_questions(
-    questions: list[lists.Row], answers: dict[Any, lists.Row], path: str, other: str
-) -> None:
-    """Holds questions and annotations to one version and split; scores of a part would mislead."""
-    asked = {question["question_id"]: question["image_id"] for question in questions}
-    strange = [key for key in asked if key not in answers]
-    strange += [key for key in answers if key not in asked]
-    both = [key for key in asked if key in answers]
-    strange += [key for key in both if answers[key].get("image_id", asked[key]) != asked[key]]
-    if strange:
-        some = ", ".join(map(str, strange[:5]))
-        raise ValueError(
-            f"{other} is of another version or split than {path}: of {len(asked)} questions and "
-            f"{len(answers)} annotations, {len(strange)} ids are in one file alone or are of "
-            f"another image ({some}{', ...' if len(strange) > 5 else ''}). Take both files from "
-            "one release, or move the annotations away to predict without scores."
-        )
-
-
-def _gqa_rows(path: str) -> Rows:
+def _gqa_lines(path: str, columns: fields.Columns) -> Iterator[Line]:
     """GQA: one file, or the ten of train_all."""
     head, is_part, _ = path.rpartition("_0.json")
-    parts = [path]
-    if is_part:
-        parts = files.expand(f"{head}_*.json", (".json",))
-    for part in parts:
-        for row in lists.read_rows(part):
-            if isinstance(row, dict) and "imageId" in row:
-                row = {**row, "image": f"{row['imageId']}.jpg"}
-            yield row
+    for part in files.matches(f"{head}_*.json") if is_part else [path]:
+        for line in layouts.read(part, columns).lines:
+            number = line.row.get("imageId") if isinstance(line.row, dict) else None
+            if isinstance(line.row, dict) and fields.identity_of(number) is not None:
+                line = Line(line.where, {**line.row, "image": f"{fields.identity_of(number)}.jpg"})
+            yield line
 
 
-def _vg_rows(path: str) -> Rows:
+def _vg_lines(path: str) -> Iterator[Line]:
     """Visual Genome: regions' phrases or questions, one row an image; two image folders."""
     data = path.rsplit("/", 1)[0] + "/image_data.json"
-    urls = {image["image_id"]: image["url"] for image in _load(data)}
-    for image in _load(path):
-        number = image.get("id", image.get("image_id"))
-        folder, file = urls[number].rsplit("/", 2)[-2:]
-        row: lists.Row = {"image": f"{folder}/{file}", "image_id": number}
-        if "regions" in image:
-            row["captions"] = [region["phrase"] for region in image["regions"]]
-        else:
-            row["questions"] = [
-                {"question": qa["question"], "answers": [qa["answer"]], "question_id": qa["qa_id"]}
-                for qa in image["qas"]
-            ]
-        yield row
+    urls = {}
+    for image in _entries(data):
+        if isinstance(image, dict):
+            urls[fields.identity_of(image.get("image_id"))] = image.get("url")
+    for number, entry in enumerate(_entries(path)):
+        line = containers.as_row(entry, f"{path}[{number}]")
+        if isinstance(line.row, dict):
+            line = Line(line.where, _vg_row(line.row, urls))
+        yield line
 
 
-def _flickr_rows(path: str) -> Rows:
+def _vg_row(image: Row, urls: dict[Any, Any]) -> Row:
+    key = fields.identity_of(image.get("id", image.get("image_id")))
+    row: Row = {"image_id": key}
+    url = urls.get(key)
+    if isinstance(url, str):
+        row["image"] = "/".join(url.rsplit("/", 2)[-2:])
+    regions = image.get("regions")
+    if isinstance(regions, list):
+        row["captions"] = [r.get("phrase") if isinstance(r, dict) else r for r in regions]
+    else:
+        row["questions"] = image.get("qas")
+    return row
+
+
+def _flickr_lines(path: str) -> Iterator[Line]:
     """Flickr30k's own file: `36979.jpg#0<tab>A caption .`, without splits."""
-    text = files.read(path).decode(errors="replace")
-    for key, caption in csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE):
-        image = key.partition("#")[0]
-        yield {"image": image, "image_id": image.partition(".")[0], "caption": caption}
+    for number, text in enumerate(containers.decode(containers.read(path)).split("\n"), 1):
+        where = f"{path}:{number}"
+        key, tab, caption = text.partition("\t")
+        if tab:
+            image = key.partition("#")[0]
+            row = {"image": image, "image_id": image.partition(".")[0], "caption": caption}
+            yield Line(where, row)
+        elif text.strip():
+            yield Line(where, RecordError("wrong number of columns", where))

@@ -46,7 +46,7 @@ def make_example(config: ConfigDict, image_size: int, *, train: bool) -> Example
             raise ValueError(f"config.data.task is {data.task!r}; known: caption, answer.")
 
     def example(record: Record, index: int, rng: np.random.Generator) -> Example:
-        captions = _captions(record, data)
+        captions = _captions(texts.folded(record) if data.fold_whitespace else record, data)
         text = captions[rng.integers(len(captions)) if train else 0]
         number = np.int32(record.get("image_number", index))
         return {"image": image(record, rng), "image_id": number, **encode(text, rng)}
@@ -105,10 +105,12 @@ def _image(data: ConfigDict, size: int, *, train: bool) -> ImageOf:
     augmented = {
         name: part["randaugment"] for name, part in data.mixture.items() if "randaugment" in part
     }
+    transforms.background_color(data.alpha_background)  # a mistake in it is said now
 
     def image(record: Record, rng: np.random.Generator) -> np.ndarray:
         if not train:
-            return transforms.resize(transforms.decode_image(record["image"]), size)
+            whole = transforms.decode_image(record["image"], data.alpha_background)
+            return transforms.resize(whole, size)
         return transforms.train_image(
             record["image"],
             size,
@@ -117,6 +119,7 @@ def _image(data: ConfigDict, size: int, *, train: bool) -> ImageOf:
             flip=data.flip,
             randaugment=augmented.get(record.get("part", ""), data.randaugment),
             resize=data.resize,
+            alpha_background=data.alpha_background,
         )
 
     return image
@@ -203,14 +206,14 @@ def _answer_example(
         )
 
     def example(record: Record, index: int, rng: np.random.Generator) -> Example:
-        questions = record.get("questions")
+        record = texts.folded(record) if data.fold_whitespace else record
+        asked = record.get("questions") or []
+        questions = [q for q in asked if q.get("answers") or q.get("answer")]
         if not questions:
-            raise RecordError("no question")
+            raise RecordError("no answer" if asked else "no question")
         question = questions[rng.integers(len(questions)) if train else 0]
         answers = question.get("answers") or [question.get("answer")]
         answer = answers[rng.integers(len(answers)) if train else 0]
-        if not answer:
-            raise RecordError("no answer")
         try:
             asked = prompting.strip_image_token(question["question"], num_query_tokens)
         except ValueError as error:

@@ -25,6 +25,9 @@ def filesystem(path: str) -> tuple[Any, str]:
     Raises:
       ValueError: there is no driver for the path's protocol; says what to install.
     """
+    if is_local(path):  # as it is: "::" and the like mean nothing
+        fs = fsspec.filesystem("file")
+        return fs, os.path.abspath(os.path.expanduser(path))
     try:
         return fsspec.core.url_to_fs(path)
     except ImportError as error:
@@ -44,31 +47,88 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if folder else name
 
 
-def expand(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
-    """The files that a path stands for, sorted: a file, a folder's files with one of `suffixes`,
-    a glob (`*`), or webdataset's braces (`{00000..00331}.tar`).
+def inside(path: str, folder: str) -> bool:
+    """Whether a path is one of a folder; "" is where we are."""
+    if is_local(path) != is_local(folder):
+        return False
+    if is_local(path):
+        path, folder = os.path.abspath(path), os.path.abspath(folder)
+    return path.startswith(folder.rstrip("/") + "/") and ".." not in path.split("/")
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or folder of exactly this name."""
+    fs, inner = filesystem(path)
+    return bool(fs.exists(inner))
+
+
+def _literal(fs: Any, path: str) -> tuple[str, str]:
+    """A pattern in two: folders that are there under their own names, and the rest."""
+    folder, _, rest = path.rpartition("/")
+    while glob.has_magic(folder.replace("{", "[")) and not fs.isdir(folder):
+        folder, _, part = folder.rpartition("/")
+        rest = f"{part}/{rest}"
+    return folder, rest
+
+
+def matches(pattern: str) -> list[str]:
+    """The files that a pattern (`*`, `?`, `[...]`) finds, sorted.
+
+    Folders that are there under the pattern's own name are taken as they are: a `[` in them is no
+    pattern.
+    """
+    fs, path = filesystem(pattern)
+    unstrip = (lambda p: p) if is_local(pattern) else fs.unstrip_protocol
+    folder, rest = _literal(fs, path)
+    return sorted(unstrip(found) for found in fs.glob(f"{glob.escape(folder)}/{rest}"))
+
+
+def below(folder: str) -> list[str]:
+    """All files in a folder and its subfolders, as paths that begin in it, sorted."""
+    fs, root = filesystem(folder)
+    if not is_local(folder):
+        found = fs.find(root) if fs.isdir(root) else []
+        return sorted(path.removeprefix(root).lstrip("/") for path in found)
+    found, seen = [], set()
+    for inside, folders, names in os.walk(root, followlinks=True):
+        if os.path.realpath(inside) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(inside))
+        found += [os.path.relpath(os.path.join(inside, name), root) for name in names]
+    return sorted(found)
+
+
+def with_split(pattern: str, split: str) -> str:
+    """A pattern with `{split}` in it filled in, where no folder or file is called that."""
+    parts = pattern.split("/")
+    for n, part in enumerate(parts):
+        if "{split}" in part and not exists("/".join(parts[: n + 1])):
+            parts[n] = part.replace("{split}", split)
+    return "/".join(parts)
+
+
+def expand(pattern: str) -> list[str]:
+    """The files that a path stands for, sorted: a file, webdataset's braces
+    (`{00000..00331}.tar`), or a pattern (`*`). What is there under the whole name is that.
 
     Raises:
       ValueError: there are none.
     """
-    braces = _BRACES.search(pattern)
+    fs, path = filesystem(pattern)
+    if fs.isfile(path):
+        return [pattern]
+    braces = _BRACES.search(_literal(fs, path)[1])
     if braces:
         first, last = braces.groups()
         numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
-        return [pattern[: braces.start()] + n + pattern[braces.end() :] for n in numbers]
-    fs, path = filesystem(pattern)
-    unstrip = (lambda p: p) if is_local(pattern) else fs.unstrip_protocol
-    if glob.has_magic(path):
-        found = [unstrip(p) for p in fs.glob(path)]
-    elif fs.isdir(path):
-        found = [unstrip(p) for p in fs.ls(path, detail=False) if p.endswith(suffixes)]
-    else:
-        found = [pattern] if fs.isfile(path) else []
+        head, tail = pattern.rsplit(braces[0], 1)
+        # Those that are missing are counted as lost by whoever reads them.
+        return [f"{head}{number}{tail}" for number in numbers]
+    found = matches(pattern)
     if not found:
-        raise ValueError(
-            f"{pattern}: no such file, and no folder with files that end in {', '.join(suffixes)}."
-        )
-    return sorted(found)
+        raise ValueError(f"{pattern}: no such file or folder.")
+    return found
 
 
 def read(path: str, most: int | None = None) -> bytes:

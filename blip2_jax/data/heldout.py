@@ -2,26 +2,25 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from blip2_jax.data import files, lists, loader, sources
+from blip2_jax.data import lists, loader, sources, texts
+from blip2_jax.data.containers import Row
 from blip2_jax.data.faults import RecordError
-from blip2_jax.data.lists import Row
 
 
 class Heldout:
     """What is known of each image; the images themselves are read when they are needed.
 
     Args:
-      data: `source`, `dir`, `images`, `split`, `form`, `index_dir`, `first` and `most_unreadable`,
-        as in `configs/eval/default.py`.
+      data: `source`, `dir`, `images`, `split`, `form`, `columns`, `index_dir`, `first`,
+        `most_unreadable` and more, as in `configs/eval/default.py`.
 
     Attributes:
       records: one an image, without the image.
-      left_out: what the source could not use of its rows, and why; "" if nothing.
+      left_out: rows, and parts of rows, that the source could not use, and why; "" if none.
 
     Raises:
       ValueError: there are no records, or more images are missing than may be.
@@ -32,25 +31,27 @@ class Heldout:
         self.source = loader.open_source(data, data.split)
         count = min(data.first or len(self.source), len(self.source))
         self.most_unreadable = int(data.most_unreadable * count)
-        self._check_files(count)
         self.records = lists.Packed(self._facts(number) for number in range(count))
         if not count:
             raise ValueError(f"{self.name} has no records.")
-        faults = getattr(self.source, "faults", None)
-        self.left_out = " ".join(faults.text().split()) if faults and faults.count else ""
+        self._check_files(count)
+        counts = (getattr(self.source, name, None) for name in ("faults", "notes"))
+        said = (" ".join(found.text().split()) for found in counts if found and found.count)
+        self.left_out = "; ".join(said)
 
     def _facts(self, number: int) -> Row:
         try:
-            return sources.facts(self.source, number)
+            record = sources.facts(self.source, number)
+            return texts.folded(record) if self.data.fold_whitespace else record
         except RecordError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
     def _check_files(self, count: int) -> None:
         """Looks for the images before a model is loaded."""
-        if not isinstance(self.source, lists.ListSource) or not files.is_local(self.source.images):
+        if not isinstance(self.source, lists.ListSource):
             return
-        paths = (self.source.where(number) for number in range(count))
-        missing = [path for path in paths if not Path(path).is_file()]
+        numbers = (number for number in range(count) if self.source.is_missing(number))
+        missing = [self.source.where(number) for number in numbers]
         if len(missing) > self.most_unreadable:
             raise ValueError(
                 f"{self.name}: {len(missing)} of {count} images are missing "
@@ -80,7 +81,12 @@ class Heldout:
     ) -> Iterator[tuple[list[int], list[np.ndarray], list[tuple[int, str]]]]:
         """Numbers and images, uint8[size, size, 3], batch by batch; and what cannot be read."""
         with loader.scored_batches(
-            self.source, size, batch_size, rows=rows, threads=threads
+            self.source,
+            size,
+            batch_size,
+            rows=rows,
+            threads=threads,
+            alpha_background=self.data.alpha_background,
         ) as batches:
             for batch in batches:
                 real, valid = batch["index"] >= 0, batch["valid"]

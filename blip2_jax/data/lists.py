@@ -1,234 +1,27 @@
-"""Lists of images with texts: JSON, JSONL, CSV, TSV and Parquet, as people have them.
+"""Lists of images with texts, as sources of records.
 
-Rows become records by what their columns are called, so that LAVIS's files, COCO's and Karpathy's
-own, VQA's questions, GQA's dict and a spreadsheet of two columns are all read as they are.
+Whatever holds a list (`containers`) and however it is laid out (`layouts`), its rows are understood
+in one place (`fields`). Every row is used, or counted with its reason and place:
+
+    rows read = rows used + rows skipped
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from blip2_jax.data import files
+from blip2_jax.data import containers, fields, files, layouts
+from blip2_jax.data.containers import IMAGE_SUFFIXES, Contents, Line, Row, StoredImage
 from blip2_jax.data.faults import RecordError, Skipped
+from blip2_jax.data.folders import same_split
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+SUFFIXES = containers.SUFFIXES
 FORMS = {"image": None, "caption": "captions", "question": "questions"}  # what makes a record
 MOST_BYTES = 256 << 20  # of one image file
-
-# What columns are called, in files that are out there; the first one that a row has is taken.
-IMAGE = ("image", "image_path", "filepath", "file_name", "filename", "path", "img_path", "img")
-IMAGE_ID = ("image_id", "img_id", "imageId", "cocoid", "id")
-CAPTION = ("captions", "caption", "sentences", "texts", "text")
-QUESTION_KEYS = ("question_id", "question_type", "answer_type", "dataset", "choices")
-
-Row = dict[str, Any]
-
-
-# ---------------------------------------------------------------------------------------- rows
-
-
-def read_rows(path: str, split: str = "") -> Iterator[Row | RecordError]:
-    """The rows of a file, in order; a row that cannot be read is a RecordError in its place.
-
-    Args:
-      path: local or remote.
-      split: for files that hold several (Karpathy's): which one; "train" includes "restval", as
-        in the papers.
-
-    Raises:
-      ValueError: the file as a whole cannot be read.
-    """
-    suffix = "." + path.rsplit(".", 1)[-1].lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{path}: lists end in {', '.join(SUFFIXES)}.")
-    if suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    try:
-        data = files.read(path)
-    except RecordError as error:
-        raise ValueError(str(error)) from error
-    if suffix == ".json":
-        yield from document_rows(_parse(data, path), path, split)
-    elif suffix == ".jsonl":
-        for number, line in enumerate(data.splitlines(), 1):
-            if line.strip():
-                yield _line_row(line, f"{path}:{number}")
-    else:
-        yield from _table_rows(data, path, "\t" if suffix == ".tsv" else ",")
-
-
-def _parse(data: bytes, path: str) -> Any:
-    try:
-        return json.loads(data)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
-    except ValueError as error:
-        hint = " One JSON object a line? Then its name should end in .jsonl."
-        hint = hint if "Extra data" in str(error) else ""
-        raise ValueError(f"{path} is not JSON: {error}.{hint}") from error
-
-
-def _line_row(line: bytes, where: str) -> Row | RecordError:
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError:
-        return RecordError("not UTF-8", where)
-    except ValueError:
-        return RecordError("not JSON", where)
-    return row if isinstance(row, dict) else RecordError("not a JSON object", where)
-
-
-def _table_rows(data: bytes, path: str, delimiter: str) -> Iterator[Row | RecordError]:
-    text = data.decode("utf-8-sig", errors="surrogateescape")  # which marks what is not UTF-8
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    columns = [name for name in reader.fieldnames or [] if name]
-    if not set(columns) & {*IMAGE, *CAPTION, "url"}:
-        raise ValueError(
-            f"{path}: the first line names no column that is known ({', '.join(columns)[:80]}). "
-            f"Name the columns there, e.g. image{delimiter}caption.".replace("\t", "<tab>")
-        )
-    try:
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            values = [v for v in row.values() if isinstance(v, str)]
-            if None in row or None in row.values():
-                yield RecordError("wrong number of columns", where)
-            elif any("\udc80" <= c <= "\udcff" for v in values for c in v if c > "\udc7f"):
-                yield RecordError("not UTF-8", where)
-            else:
-                yield row
-    except csv.Error as error:
-        yield RecordError(f"not a table ({error})", f"{path}:{reader.line_num}")
-
-
-def _parquet_rows(path: str) -> Iterator[Row]:
-    import pyarrow.parquet
-
-    fs, inner = files.filesystem(path)
-    try:
-        with fs.open(inner, "rb") as file:
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(10_000):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not readable Parquet: {error}") from error
-
-
-def document_rows(document: Any, path: str, split: str = "") -> Iterator[Row | RecordError]:
-    """The rows of a whole JSON document, whichever of the published layouts it has."""
-    if isinstance(document, list):
-        for number, row in enumerate(document):
-            where = f"{path}[{number}]"
-            yield row if isinstance(row, dict) else RecordError("not a JSON object", where)
-    elif not isinstance(document, dict):
-        raise ValueError(f"{path}: a list of rows is wanted, this is {type(document).__name__}.")
-    elif "images" in document and "annotations" in document:
-        yield from _coco_rows(document)
-    elif document.get("images") and "sentences" in document["images"][0]:
-        yield from _karpathy_rows(document["images"], split)
-    elif "questions" in document:
-        yield from document_rows(document["questions"], path)
-    elif document and all(isinstance(row, dict) for row in document.values()):
-        for key, row in document.items():  # GQA: question id -> question
-            yield {"question_id": key, **row}
-    else:
-        raise ValueError(
-            f"{path}: rows in none of the known layouts (top-level keys: "
-            f"{', '.join(list(document)[:6])}). A list of objects with 'image' and 'caption' works."
-        )
-
-
-def _coco_rows(document: Row) -> Iterator[Row]:
-    """COCO's captions, and NoCaps': one row an image."""
-    captions: dict[Any, list[str]] = {}
-    for annotation in document["annotations"]:
-        if "caption" in annotation:
-            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    for image in document["images"]:
-        extra = {key: image[key] for key in ("domain", "open_images_id") if key in image}
-        yield {
-            "image": image["file_name"],
-            "image_id": image["id"],
-            "captions": captions.get(image["id"], []),
-            **extra,
-        }
-
-
-def _karpathy_rows(images: list[Row], split: str) -> Iterator[Row]:
-    """Karpathy's own files (COCO, Flickr30k): one row an image."""
-    wanted = {"train": ("train", "restval")}.get(split, (split,))
-    known = {image.get("split") for image in images}
-    if split and not known & set(wanted):
-        raise ValueError(f"No split {split!r}; there are {', '.join(sorted(map(str, known)))}.")
-    for image in images:
-        if not split or image["split"] in wanted:
-            yield {
-                "image": files.join(image.get("filepath", ""), image["filename"]),
-                "image_id": image.get("cocoid", image.get("imgid")),
-                "captions": [sentence["raw"] for sentence in image["sentences"]],
-            }
-
-
-# ------------------------------------------------------------------------------------- meaning
-
-
-def _first(row: Row, names: Iterable[str]) -> Any:
-    return next((row[name] for name in names if row.get(name) not in (None, "")), None)
-
-
-def captions_of(value: Any) -> list[str]:
-    """The captions in a column: a text, a list of texts (also written as JSON), or COCO's
-    sentences. Spaces around them and empty ones go."""
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            pass  # a caption that begins with a bracket
-    values = value if isinstance(value, (list, tuple)) else [value]
-    texts = (v.get("raw", v.get("caption")) if isinstance(v, dict) else v for v in values)
-    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-
-
-def questions_of(row: Row) -> list[Row]:
-    """The questions in a row, as a list of {"question", "answers", ...}."""
-    if isinstance(row.get("questions"), list):
-        return row["questions"]
-    if not isinstance(row.get("question"), str) or not row["question"].strip():
-        return []
-    answers = row.get("answers", row.get("answer", []))
-    answers = answers if isinstance(answers, (list, tuple)) else [answers]
-    texts = [a["answer"] if isinstance(a, dict) else a for a in answers]
-    known = {key: row[key] for key in QUESTION_KEYS if row.get(key) is not None}
-    if "fullAnswer" in row:
-        known["full_answer"] = row["fullAnswer"]
-    return [{"question": row["question"].strip(), "answers": [str(t) for t in texts], **known}]
-
-
-def normalize(row: Row) -> Row:
-    """A row as a record without its image: `image` (a path), `id`, `captions`, `questions`."""
-    image = _first(row, IMAGE)
-    if isinstance(image, dict):  # Hugging Face datasets: {"bytes", "path"}
-        image = image.get("path")
-    identity = _first(row, IMAGE_ID)
-    record: Row = {
-        "image": str(image) if image is not None else None,
-        "id": str(identity if identity is not None else image),
-        "captions": captions_of(_first(row, CAPTION)),
-    }
-    questions = questions_of(row)
-    if questions:
-        record["questions"] = questions
-    extra = {key: row[key] for key in ("domain", "url", "scores") if row.get(key) is not None}
-    return {**record, **extra}
-
-
-# -------------------------------------------------------------------------------------- source
 
 
 class Packed:
@@ -258,46 +51,120 @@ class Packed:
         return json.loads(self._data[self._ends[index] : self._ends[index + 1]])
 
 
-def _rows(lists: Iterable[str | Row | RecordError], split: str) -> Iterator[Row | RecordError]:
-    """The rows of files, and rows themselves."""
-    for entry in lists:
-        if isinstance(entry, str):
-            yield from read_rows(entry, split)
-        else:
-            yield entry
+class Counts(NamedTuple):
+    """How many rows there were: `read` = `used` + `skipped`."""
+
+    read: int
+    used: int
+    skipped: int
+    other_splits: int  # rows of these are not among those that were read
+
+
+class Found(NamedTuple):
+    """What a row came to: a record, or the reason why there is none."""
+
+    where: str
+    split: str | None
+    record: fields.Record | RecordError
+
+
+class ImageNames:
+    """Finds files of images by their names, their names without suffix, or COCO's numbers."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self._paths: dict[str, str | None] | None = None  # None: several files have that name
+
+    def find(self, hints: Iterable[str]) -> str:
+        """The path, below the folder, of the first of some names that is there.
+
+        Raises:
+          RecordError: none is there, or several files have the name.
+        """
+        if self._paths is None:
+            self._paths = self._look()
+        names = list(hints)
+        for name in names:
+            if name in self._paths:
+                path = self._paths[name]
+                if path is None:
+                    raise RecordError("several image files have its name", name)
+                return path
+        raise RecordError("no image file for its id, key or URL", names[0])
+
+    def _look(self) -> dict[str, str | None]:
+        found: dict[str, str | None] = {}
+        numbers: dict[str, str | None] = {}
+        for path in files.below(self.folder):
+            name = path.rpartition("/")[2]
+            stem, _, suffix = name.rpartition(".")
+            if suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            for key in {name, stem}:
+                found[key] = None if key in found else path
+            number = stem.rpartition("_")[2]
+            if number.isdigit() and number != stem:  # COCO_val2014_000000000042
+                numbers[number] = None if number in numbers else path
+        return {**numbers, **found}
 
 
 class ListSource:
     """Records of lists and image folders.
 
     Args:
-      lists: files (see `read_rows`), or rows themselves.
-      images: folder that the rows' paths begin in; "": the first list's. Rows cannot leave it.
-      split: see `read_rows`.
+      lists: files, or rows themselves (dicts, or `Line`s with their places).
+      images: folder that the rows' paths begin in; "": each list's own. Rows cannot leave it.
+      split: which rows, of lists that name a split in every row; "train" includes Karpathy's
+        "restval", as in the papers. "": all.
       form: "image": a record an image, with all its captions and questions; "caption": a record
         a caption, as LAVIS trains on COCO; "question": a record a question.
+      columns: which columns hold what, where their names are not known; see `fields.Columns`.
 
     Attributes:
-      faults: what was left out already, by reason.
+      faults: rows that were left out, by reason.
+      notes: parts of rows that are used (an empty answer, ...) that were left out, by reason.
+      rows: how many rows there were.
+      by_split: whether there were splits to choose from.
+
+    Raises:
+      ValueError: a list cannot be read, no row can be used, or there is no such split.
     """
 
     def __init__(
         self,
-        lists: Iterable[str | Row | RecordError],
+        lists: Iterable[str | Row | Line],
         images: str = "",
         *,
         split: str = "",
         form: str = "image",
+        columns: str = "",
     ):
         if form not in FORMS:
             raise ValueError(f"form is {form!r}; known: {', '.join(FORMS)}.")
-        first = None if isinstance(lists, Iterator) else next(iter(lists), None)
-        path = first if isinstance(first, str) else ""
-        self.name = path or images
-        self.images = images or os.path.dirname(path)
-        self.faults = Skipped()
-        self._rows = Packed(self._records(_rows(lists, split)))
-        self.faults.total = len(self._rows) + self.faults.count
+        self.columns = fields.Columns(columns)
+        self.images = images
+        self.faults, self.notes = Skipped(), Skipped()
+        self._split, self._splits = split.strip().lower(), set[str]()
+        self._read = self._other = 0
+        self._folders: list[str] = []  # of the lists
+        self._files: list[str] = []  # that hold images themselves
+        self._stored = containers.StoredImages()
+        self.name = images
+        self._by_image: dict[Any, Row] = {}
+        self._asked: set[str] = set()
+        self._columns: dict[str, None] = {}
+        self._take_all(lists)
+        self._rows = Packed(self._by_image.values())
+        self.columns.check_own(self._columns, self.name)
+        del self._by_image, self._asked, self._columns
+        skipped = self.faults.count
+        self.rows = Counts(self._read, self._read - skipped, skipped, self._other)
+        self.faults.total = self.notes.total = self._read
+        if self._split and self._splits and not same_split(self._split, self._splits):
+            raise ValueError(
+                f"{self.name}: no split {split!r}; there are {', '.join(sorted(self._splits))} "
+                "(columns split= reads all rows)."
+            )
         if not len(self._rows):
             raise ValueError(f"{self.name}: not one row that can be used.\n{self.faults.text()}")
         self._field = FORMS[form]
@@ -308,31 +175,109 @@ class ListSource:
             if not len(self._row_of):
                 raise ValueError(f"{self.name} has no {self._field}; form={form!r} needs them.")
         self.image_numbers = len(self._rows)
+        self.by_split = bool(self._split and self._splits)
 
-    def _records(self, rows: Iterable[Row | RecordError]) -> list[Row]:
-        by_image: dict[str, Row] = {}
-        questions: set[str] = set()
-        for number, row in enumerate(rows):
-            where = f"row {number}"
+    # ----------------------------------------------------------------------------- reading
+
+    def _take_all(self, lists: Iterable[str | Row | Line]) -> None:
+        lists = iter(lists)
+        first = next(lists, None)
+        if isinstance(first, str):
+            self.name = first
+            for path in (first, *lists):
+                assert isinstance(path, str)
+                self._take(layouts.read(path, self.columns), path)
+        elif first is not None:
+            self._take(Contents([], _lines((first, *lists))), files.join(self.images, ""))
+
+    def _take(self, contents: Contents, path: str) -> None:
+        """Reads the rows of one list."""
+        columns = dict.fromkeys(contents.columns)
+        found = []
+        for where, row in contents.lines:
             if isinstance(row, RecordError):
-                self.faults.add(row.reason, row.where)
+                found.append(Found(where, None, row))
                 continue
-            record = normalize(row)
-            if record["image"] is None:
-                self.faults.add("no image named", where)
-            elif not record["captions"] and not record.get("questions"):
-                self.faults.add("empty caption", f"{where}: {record['image']}")
-            elif any(str(q.get("question_id")) in questions for q in record.get("questions", [])):
-                self.faults.add("duplicated key", f"{where}: {record['image']}")
-            else:
-                asked = record.get("questions", [])
-                questions |= {str(q["question_id"]) for q in asked if "question_id" in q}
-                known = by_image.setdefault(record["image"], record)
-                if known is not record:
-                    known["captions"] += record["captions"]
-                    if asked:
-                        known.setdefault("questions", []).extend(asked)
-        return list(by_image.values())
+            columns.update(dict.fromkeys(row))
+            split = fields.split_of(row, self.columns) if self._split else None
+            try:
+                found.append(Found(where, split, fields.read(row, self.columns)))
+            except RecordError as error:
+                found.append(Found(where, split, RecordError(error.reason, where)))
+        if columns and not any(isinstance(entry.record, fields.Record) for entry in found):
+            self.columns.check(columns, path)
+        self._columns |= columns
+        folder = len(self._folders)
+        self._folders.append(os.path.dirname(path))
+        names = ImageNames(self.images or self._folders[-1] or ".")
+        wanted = self._wanted(found)
+        for where, split, record in found:
+            if wanted is not None and split is not None and split not in wanted:
+                if split:
+                    self._other += 1
+                    continue
+                record = RecordError("no split named", where)
+            elif wanted is not None and split is None and not isinstance(record, RecordError):
+                record = RecordError("no split named", where)
+            self._read += 1
+            try:
+                if isinstance(record, RecordError):
+                    raise record
+                self._keep(record, where, folder, names)
+            except RecordError as error:
+                self.faults.add(error.reason, error.where or where)
+
+    def _wanted(self, found: list[Found]) -> set[str] | None:
+        """The splits that are asked for; None where no row names one."""
+        there = {entry.split for entry in found if entry.split}
+        self._splits |= there
+        return same_split(self._split, there) if there else None
+
+    def _keep(self, found: fields.Record, where: str, folder: int, names: ImageNames) -> None:
+        """Adds a record to those of its image.
+
+        Raises:
+          RecordError: it cannot be used.
+        """
+        record = found.record
+        key: Any = None
+        if found.stored is not None:
+            if not isinstance(found.stored, StoredImage):
+                raise RecordError("image bytes in a row that is not of a file", where)
+            if not self._files or self._files[-1] != found.stored.path:
+                self._files.append(found.stored.path)
+            key = (len(self._files) - 1, found.stored.row, found.stored.column)
+            record["stored"] = key
+        elif record["image"] is None:
+            record["image"] = names.find(found.hints)
+        key = key or (folder, record["image"])
+        self._refuse_duplicates(found, f"{where}: {record['image']}")
+        for note in found.notes:
+            self.notes.add(note, where)
+        if folder:
+            record["folder"] = folder
+        known = self._by_image.setdefault(key, record)
+        if known is not record:
+            known["captions"] += record["captions"]
+            if "questions" in record:
+                known.setdefault("questions", []).extend(record["questions"])
+
+    def _refuse_duplicates(self, found: fields.Record, where: str) -> None:
+        """Takes out questions whose id was there before; RecordError if nothing is left."""
+        questions = found.record.get("questions", [])
+        new = []
+        for question in questions:
+            key = str(question.get("question_id", ""))
+            if not key or key not in self._asked:
+                new.append(question)
+                self._asked |= {key} - {""}
+        if len(new) < len(questions):
+            if not new and not found.record["captions"]:
+                raise RecordError("duplicated key", where)
+            found.notes.append("duplicated question")
+            found.record["questions"] = new
+
+    # ---------------------------------------------------------------------------- records
 
     def __len__(self) -> int:
         return len(self._row_of if self._field else self._rows)
@@ -345,29 +290,69 @@ class ListSource:
         return int(self._row_of[index]) if self._field else index
 
     def where(self, index: int) -> str:
-        """The image file of a record."""
-        return self._path(self._rows[self._row(index)]["image"])
+        """The image file of a record, or its place in a list that holds images."""
+        return self._place(self._rows[self._row(index)])
 
-    def _path(self, image: str) -> str:
-        path = image if "://" in image or image.startswith("/") else files.join(self.images, image)
-        if files.is_local(path):
-            path = os.path.normpath(path)
-        root = self.images.rstrip("/") or ("/" if self.images else ".")
-        inside = root in (".", "/") or path.startswith((os.path.normpath(root) + "/", root + "/"))
-        if not inside or ".." in path.split("/"):
-            raise RecordError(f"path leaves the image folder {self.images}", image)
-        return path
+    def _place(self, row: Row) -> str:
+        if "stored" in row:
+            return f"{self._files[row['stored'][0]]}[{row['stored'][1]}]"
+        return self._path(row["image"], self._folders[row.get("folder", 0)])
+
+    def _path(self, image: str, folder: str) -> str:
+        """Where an image is that a list in `folder` names.
+
+        Raises:
+          RecordError: outside the folder of images.
+        """
+        root = self.images or folder
+        if "://" in image or image.startswith("/"):
+            if not self.images and files.is_local(folder):
+                return image  # the list is ours, and says where it is
+            path = image
+        elif os.path.normpath(image).startswith(".."):  # seen from where the list is
+            path = files.join(folder, image)
+        else:
+            path = files.join(root, image)
+        if files.inside(path, root):
+            return os.path.normpath(path) if files.is_local(path) else path
+        raise RecordError(
+            f"path leaves the image folder {root or '.'}; name one that holds it with --images "
+            "(in a config: data.images)",
+            image,
+        )
+
+    def is_missing(self, index: int) -> bool:
+        """Whether the file of a record's image is not there, as far as that is known at once."""
+        place = self.where(index)
+        return (
+            "stored" not in self._rows[self._row(index)]
+            and files.is_local(place)
+            and not os.path.isfile(place)
+        )
 
     def row(self, index: int) -> Row:
-        """A record with the path of its image, which is not read."""
+        """A record with the place of its image, which is not read."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")  # which ends a `for` loop
         number = self._row(index)
         row = self._rows[number]
         if self._field:
             row[self._field] = [row[self._field][self._entry_of[index]]]
-        return {**row, "image": self._path(row["image"]), "image_number": number}
+        row |= {"image": self._place(row), "image_number": number}
+        return {key: value for key, value in row.items() if key not in ("stored", "folder")}
 
     def __getitem__(self, index: int) -> Row:
         row = self.row(index)
-        return {**row, "image": files.read(row["image"], MOST_BYTES)}
+        stored = self._rows[row["image_number"]].get("stored")
+        if stored:
+            file, number, column = stored
+            data = self._stored.read(StoredImage(self._files[file], number, column))
+        else:
+            data = files.read(row["image"], MOST_BYTES)
+        return {**row, "image": data}
+
+
+def _lines(rows: Iterable[Any]) -> Iterator[Line]:
+    """Rows with their places."""
+    for number, row in enumerate(rows):
+        yield row if isinstance(row, Line) else Line(f"row {number}", row)

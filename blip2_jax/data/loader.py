@@ -157,7 +157,13 @@ def heldout_batches(config: ConfigDict, image_size: int, *, host: Host | None = 
 
 
 def scored_batches(
-    source: Any, image_size: int, batch_size: int, *, rows: Sequence[int], threads: int = 16
+    source: Any,
+    image_size: int,
+    batch_size: int,
+    *,
+    rows: Sequence[int],
+    threads: int = 16,
+    alpha_background: str = transforms.WHITE,
 ) -> Batches:
     """The images of some records, in their order, for scores.
 
@@ -167,6 +173,7 @@ def scored_batches(
       batch_size: rows of every batch; the last is padded.
       rows: record numbers: those that are left to do, or a host's share of them.
       threads: that decode.
+      alpha_background: see `transforms.to_rgb`.
 
     Returns:
       Batches of `image` uint8[B, H, W, 3], `index` int32[B], the record's number, and `valid`
@@ -174,7 +181,8 @@ def scored_batches(
     """
     rows = list(rows)
     padded = -(-len(rows) // batch_size) * batch_size
-    dataset = grain.MapDataset.range(padded).seed(0).random_map(Scored(source, image_size, rows))
+    scored = Scored(source, image_size, rows, alpha_background)
+    dataset = grain.MapDataset.range(padded).seed(0).random_map(scored)
     return Batches(_read(dataset.batch(batch_size), threads), Skipped(len(source)))
 
 
@@ -252,7 +260,7 @@ def _read(dataset: grain.MapDataset[Batch], threads: int) -> grain.IterDataset[B
 
 STORIES = ("stories", "easy_stories")
 # Of a mixture's part; `randaugment` is read by `make_example`.
-PART_KEYS = ("source", "dir", "images", "form", "split", "weight", "randaugment")
+PART_KEYS = ("source", "dir", "images", "form", "columns", "split", "weight", "randaugment")
 
 
 def make_source(config: ConfigDict, split: str) -> Any:
@@ -277,7 +285,8 @@ def make_source(config: ConfigDict, split: str) -> Any:
         unknown = set(part) - set(PART_KEYS)
         if unknown:
             raise ValueError(f"config.data.mixture.{name} has no key {sorted(unknown)[0]!r}.")
-        whole = {**{key: data[key] for key in ("source", "images", "form", "index_dir")}, **part}
+        own_keys = ("source", "images", "form", "columns", "index_dir")
+        whole = {**{key: data[key] for key in own_keys}, **part}
         # A part may call its training split something else ("train2017").
         own = part.get("split", split) if training else split
         parts[name] = _source(config, SimpleNamespace(**whole), own, training)
@@ -288,12 +297,6 @@ def make_source(config: ConfigDict, split: str) -> Any:
 def _source(
     config: ConfigDict, data: ConfigDict | SimpleNamespace, split: str, training: bool
 ) -> Any:
-    if data.source == "files" and not training:
-        if "{split}" not in data.dir and not sources.is_prepared(data.dir):
-            raise ValueError(
-                f"config.data.dir {data.dir!r} is the same for {config.data.split!r} and "
-                f"{split!r}. Write {{split}} where the two differ, or set --config.eval.every=0."
-            )
     if data.source in STORIES:
         if training:
             count = config.steps * data.batch_size
@@ -302,12 +305,19 @@ def _source(
         # Others than those trained on, all hard, and all with what the answers follow from.
         return sources.StorySource("described_stories", count, 1)
     source = open_source(data, split)
+    if data.source == "files" and not training and "{split}" not in data.dir:
+        if not getattr(source, "by_split", False):
+            raise ValueError(
+                f"config.data.dir {data.dir!r} is the same for {config.data.split!r} and "
+                f"{split!r}. Write {{split}} where the two differ, or set --config.eval.every=0."
+            )
     mismatched = config.data.mismatched if training else 0.0
     return sources.Mismatched(source, mismatched) if mismatched else source
 
 
 def open_source(data: Any, split: str) -> Any:
-    """The records that a config's section names by `source`, `dir`, `images`, `form`, `index_dir`.
+    """The records that a config's section names by `source`, `dir`, `images`, `form`, `columns`
+    and `index_dir`.
 
     Raises:
       ValueError: there is no such source, or nothing that can be read.
@@ -316,12 +326,19 @@ def open_source(data: Any, split: str) -> Any:
         return sources.TfdsSource(data.dir, split)
     if data.source == "files":
         return sources.open_files(
-            data.dir, images=data.images, split=split, form=data.form, index_folder=data.index_dir
+            data.dir,
+            images=data.images,
+            split=split,
+            form=data.form,
+            columns=data.columns,
+            index_folder=data.index_dir,
         )
     from blip2_jax.data import datasets
 
     if data.source in datasets.NAMES:
-        return datasets.open_dataset(data.source, data.dir, split, data.images, form=data.form)
+        return datasets.open_dataset(
+            data.source, data.dir, split, data.images, form=data.form, columns=data.columns
+        )
     known = ", ".join(("tfds", "files", *STORIES, *datasets.NAMES))
     raise ValueError(f"config.data.source is {data.source!r}; known: {known}.")
 
@@ -392,13 +409,14 @@ class Reader:
 class Scored(Reader):
     """(number, rng) -> image of the record `rows[number]`, `index`, `valid`; replaces nothing."""
 
-    def __init__(self, source: Any, image_size: int, rows: Sequence[int]):
+    def __init__(self, source: Any, image_size: int, rows: Sequence[int], alpha_background: str):
         super().__init__(source, self._image)
         self.image_size, self.rows = image_size, rows
+        self.alpha_background = alpha_background
 
     def _image(self, record: Record, index: int, rng: np.random.Generator) -> Example:
         del index, rng
-        image = transforms.decode_image(record["image"])
+        image = transforms.decode_image(record["image"], self.alpha_background)
         return {"image": transforms.resize(image, self.image_size)}
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:

@@ -58,6 +58,7 @@ class Plan:
       shorter_side: pixels that larger images are made smaller to; 0: bytes stay as they are.
       check: only look: decode everything, write nothing.
       duplicates: record numbers whose key occurred before.
+      alpha_background: see `transforms.to_rgb`; of images that are made smaller or captioned.
     """
 
     out: str
@@ -68,6 +69,7 @@ class Plan:
     shorter_side: int = 0
     check: bool = False
     duplicates: frozenset[int] = frozenset()
+    alpha_background: str = transforms.WHITE
 
     @property
     def shards(self) -> int:
@@ -150,7 +152,11 @@ def to_example(record: dict[str, Any], index: int, data: bytes) -> dict[str, Any
 
 
 def read_checked(
-    source: Any, numbers: range, skipped: Skipped, duplicates: frozenset[int] = frozenset()
+    source: Any,
+    numbers: range,
+    skipped: Skipped,
+    duplicates: frozenset[int] = frozenset(),
+    alpha_background: str = transforms.WHITE,
 ) -> Iterator[Checked]:
     """The records of `numbers` that can be used."""
     for index in numbers:
@@ -158,7 +164,7 @@ def read_checked(
             if index in duplicates:
                 raise RecordError("duplicated key", sources.place(source, index))
             record = source[index]
-            yield index, record, transforms.decode_image(record["image"])
+            yield index, record, transforms.decode_image(record["image"], alpha_background)
         except RecordError as error:
             skipped.add(error.reason, error.where or sources.place(source, index))
 
@@ -175,7 +181,9 @@ def write_shard(
       captions: makes other records of those of a shard (see `capfilt`).
     """
     skipped, tally = Skipped(), Tally()
-    records = read_checked(source, plan.numbers(shard), skipped, plan.duplicates)
+    records = read_checked(
+        source, plan.numbers(shard), skipped, plan.duplicates, plan.alpha_background
+    )
     if captions is not None:
         records = _recaptioned(records, captions)
     with contextlib.ExitStack() as stack:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from blip2_jax.data import files, lists, tars, world
+from blip2_jax.data import files, folders, lists, tars, world
 from blip2_jax.data.faults import RecordError, Skipped
 from blip2_jax.runtime import atomic, digest
 
@@ -27,43 +27,56 @@ def open_files(
     images: str = "",
     split: str = "",
     form: str = "image",
+    columns: str = "",
     index_folder: str = "",
 ) -> Any:
-    """The source for what a path holds: a prepared folder, tars or lists.
+    """The source for what a path holds: a prepared folder, tars, lists, or images beside texts.
 
     Args:
       path: a file, folder, glob or braces (see `files.expand`), or several; `{split}` in it
         stands for `split`.
       images: folder of the images that lists name; "": the list's own.
-      split: of a prepared folder, or of a list that holds several.
+      split: of a prepared folder, of a folder with a list a split, or of a list that holds several.
       form: of lists: a record an "image" or a "caption".
+      columns: of lists: which column holds what; see `fields.Columns`.
       index_folder: where indexes of tars are kept; see `tars.TarSource`.
 
     Raises:
       ValueError: nothing there that can be read.
     """
     paths = [path] if isinstance(path, str) else list(path)
-    paths = [p.replace("{split}", split) for p in paths]
-    if not paths or not all(paths):
+    paths = [files.with_split(p, split) for p in paths if p]
+    if not paths:
         raise ValueError("No path of data is given.")
     if len(paths) == 1 and is_prepared(paths[0]):
         return TfdsSource(paths[0], split)
-    found = [f for p in paths for f in files.expand(p, (*tars.SUFFIXES, *lists.SUFFIXES))]
+    found = [folders.look(p, split, tars.NOTE) for p in paths]
     # An archive that is gone is known by its index (see `tars.ensure_index`).
-    archives = {
-        f.removesuffix(tars.NOTE) for f in found if f.endswith((".tar", f".tar{tars.NOTE}"))
-    }
+    archives = {path.removesuffix(tars.NOTE) for part in found for path in part.archives}
     if archives:  # img2dataset leaves .parquet and .json beside them, which say the same
         return tars.TarSource(sorted(archives), index_folder=index_folder)
-    return lists.ListSource(found, images, split=split, form=form)
+    options: dict[str, Any] = {"split": split, "form": form, "columns": columns}
+    beside = [folder for part in found for folder in part.pairs]
+    if beside:
+        if len(found) > 1:
+            raise ValueError(f"{beside[0]} holds images beside texts; give that folder alone.")
+        return lists.ListSource(folders.pairs(beside[0]), beside[0], **options)
+    source = lists.ListSource([path for part in found for path in part.lists], images, **options)
+    source.by_split |= any(part.by_split for part in found)
+    return source
 
 
 def is_prepared(folder: str) -> bool:
     """Whether `blip2 prepare` or TFDS wrote this folder."""
-    if files.is_local(folder):
-        return Path(folder).is_dir() and any(Path(folder).rglob("dataset_info.json"))
-    fs, path = files.filesystem(folder)
-    return fs.isdir(path) and any(f.endswith("/dataset_info.json") for f in fs.find(path))
+    return bool(_prepared_folders(folder))
+
+
+def _prepared_folders(folder: str) -> list[str]:
+    """Folders of data sets of TFDS; Hugging Face's `datasets` has a dataset_info.json too."""
+    found = set(files.below(folder))
+    notes = [path for path in found if path.rpartition("/")[2] == "dataset_info.json"]
+    parents = sorted(path.removesuffix("dataset_info.json") for path in notes)
+    return [files.join(folder, p).rstrip("/") for p in parents if f"{p}features.json" in found]
 
 
 class Mixture:
@@ -205,14 +218,20 @@ class TfdsSource:
         if not files.is_local(str(folder)):
             folder = files.local_copy(str(folder))
         self.name = f"{folder} {split}"
-        folders = sorted(Path(folder).rglob("dataset_info.json"))
-        if not folders:
+        self.by_split = True
+        there = _prepared_folders(str(folder))
+        if not there:
+            if folders.is_saved(str(folder)):
+                raise ValueError(
+                    f"{folder} was saved by Hugging Face's datasets; read it with "
+                    "data.source=files, or blip2 prepare --source=files."
+                )
             raise ValueError(
                 f"No prepared data in {folder}. Make it with: "
                 f"blip2 prepare --source=digits --out={folder} (the embedded world), or from "
                 "your own with --source=files."
             )
-        builder = tfds.builder_from_directory(folders[0].parent)
+        builder = tfds.builder_from_directory(there[0])
         if split not in builder.info.splits:
             raise ValueError(
                 f"No split {split!r} in {folder}; there are {', '.join(builder.info.splits)}."

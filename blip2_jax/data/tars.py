@@ -4,7 +4,7 @@ Each archive is scanned once; what is found is kept in a small index, 32 bytes a
 mapped into memory and shared by all processes. From there on a record is one read at a known
 place, so shuffling is global and resuming exact. Nothing is ever extracted.
 
-    00000.tar   KEY.jpg  KEY.txt  KEY.json  KEY2.jpg ...     members of one key stand together
+    00000.tar   KEY.jpg  KEY.txt  KEY.json  KEY2.jpg ...     in any order
 """
 
 import io
@@ -18,19 +18,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from blip2_jax.data import files, lists
+from blip2_jax.data import fields, files, folders, lists
+from blip2_jax.data.containers import IMAGE_SUFFIXES
 from blip2_jax.data.faults import RecordError, Skipped
 from blip2_jax.runtime import digest
 
-SUFFIXES = (".tar",)
 NOTE = ".idx.json"  # what an index has beside it
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-TEXTS = ("txt", "caption")
 PARTS = ("image", "text", "meta")  # of a record
-PART_OF = {**dict.fromkeys(IMAGES, "image"), **dict.fromkeys(TEXTS, "text"), "json": "meta"}
+PART_OF = {
+    **dict.fromkeys(IMAGE_SUFFIXES, "image"),
+    **dict.fromkeys(folders.TEXTS, "text"),
+    "json": "meta",
+}
+COLUMNS = fields.Columns()
 BLOCK = 512  # bytes; headers and contents of a tar begin at multiples of it
 MOST_BETWEEN = 1 << 18  # bytes of other members that are read along rather than stepped over
-FORMAT = 2  # of the index; another number here makes all of them anew
+FORMAT = 3  # of the index; another number here makes all of them anew
 INDEX = np.dtype(
     [
         ("image", "<u4"), ("image_size", "<u4"),  # block where the content begins, bytes of it
@@ -146,31 +149,8 @@ def index(file: Any, size: int, where: str) -> tuple[np.ndarray, Skipped]:
       size: of the file.
       where: its path, for reports.
     """
-    rows: list[tuple[int, ...]] = []
     faults = Skipped()
-    seen: set[str] = set()
-    key: str | None = None
-    parts: dict[str, tuple[int, int]] = {}
-
-    def finish() -> None:
-        if key is None:
-            return
-        image = parts.get("image")
-        if image is None:
-            faults.add("no image", f"{where}:{key}")
-        elif not image[1]:
-            faults.add("empty file", f"{where}:{key}")
-        elif max(size for _, size in parts.values()) > lists.MOST_BYTES:
-            faults.add(f"file of more than {lists.MOST_BYTES} bytes", f"{where}:{key}")
-        elif key in seen:
-            faults.add("duplicated key", f"{where}:{key}")
-        elif not parts.get("text", (0, 0))[1] and not parts.get("meta", (0, 0))[1]:
-            faults.add("no caption", f"{where}:{key}")
-        else:
-            seen.add(key)
-            flat = [n for part in PARTS for n in parts.get(part, (0, 0))]
-            rows.append((*flat, int(digest.of_text(key), 16)))
-
+    groups: dict[str, list[Parts]] = {}
     for member in scan(file, size):
         if isinstance(member, RecordError):
             faults.add(member.reason, f"{where}:{member.where}" if member.where else where)
@@ -179,16 +159,78 @@ def index(file: Any, size: int, where: str) -> tuple[np.ndarray, Skipped]:
         stem, _, suffix = base.partition(".")
         if not stem:  # .DS_Store and the like
             continue
-        part = PART_OF.get(suffix.lower())
-        found = f"{folder}/{stem}" if folder else stem
-        if found != key or part in parts:
-            finish()
-            key, parts = found, {}
-        if part:
-            parts[part] = (member.offset // BLOCK, member.size)
-    finish()
+        key = f"{folder}/{stem}" if folder else stem
+        middle, _, suffix = suffix.rpartition(".")
+        part = (middle, PART_OF.get(suffix.lower(), suffix))
+        of_key = groups.setdefault(key, [{}])
+        free = next((parts for parts in of_key if part not in parts), None)
+        if free is None:  # the key occurs again
+            of_key.append(free := {})
+        free[part] = (member.offset // BLOCK, member.size)
+    rows: list[tuple[int, ...]] = []
+    for key, of_key in groups.items():
+        first, *again = of_key
+        for name, parts in _records(key, first, faults, where):
+            fault = _fault(parts)
+            if fault:
+                faults.add(fault, f"{where}:{name}")
+                continue
+            flat = [n for part in PARTS for n in parts.get(part, (0, 0))]
+            rows.append((*flat, int(digest.of_text(name), 16)))
+        for _ in again:
+            faults.add("duplicated key", f"{where}:{key}")
+    rows.sort()
     faults.total = len(rows) + faults.count
     return np.array(rows, INDEX), faults
+
+
+Parts = dict[tuple[str, str], tuple[int, int]]  # middle of a name, kind -> block, bytes
+
+
+def _records(
+    key: str, parts: Parts, faults: Skipped, where: str
+) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """The records in the members of one key, by name.
+
+        k.jpg k.txt k.json             one
+        k.input.jpg k.txt              one, whose image has a longer suffix
+        k.v1.jpg k.v1.txt k.v2.jpg ... one a middle part: dots belong to the name
+        k.jpg k.seg.png k.txt          one; the image that is called like the key
+    """
+    images = [middle for middle, part in parts if part == "image"]
+    texts = {middle for middle, part in parts if part in ("text", "meta")}
+    if "" in images:
+        wanted = ["", *(middle for middle in images if middle and middle in texts)]
+    else:
+        wanted = images
+    if not wanted:
+        other = sorted({part for _, part in parts if part.isalnum() and part not in PARTS})[:3]
+        kinds = f" (members end in .{', .'.join(other)})" if other else ""
+        faults.add(f"no image{kinds}", f"{where}:{key}")
+    elif len(wanted) > 1 and not set(wanted) & texts:
+        names = ", ".join(f"{key}.{middle}".rstrip(".") for middle in sorted(wanted))
+        faults.add("several images of one key", f"{where}:{names}")
+    else:
+        for middle in wanted:
+            found = {}
+            for part in PARTS:
+                places = [m for m, kind in parts if kind == part]
+                if middle in places:
+                    found[part] = parts[middle, part]
+                elif len(wanted) == 1 and (len(places) == 1 or "" in places):
+                    found[part] = parts["" if "" in places else places[0], part]
+            yield f"{key}.{middle}".rstrip("."), found
+
+
+def _fault(parts: dict[str, tuple[int, int]]) -> str:
+    """What is wrong with the members of a record; "" if nothing is."""
+    if not parts["image"][1]:
+        return "empty file"
+    if max(size for _, size in parts.values()) > lists.MOST_BYTES:
+        return f"file of more than {lists.MOST_BYTES} bytes"
+    if not parts.get("text", (0, 0))[1] and not parts.get("meta", (0, 0))[1]:
+        return "no caption"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------- source
@@ -393,24 +435,11 @@ class TarSource:
 
 
 def _record(parts: dict[str, bytes], name: str, where: str) -> dict[str, Any]:
-    """Members' contents as a record; captions of the .json go before those of the .txt."""
-    row: Any = {}
+    """Members' contents as a record."""
     try:
-        if "meta" in parts:
-            row = json.loads(parts["meta"].decode())
-        text = parts.get("text", b"").decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecordError("not UTF-8", where) from error
-    except ValueError as error:
-        raise RecordError("not JSON", where) from error
-    if isinstance(row, list):  # CapFilt: the member is a list of captions
-        row = {"captions": row}
-    elif not isinstance(row, dict):
-        raise RecordError("not a JSON object", where)
-    stem = name.rpartition("/")[2].partition(".")[0]
-    record = lists.normalize({**row, "image": name, "id": row.get("key", stem)})
-    if not record["captions"]:
-        record["captions"] = lists.captions_of(text)
-    if not record["captions"] and not record.get("questions"):
-        raise RecordError("empty caption", where)
-    return {**record, "image": parts["image"]}
+        row = fields.pair(parts.get("meta", b""), parts.get("text", b""))
+        key = row.get("key", name.rpartition("/")[2].rpartition(".")[0])
+        found = fields.read({**row, "image": name, "image_id": key}, COLUMNS)
+    except RecordError as error:
+        raise RecordError(error.reason, error.where or where) from error
+    return {**found.record, "image": parts["image"]}

@@ -64,7 +64,7 @@ def _of_array(image: Any) -> Image.Image:
         array = np.round(array * 255).astype(np.uint8)
     if array.dtype != np.uint8:
         raise ImageError(f"dtype {array.dtype}; pass uint8 in 0..255 or floats in 0..1")
-    return Image.fromarray(array).convert("RGB")
+    return transforms.to_rgb(Image.fromarray(array))
 
 
 def as_list(images: Any) -> Sequence[Any]:

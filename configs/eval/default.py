@@ -59,6 +59,10 @@ def task(kind: str, source: str, split: str, folder: str = "", **changes: Any) -
             "images": "",  # folder of the images that lists name; "": the list's own
             "split": split,
             "form": "image",  # a record an image, with all its captions and questions
+            # What shows through transparent pixels; "drop": what lies under them (LAVIS).
+            "alpha_background": "white",
+            "fold_whitespace": True,  # one space for every run of spaces, tabs and line ends
+            "columns": "",  # of lists: "image=filepath,caption=title", if not the usual names
             "index_dir": "",  # where indexes of tars are kept; "": beside them, or in the cache
             "first": 0,  # only so many records, from the first on; 0: all
             # Share of images that may be missing or unreadable; they are left out of the scores,

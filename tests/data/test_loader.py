@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 import tests.data.made as made
 import tests.tiny as tiny
 from blip2_jax import cli, prepare
-from blip2_jax.data import loader, transforms
+from blip2_jax.data import examples, loader, texts, transforms
+from blip2_jax.data.faults import RecordError
 
 
 @pytest.fixture(scope="module")
@@ -353,6 +354,66 @@ def test_an_unknown_key_of_a_mixture_is_refused(mixed):
     changed.data.mixture.web.wieght = 1.0
     with pytest.raises(ValueError, match="mixture.web has no key 'wieght'"):
         loader.train_batches(changed, 16)
+
+
+@pytest.mark.parametrize("task", ["caption", "answer"])
+def test_line_ends_inside_a_text_are_folded_unless_kept(folder, task):
+    """OPT's texts end with a newline: one inside would teach it to stop there."""
+    prompt = "Question: {} Answer:" if task == "answer" else ""
+    changes = {"data.clean_text": False, "data.task": task, "data.prompt": prompt}
+    odd = {
+        "image": made.jpeg(),
+        "captions": ["a red\n3,\ta blue\r\n4 "],
+        "questions": [{"question": "a\n3?", "answers": ["3\n\n4"]}],
+    }
+    even = {
+        "image": made.jpeg(),
+        "captions": ["a red 3, a blue 4"],
+        "questions": [{"question": "a 3?", "answers": ["3 4"]}],
+    }
+
+    def ids(record, fold=True):
+        config = make_config(folder, "stage2", **changes, **{"data.fold_whitespace": fold})
+        example = examples.make_example(config, 16, train=True)
+        return example(record, 0, np.random.default_rng(0))["llm_ids"].tolist()
+
+    assert ids(odd) == ids(even) != ids(odd, fold=False)
+    assert texts.folded(odd) == even
+
+
+def test_questions_without_an_answer_are_not_drawn(folder):
+    config = make_config(folder, "stage2", **{"data.task": "answer", "data.prompt": "{} Answer:"})
+    example = examples.make_example(config, 16, train=True)
+    asked = [{"question": "a 3?", "answers": []}, {"question": "a 4?", "answers": ["yes"]}]
+    record = {"image": made.jpeg(), "captions": [], "questions": asked}
+    for seed in range(5):
+        example(record, 0, np.random.default_rng(seed))
+    with pytest.raises(RecordError, match="no answer"):
+        example(record | {"questions": asked[:1]}, 0, np.random.default_rng(0))
+
+
+def test_a_color_that_is_none_is_refused_before_anything_is_read(folder):
+    config = make_config(folder, **{"data.alpha_background": "whit"})
+    with pytest.raises(ValueError, match="alpha_background is 'whit'"):
+        examples.make_example(config, 16, train=True)
+
+
+def test_lists_that_name_splits_are_held_out_by_split(tmp_path):
+    made.write_images(tmp_path, 6)
+    rows = [
+        {"image": f"{n}.jpg", "caption": "a 3", "split": ("train", "val")[n % 2]} for n in range(6)
+    ]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    data = {"data.source": "files", "data.eval_split": "val", "eval.batch_size": 3}
+    config = make_config(tmp_path / "x.json", **data)
+    assert len(loader.make_source(config, "train")) == 3
+    with loader.heldout_batches(config, 16) as batches:
+        assert len(list(batches)) == 1
+    for row in rows:
+        del row["split"]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="is the same for 'train' and 'val'"):
+        loader.heldout_batches(config, 16)
 
 
 def test_t5_gets_a_prefix_and_a_suffix_drawn_per_sample(folder):

@@ -128,6 +128,58 @@ def test_captions_in_all_their_places(tmp_path):
     assert captions == [["first", "second"], ["one", "two"], ["plain"], ["of the text"]]
 
 
+def test_members_stand_in_any_order(tmp_path):
+    image = made.jpeg()
+    path = made.write_tar(
+        tmp_path / "x.tar",
+        [(f"{n}.jpg", made.jpeg(n)) for n in range(3)]
+        + [(f"{n}.txt", f"text {n}".encode()) for n in (2, 0, 1)]
+        + [("1.jpg", image), ("1.txt", b"again")],
+    )
+    source = tars.TarSource([path])
+    assert [r["captions"] for r in source] == [["text 0"], ["text 1"], ["text 2"]]
+    assert [r["image"] for r in source] == [made.jpeg(n) for n in range(3)]
+    assert source.faults.by_reason == {"duplicated key": 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["k.input.jpg", "k.txt"], {"k.input": "k.txt"}),
+        (["k.txt", "k.input.jpg"], {"k.input": "k.txt"}),
+        (["photo.v1.jpg", "photo.v1.txt"], {"photo.v1": "photo.v1.txt"}),
+        (
+            ["p.v1.jpg", "p.v2.jpg", "p.v2.txt", "p.v1.txt"],
+            {"p.v1": "p.v1.txt", "p.v2": "p.v2.txt"},
+        ),
+        (["k.jpg", "k.seg.png", "k.txt"], {"k": "k.txt"}),
+        (["k.JPEG", "k.caption"], {"k": "k.caption"}),
+        (["k.jfif", "k.text"], {"k": "k.text"}),
+        (["a.b/k.jpg", "a.b/k.txt"], {"k": "a.b/k.txt"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_dots_in_names(tmp_path, names, expected):
+    members = [(n, n.encode() if n[-3:] in ("txt", "ext", "ion") else made.jpeg()) for n in names]
+    source = tars.TarSource([made.write_tar(tmp_path / "x.tar", members)])
+    assert {r["id"]: r["captions"][0] for r in source} == expected and not source.faults.count
+
+
+def test_members_that_make_no_record_are_named(tmp_path):
+    image = made.jpeg()
+    path = made.write_tar(
+        tmp_path / "x.tar",
+        [("a.jpg", image), ("a.txt", b"fine"), ("b.heic", image), ("b.txt", b"of another kind"),
+         ("c.in.jpg", image), ("c.out.jpg", image), ("c.txt", b"of which?")],
+    )  # fmt: skip
+    source = tars.TarSource([path])
+    assert len(source) == 1
+    assert source.faults.by_reason == {
+        "no image (members end in .heic)": 1, "several images of one key": 1,
+    }  # fmt: skip
+    assert "c.in, c.out" in source.faults.examples["several images of one key"][0]
+
+
 def test_what_is_no_record_is_counted_by_reason_and_place(tmp_path):
     image = made.jpeg()
     path = made.write_tar(
@@ -220,13 +272,13 @@ def test_remote_tars_are_read_by_range(tmp_path, monkeypatch):
     with pytest.raises(RecordError, match="no such file"):
         remote[3]
     with pytest.raises(ValueError, match="nosuch://bucket/x.*not known"):
-        files.expand("nosuch://bucket/x", (".tar",))
+        files.expand("nosuch://bucket/x")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_a_missing_driver_is_named():
     with pytest.raises(ValueError, match="gs://bucket/x: pip install 'blip2_jax.gcs.'"):
-        files.expand("gs://bucket/x", (".tar",))
+        files.expand("gs://bucket/x")
 
 
 def test_the_notes_beside_an_index_say_what_it_is_of(tmp_path):

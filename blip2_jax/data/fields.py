@@ -1,0 +1,539 @@
+"""What a row means: its fields are found by name, read, typed and checked here and nowhere else.
+
+Files name the same things in many ways; `NAMES` has those that are known, and `Columns` those that
+a user adds. A value that is there and cannot be used is never turned into text: the row is refused
+with a reason, or the rest of it is used and the part is noted.
+"""
+
+import ast
+import difflib
+import functools
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlparse
+
+from blip2_jax.data.containers import StoredImage, decode, is_text, parse
+from blip2_jax.data.faults import RecordError
+
+Row = dict[str, Any]
+Question = dict[str, Any]
+
+# What columns are called in files that are out there, in lower case, with _ for spaces and hyphens.
+# The first name of which a row has a value is taken.
+NAMES: dict[str, tuple[str, ...]] = {
+    "image": (
+        *("image", "image_path", "imagepath", "filepath", "file_path", "file_name", "filename"),
+        *("path", "img_path", "img", "image_file", "image_name", "img_name", "file"),
+        *("image_bytes", "jpg", "jpeg", "png", "webp"),
+    ),
+    "image_id": ("image_id", "img_id", "imageid", "cocoid", "imgid", "id"),
+    "caption": (
+        *("captions", "caption", "sentences", "sentence", "raw", "texts", "text", "title", "txt"),
+        *("comment", "description", "alt_text", "blip_caption"),
+    ),
+    "question": ("question", "questions", "query"),
+    "answer": ("answers", "answer", "direct_answers", "multiple_choice_answer"),
+    "conversation": ("conversations", "conversation", "messages"),
+    "question_id": ("question_id", "questionid", "qid"),
+    "split": ("split",),
+    "url": ("url", "image_url", "img_url", "coco_url", "flickr_url"),
+    "key": ("key", "__key__"),
+    "status": ("status",),  # of img2dataset's downloads
+    "domain": ("domain",),
+    "scores": ("scores",),
+    "full_answer": ("fullanswer", "full_answer"),
+    "question_type": ("question_type",),
+    "answer_type": ("answer_type",),
+    "dataset": ("dataset",),
+    "choices": ("choices",),
+    "correct_choice": ("correct_choice_idx",),
+}
+TEXTS = ("caption", "question", "conversation")  # one of them makes a row useful
+# Where an image is looked for that has no name: see `Record.hints`.
+PLACES = ("key", "image_id", "url")
+MAX_ANSWERS = 1000  # of one question, where they are counted
+
+
+def canonical(name: Any) -> str:
+    """A column's name as `NAMES` has it."""
+    return re.sub(r"[\s\-]+", "_", str(name).strip().lower())
+
+
+class Columns:
+    """Which column holds which field.
+
+    Args:
+      text: what a user says, "image=filepath,caption=title"; "split=" alone: there is none.
+
+    Raises:
+      ValueError: no such field, or not in that form.
+    """
+
+    def __init__(self, text: str = ""):
+        self.text = text
+        self.own: dict[str, str] = {}
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            field, equals, column = (word.strip() for word in part.partition("="))
+            if not equals:
+                raise ValueError(f"columns={text!r}: write FIELD=COLUMN, e.g. caption=title.")
+            if field not in NAMES:
+                near = difflib.get_close_matches(field, NAMES, 1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"columns={text!r}: there is no field {field!r}; known: {', '.join(NAMES)}."
+                    + hint
+                )
+            self.own[field] = column
+        self._of = functools.lru_cache(maxsize=256)(self._find)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"text": self.text}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["text"])  # type: ignore[misc]  # as unpickled, so constructed
+
+    def _find(self, columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+        """Field -> those of the columns that may hold it, in the order in which they are tried."""
+        by_name: dict[str, list[str]] = {}
+        for column in columns:
+            by_name.setdefault(canonical(column), []).append(column)
+        found = {}
+        for field, names in NAMES.items():
+            if field in self.own:
+                own = self.own[field]
+                same = [own] if own in columns else by_name.get(canonical(own), [])
+            else:
+                same = [column for name in names for column in by_name.get(name, ())]
+            found[field] = tuple(same)
+        return found
+
+    def get(self, row: Mapping[str, Any], field: str) -> Any:
+        """A field's value; None if the row has none, or an empty one."""
+        for column in self._of(tuple(row))[field]:
+            if not is_missing(row[column]):
+                return row[column]
+        return None
+
+    def has(self, row: Mapping[str, Any], field: str) -> bool:
+        """Whether a row has a column for a field, be it empty."""
+        return bool(self._of(tuple(row))[field])
+
+    def known(self, column: str) -> bool:
+        """Whether a column is of any use."""
+        return any(self._of((column,)).values())
+
+    def is_image(self, column: str) -> bool:
+        """Whether a column may hold images."""
+        return bool(self._of((column,))["image"])
+
+    def check(self, columns: Iterable[str], path: str) -> None:
+        """Sees whether columns can make records.
+
+        Raises:
+          ValueError: they cannot; says which there are, and which names are known.
+        """
+        columns = tuple(columns)
+        self.check_own(columns, path)
+        found = self._of(columns)
+        lacking = []
+        if not any(found[field] for field in ("image", *PLACES)):
+            lacking.append("image")
+        if not any(found[field] for field in TEXTS):
+            lacking.append("caption")
+        if lacking:
+            known = "; ".join(f"{field}: {', '.join(NAMES[field])}" for field in lacking)
+            example = ",".join(f"{field}=COLUMN" for field in lacking)
+            raise ValueError(
+                f"{path} has no column that is known to hold {'s or '.join(lacking)}s. Its "
+                f"columns: {listed(columns)}. Known names of {known}. Say which it is with "
+                f"--columns {example} (in a config: data.columns); the first line of a table "
+                "names its columns."
+            )
+
+    def check_own(self, columns: Iterable[str], path: str) -> None:
+        """Sees whether the columns that the user named are there; ValueError if one is not."""
+        columns = tuple(columns)
+        found = self._of(columns)
+        for field, column in self.own.items():
+            if column and not found[field]:
+                near = difflib.get_close_matches(column, columns, 1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"{path} has no column {column!r}; its columns: {listed(columns)}.{hint}"
+                )
+
+
+def listed(columns: Iterable[str]) -> str:
+    """Some names, in a form that can be printed, whatever is in them."""
+    columns = tuple(columns)
+    shown = (repr(str(name)[:60])[1:-1] for name in columns[:30])
+    text = ", ".join(shown) + ", ..." * (len(columns) > 30)
+    return text.encode(errors="backslashreplace").decode()
+
+
+class Record(NamedTuple):
+    """A row, understood.
+
+    Attributes:
+      record: `id`, `captions`, `questions` if any, and more that is kept; `image` is the name of
+        its file, or None.
+      stored: where the image's bytes are, if they are in the list itself.
+      hints: names that the image's file may have, if the row does not name it.
+      notes: what of the row is not used, and why.
+    """
+
+    record: Row
+    stored: StoredImage | bytes | None
+    hints: list[str]
+    notes: list[str]
+
+
+def read(row: Mapping[str, Any], columns: Columns) -> Record:
+    """Reads a row.
+
+    Raises:
+      RecordError: it cannot be used; the reason.
+    """
+    notes: list[str] = []
+    image, stored = _image(columns.get(row, "image"))
+    url = columns.get(row, "url")
+    if image and re.match(r"https?://", image):
+        image, url = None, image
+    status = columns.get(row, "status")
+    if isinstance(status, str) and image is None and stored is None and status != "success":
+        raise RecordError("not downloaded")
+    identity = identity_of(columns.get(row, "image_id"))
+    hints = [] if image else _hints(identity_of(columns.get(row, "key")), identity, url)
+    if not (image or stored or hints):
+        raise RecordError("no image named")
+    if identity is None:
+        identity = image or next(iter(hints), "")
+    captions = captions_of(columns.get(row, "caption"), notes)
+    questions = _conversation(columns.get(row, "conversation"), captions, notes)
+    questions += _questions(columns, row, notes)
+    if not captions and not questions:
+        faults = (note for note in notes if "answer" not in note)
+        raise RecordError(next(faults, "empty caption"))
+    record: Row = {"image": image, "id": str(identity), "captions": captions}
+    if questions:
+        record["questions"] = questions
+    if isinstance(url, str) and is_text(url):
+        record["url"] = url
+    domain, scores = columns.get(row, "domain"), columns.get(row, "scores")
+    if isinstance(domain, str) and is_text(domain):
+        record["domain"] = domain
+    if isinstance(scores, list) and all(isinstance(score, (int, float)) for score in scores):
+        record["scores"] = scores
+    return Record(record, stored, hints, notes)
+
+
+def pair(meta: bytes, text: bytes) -> Row:
+    """The row of an image from the JSON and the text that stand beside it; either may be empty.
+
+    Captions of the JSON go before the text.
+
+    Raises:
+      RecordError: one of them cannot be read.
+    """
+    row: Any = parse(decode(meta)) if meta else {}
+    if isinstance(row, (list, str)):  # CapFilt: the file is a list of captions
+        row = {"captions": row}
+    elif not isinstance(row, dict):
+        raise RecordError("not a JSON object")
+    caption = decode(text) if text else ""
+    if not is_text(caption):
+        raise RecordError("not UTF-8")
+    if _NO_COLUMNS.get(row, "caption") is None:
+        row = {**row, "caption": caption}
+    return row
+
+
+# ----------------------------------------------------------------------------------- single values
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value says nothing: null, not a number, an empty text or list."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, (list, tuple, dict, bytes)) and not value)
+
+
+def text_of(value: Any, what: str) -> str:
+    """A text without the space around it.
+
+    Raises:
+      RecordError: it is something else, empty, or holds half a character.
+    """
+    if is_missing(value):
+        raise RecordError(f"empty {what}")
+    if not isinstance(value, (str, bytes)):
+        raise RecordError(f"{what} is no text")
+    try:
+        text = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise RecordError("not UTF-8") from error
+    if not is_text(text):
+        raise RecordError("not UTF-8")
+    return text.strip()
+
+
+def identity_of(value: Any) -> int | str | None:
+    """An id: a whole number or a text; None where there is none."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.strip() and is_text(value):
+        return value.strip()
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def split_of(row: Mapping[str, Any], columns: Columns) -> str | None:
+    """The split that a row names; None where it has no column for that; "" where that is empty."""
+    if not columns.has(row, "split"):
+        return None
+    value = identity_of(columns.get(row, "split"))
+    return "" if value is None else str(value)
+
+
+def _image(value: Any) -> tuple[str | None, StoredImage | bytes | None]:
+    """The name of an image's file, and its bytes, if they are in the list."""
+    if isinstance(value, Mapping):  # Hugging Face datasets
+        stored = value.get("bytes")
+        name = next((value[k] for k in ("path", "file_name", "filename") if value.get(k)), None)
+        name = _image(name)[0] if isinstance(name, str) else None
+        return name, stored if isinstance(stored, (StoredImage, bytes)) and stored else None
+    if isinstance(value, bytes):
+        return None, value
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        return _image(value[0])
+    if isinstance(value, (list, tuple)) and value:
+        raise RecordError("several images")
+    if value is None:
+        return None, None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value), None
+    name = text_of(value, "image name")
+    if "\0" in name:
+        raise RecordError("image name is no text")
+    if name.startswith("file://"):
+        name = unquote(urlparse(name).path)
+    return name if "/" in name else name.replace("\\", "/"), None
+
+
+def _hints(key: int | str | None, identity: int | str | None, url: Any) -> list[str]:
+    """Names of files, with or without a suffix, that an image may be in."""
+    found = [str(key)] if key is not None else []
+    if identity is not None:
+        found.append(str(identity))
+        if str(identity).isdigit():
+            found.append(f"{int(identity):012d}")  # COCO's
+    if isinstance(url, str) and is_text(url):
+        found.append(re.split(r"[?#]", url.strip())[0].rstrip("/").rpartition("/")[2])
+    return [name for name in found if name]
+
+
+# ---------------------------------------------------------------------------------------- captions
+
+
+def _unpacked(value: Any) -> Any:
+    """A list that a table holds as text: JSON, or as Python prints it."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[" and value.rstrip()[-1:] == "]":
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                found = parse(value.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+                continue
+            if isinstance(found, list):
+                return found
+    return value  # a text that begins with a bracket
+
+
+def _entries(value: Any) -> list[Any]:
+    """The entries of a list, or of one value; a dict of lists of one length is a list of dicts."""
+    value = _unpacked(value)
+    if isinstance(value, Mapping):
+        lists = {key: some for key, some in value.items() if isinstance(some, (list, tuple))}
+        counts = {len(some) for some in lists.values()}
+        if len(counts) == 1:
+            entries = zip(*lists.values(), strict=True)
+            return [dict(zip(lists, entry, strict=True)) for entry in entries]
+    if is_missing(value):
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+SENTENCE = ("raw", "caption", "text", "sentence")  # what the text of an entry is called
+
+
+def captions_of(value: Any, notes: list[str]) -> list[str]:
+    """The captions in a column: a text, a list of texts (also written as text), or COCO's and
+    Karpathy's sentences. What is empty or no text is noted."""
+    found = []
+    for entry in _entries(value):
+        if isinstance(entry, Mapping):
+            own = next((entry[k] for k in SENTENCE if not is_missing(entry.get(k))), None)
+            tokens = entry.get("tokens")
+            if own is None and isinstance(tokens, (list, tuple)):
+                own = " ".join(t for t in tokens if isinstance(t, str))
+            entry = own
+        try:
+            found.append(text_of(entry, "caption"))
+        except RecordError as error:
+            notes.append(error.reason)
+    return found
+
+
+# --------------------------------------------------------------------------------------- questions
+
+QUESTION_TEXTS = ("question", "query", "text")
+ANSWER_TEXTS = ("answer", "text", "value", "raw_answer")
+ASKS, ANSWERS = ("human", "user", "question"), ("gpt", "assistant", "model", "answer")
+
+
+def _questions(columns: Columns, row: Mapping[str, Any], notes: list[str]) -> list[Question]:
+    """The questions in a row, as a list of {"question", "answers", ...}."""
+    found: list[Question] = []
+    entries = _entries(columns.get(row, "question"))
+    answers = _unpacked(columns.get(row, "answer"))
+    if isinstance(answers, (list, tuple)) and len(entries) == len(answers) > 1:
+        # A list of questions and one of their answers.
+        entries = [
+            {"question": entry, "answer": answer} if isinstance(entry, str) else entry
+            for entry, answer in zip(entries, answers, strict=True)
+        ]
+    for entry in entries:
+        try:
+            if isinstance(entry, Mapping):
+                found.append(_question(entry, _NESTED, notes))
+            elif len(entries) == 1:
+                found.append(_question({**row, _ASKED: entry}, columns, notes))
+            else:
+                found.append({"question": text_of(entry, "question"), "answers": []})
+        except RecordError as error:
+            notes.append(error.reason)
+    return found
+
+
+_ASKED = "\0question"  # the key of a row's question once it is known
+
+
+def _question(entry: Mapping[str, Any], columns: Columns, notes: list[str]) -> Question:
+    """One question, from a row or from an entry of a row's list.
+
+    Raises:
+      RecordError: there is no text that asks.
+    """
+    names = (_ASKED,) if _ASKED in entry else QUESTION_TEXTS
+    asked = next((entry[name] for name in names if not is_missing(entry.get(name))), None)
+    question: Question = {"question": text_of(asked, "question")}
+    choices = _choices(columns.get(entry, "choices"), notes)
+    answers = columns.get(entry, "answer")
+    correct = columns.get(entry, "correct_choice")
+    if answers is None and isinstance(correct, int) and 0 <= correct < len(choices):
+        answers = choices[correct]
+    question["answers"] = _answers(answers, notes)
+    if answers is None and columns.has(entry, "answer"):
+        notes.append("empty answer")
+    identity = identity_of(columns.get(entry, "question_id"))
+    if identity is not None:
+        question["question_id"] = identity
+    for field in ("question_type", "answer_type", "dataset", "full_answer"):
+        value = columns.get(entry, field)
+        if isinstance(value, str) and is_text(value):
+            question[field] = value
+    if choices:
+        question["choices"] = choices
+    return question
+
+
+def _answers(value: Any, notes: list[str]) -> list[str]:
+    """Answers as texts: of one or several, of annotators' dicts, or counted, {"yes": 3}."""
+    if value is None:
+        return []
+    value = _unpacked(value)
+    if isinstance(value, Mapping) and not {*value} & {*ANSWER_TEXTS}:
+        if not all(map(_is_count, value.values())) or sum(value.values()) > MAX_ANSWERS:
+            notes.append("answer counts are no whole numbers")
+            return []
+        value = [text for text, count in value.items() for _ in range(count)]
+    found = []
+    for entry in _entries(value):
+        if isinstance(entry, Mapping):
+            entry = next((entry[k] for k in ANSWER_TEXTS if not is_missing(entry.get(k))), None)
+        number = identity_of(entry) if not isinstance(entry, str) else None
+        if number is None and isinstance(entry, float) and math.isfinite(entry):
+            number = repr(entry)
+        try:
+            found.append(str(number) if number is not None else text_of(entry, "answer"))
+        except RecordError as error:
+            notes.append(error.reason)
+    return found
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _choices(value: Any, notes: list[str]) -> list[str]:
+    value = _unpacked(value)
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple)) and all(isinstance(v, str) and is_text(v) for v in value):
+        return [choice.strip() for choice in value]
+    notes.append("choices are no list of texts")
+    return []
+
+
+def _conversation(value: Any, captions: list[str], notes: list[str]) -> list[Question]:
+    """LLaVA's and chat models' turns as questions, each with the answer that follows it.
+
+    What answers the image alone is a caption, and joins `captions`.
+    """
+    found: list[Question] = []
+    asked: str | None = None
+    for turn in _entries(value):
+        if not isinstance(turn, Mapping):
+            notes.append("conversation is no list of turns")
+            continue
+        role = str(turn.get("from", turn.get("role", ""))).lower()
+        text = _said(turn.get("value", turn.get("content")))
+        if role in ASKS:
+            asked = text
+        elif role in ANSWERS and text and asked is not None:
+            if asked:
+                found.append({"question": asked, "answers": [text]})
+            else:
+                captions.append(text)
+            asked = None
+        elif role != "system":
+            notes.append("conversation has turns without a question or an answer")
+    return found
+
+
+def _said(value: Any) -> str:
+    """A turn's text, without the mark that stands for the image."""
+    if isinstance(value, (list, tuple)):  # parts: {"type": "text", "text": ...}, images
+        value = " ".join(
+            part["text"]
+            for part in value
+            if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        )
+    if not isinstance(value, str) or not is_text(value):
+        return ""
+    return value.replace("<image>", "").strip()
+
+
+class _Nested(Columns):
+    """Columns of a question in a list, which has an id of its own."""
+
+    def _find(self, columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+        found = super()._find(columns)
+        ids = (*found["question_id"], *(name for name in ("qa_id", "id") if name in columns))
+        return {**found, "question_id": ids}
+
+
+_NO_COLUMNS, _NESTED = Columns(), _Nested()
