@@ -3,14 +3,15 @@
     blip2 generate --model=runs/quickstart/stage2 --image=photo.jpg
     blip2 generate --model=Salesforce/blip2-opt-2.7b --image=photos/ --dtype=bfloat16 --json
     blip2 generate --model=SRC --image='shots/*.png' --prompt="Question: how many? Answer:"
+    blip2 generate --model=SRC --image=@list.txt --output=captions.jsonl
     blip2 generate --model=SRC --image=photos/ --output=captions.jsonl
 
 SRC is a Hugging Face folder or hub name, a LAVIS .pth (with --vit and --llm), a native folder, the
 workdir of a run, finished or not, or one of its checkpoints (WORKDIR/checkpoints/STEP). Images may
-be files, folders (searched for images, not into their subfolders) and patterns. One line an image:
-its name, a tab, the text; as JSON with --json. With --output, lines go into a file, and the same
-command goes on where it was stopped. Images that cannot be read are reported and left out; the exit
-code is then 1.
+be files, folders (searched for images, not into their subfolders), patterns, and @list.txt, a file
+with a name a line. One line an image: its name, a tab, the text; as JSON with --json. With --output,
+lines go into a file, and the same command goes on where it was stopped. Images that cannot be read
+are reported and left out; the exit code is then 1.
 
 Without a --prompt images are captioned. Unless flags say otherwise, decoding is as published:
 
@@ -26,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from PIL import Image
 from tqdm import tqdm
 
 from blip2_jax import cli
+from blip2_jax.data import files
+from blip2_jax.data.containers import IMAGE_SUFFIXES, decode
+from blip2_jax.data.faults import RecordError
 from blip2_jax.data.transforms import ImageError
 from blip2_jax.inference import defaults
 from blip2_jax.inference.decode import Decoding
@@ -183,25 +186,53 @@ def _batches(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 
 def find_images(given: Sequence[str]) -> list[str]:
-    """Files named one by one, in folders or by patterns; each once, in a fixed order.
+    """Files named one by one, in folders, by patterns or in lists; each once, in a fixed order.
 
     Raises:
       ValueError: something given finds nothing.
     """
-    endings = {ending for ending, _ in Image.registered_extensions().items()}
     found: dict[str, None] = {}
     for name in given:
-        if Path(name).is_dir():
-            inside = sorted(p for p in Path(name).iterdir() if p.suffix.lower() in endings)
-            matches = [str(path) for path in inside]
-        elif Path(name).exists() or not glob.has_magic(name):
-            matches = [name] if Path(name).exists() or "://" in name else []
+        if name.startswith("@") and not Path(name).exists():
+            matches = _listed(name[1:])
         else:
-            matches = sorted(glob.glob(name))
+            matches = _images_of(name)
         if not matches:
-            raise ValueError(f"--image={name}: no such image, or a folder without any.")
+            raise ValueError(f"--image={name}: no such image, or a folder or list without any.")
         found |= dict.fromkeys(matches)
     return list(found)
+
+
+def _images_of(name: str) -> list[str]:
+    """A file, or the images of a folder or pattern; what is there under that name is that."""
+    path = Path(name)
+    if path.is_dir():
+        inside = sorted(p for p in path.iterdir() if p.is_file())
+        images = [str(p) for p in inside if p.suffix[1:].lower() in IMAGE_SUFFIXES]
+        others = [p.name for p in inside if p.suffix[1:].lower() not in IMAGE_SUFFIXES]
+        if others:
+            some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+            print(f"{name}: {len(others)} other files are skipped ({some}).", file=sys.stderr)
+        return images
+    if path.exists() or "://" in name:
+        return [name]
+    return files.matches(name) if glob.has_magic(name) else []
+
+
+def _listed(path: str) -> list[str]:
+    """The images that a file of names has, one a line: from where we are, or beside the list.
+
+    What is not there stays, to be reported as an image that cannot be read.
+    """
+    try:
+        text = decode(files.read(path))
+    except RecordError as error:
+        raise ValueError(f"--image=@{path}: {error.reason}.") from error
+    found = []
+    for line in filter(None, map(str.strip, text.split("\n"))):
+        beside = str(Path(path).parent / line)
+        found += _images_of(line) or _images_of(beside) or [line]
+    return found
 
 
 if __name__ == "__main__":

@@ -80,6 +80,24 @@ def test_a_stream_ends_in_the_greedy_text(folder, capsys):
     assert capsys.readouterr().out.split() == plain.split()
 
 
+def test_images_are_found_in_folders_patterns_and_lists(tmp_path, monkeypatch, capsys):
+    odd = tmp_path / "trip [1]"  # a pattern would find nothing here
+    odd.mkdir()
+    for name in ("b.JPG", "a.png", "paper.pdf", "clip.mpg", "notes.txt", "c.webp"):
+        (odd / name).touch()
+    expected = [f"{odd}/{name}" for name in ("a.png", "b.JPG", "c.webp")]
+    assert generate.find_images([str(odd)]) == expected
+    assert "3 other files are skipped (clip.mpg, notes.txt, paper.pdf)" in capsys.readouterr().err
+    assert generate.find_images([f"{odd}/*.png", f"{odd}/a.png"]) == expected[:1]
+    names = tmp_path / "list.txt"
+    names.write_bytes(f"{odd}/c.webp\r\n\r\ntrip [1]/a.png\r\ngone.jpg\r\n".encode("utf-16"))
+    monkeypatch.chdir("/")
+    found = [f"{odd}/c.webp", f"{odd}/a.png", "gone.jpg"]
+    assert generate.find_images([f"@{names}"]) == found
+    with pytest.raises(ValueError, match="no such file"):
+        generate.find_images(["@nowhere.txt"])
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
