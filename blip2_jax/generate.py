@@ -9,9 +9,9 @@
 SRC is a Hugging Face folder or hub name, a LAVIS .pth (with --vit and --llm), a native folder, the
 workdir of a run, finished or not, or one of its checkpoints (WORKDIR/checkpoints/STEP). Images may
 be files, folders (searched for images, not into their subfolders), patterns, and @list.txt, a file
-with a name a line. One line an image: its name, a tab, the text; as JSON with --json. With --output,
-lines go into a file, and the same command goes on where it was stopped. Images that cannot be read
-are reported and left out; the exit code is then 1.
+with a name a line. One line an image: its name, a tab, the text; as JSON with --json. With
+--output, lines go into a file, and the same command goes on where it was stopped. Images that
+cannot be read are reported and left out; the exit code is then 1.
 
 Without a --prompt images are captioned. Unless flags say otherwise, decoding is as published:
 

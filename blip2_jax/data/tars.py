@@ -192,10 +192,10 @@ def _records(
 ) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """The records in the members of one key, by name.
 
-        k.jpg k.txt k.json             one
-        k.input.jpg k.txt              one, whose image has a longer suffix
-        k.v1.jpg k.v1.txt k.v2.jpg ... one a middle part: dots belong to the name
-        k.jpg k.seg.png k.txt          one; the image that is called like the key
+    k.jpg k.txt k.json             one
+    k.input.jpg k.txt              one, whose image has a longer suffix
+    k.v1.jpg k.v1.txt k.v2.jpg ... one a middle part: dots belong to the name
+    k.jpg k.seg.png k.txt          one; the image that is called like the key
     """
     images = [middle for middle, part in parts if part == "image"]
     texts = {middle for middle, part in parts if part in ("text", "meta")}
