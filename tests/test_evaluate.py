@@ -699,12 +699,15 @@ def test_eight_devices_say_and_score_the_same(tmp_path, models, pairs, mesh, mon
 
 
 def test_two_processes_share_the_images_and_resume(tmp_path, models, pairs):
-    """Each says its share, the first scores all of it; one process may go on with their lines."""
+    """Each says its share, the first scores all of it; one process may go on with their lines.
+
+    One that is told to stop stops both, which leave with 42.
+    """
     file = config(tmp_path, two_tasks(tmp_path, models))
     alone = run(file, tmp_path / "alone")
     out = tmp_path / "shared"
 
-    def together():
+    def together(stop=False):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -722,18 +725,26 @@ def test_two_processes_share_the_images_and_resume(tmp_path, models, pairs):
                     cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 )
             )  # fmt: skip
+        lines = out / "lines" / "flickr.1.jsonl"
+        while stop and not (lines.is_file() and lines.read_text().count("\n")):
+            assert processes[1].poll() is None
+            time.sleep(0.01)
+        if stop:
+            processes[1].send_signal(signal.SIGTERM)
         try:
             said = [process.communicate(timeout=300)[0].decode() for process in processes]
         finally:
             for process in processes:
                 process.kill()
-        assert [process.returncode for process in processes] == [0, 0], said
-        return json.loads((out / "metrics.json").read_text())
+        assert [process.returncode for process in processes] == [42 * stop] * 2, said
+        assert stop == ("The same command goes on" in said[0])
+        return None if stop else json.loads((out / "metrics.json").read_text())
 
     def same(metrics):
         scores = [name for name in alone if name.startswith(("val/", "flickr/"))]
         return len(scores) > 15 and all(metrics[name] == alone[name] for name in scores)
 
+    assert together(stop=True) is None and not (out / "metrics.json").exists()
     assert same(together())
     for name, count in (("val", 5), ("flickr", 11)):
         shares = [(out / "lines" / f"{name}.{i}.jsonl").read_text().count("\n") - 1 for i in (0, 1)]

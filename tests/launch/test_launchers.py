@@ -417,7 +417,7 @@ def test_no_launcher_starts_anything_on_a_key_that_is_not_there(place, launcher)
         ([RECIPE, "/w", "--sed=1"], "unknown argument --sed=1"),
         ([RECIPE, "/w", "--config.seed"], "unknown argument --config.seed"),
         ([RECIPE, "/w", "--config.optim.peak_lrs=1"], "Did you mean --config.optim.peak_lr"),
-        ([RECIPE, "/w", "--config.steps=many"], "takes int"),
+        ([RECIPE, "/w", "--config.steps=many"], "takes a whole number"),
     ],
 )
 def test_wrong_words_are_refused(place, words, message):
