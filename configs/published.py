@@ -75,7 +75,7 @@ def lavis(config: ConfigDict, *, batch_size: int, samples: int, epochs: int) -> 
     Each GPU reads a sixteenth of the samples and drops what fills no batch at an epoch's end. Its
     runner sets no second beta and moves the rate once an epoch; the rates by block are computed
     and never used; features are gathered without their gradient; the frozen language model is in
-    training mode.
+    training mode; images lose their transparency, and captions keep a line end within them.
     """
     config.data.batch_size = batch_size
     config.optim.steps_per_epoch = -(-samples // GPUS) // (batch_size // GPUS)
@@ -83,6 +83,8 @@ def lavis(config: ConfigDict, *, batch_size: int, samples: int, epochs: int) -> 
     config.optim.update({"schedule": "per_epoch", "betas": (0.9, 0.999), "vit_layer_decay": 1.0})
     config.stage.itc_gather_grad = False
     config.model.llm.dropout = 0.1
+    config.data.fold_whitespace = False
+    config.data.alpha_background = "drop"
 
 
 def lavis_pretraining(config: ConfigDict, *, batch_size: int, warmup_steps: int) -> None:
