@@ -133,9 +133,10 @@ def get_config() -> ConfigDict:
     config.model.ln_vision_eps = 1e-5  # LAVIS; Hugging Face: 1e-6
 
     # Where trainable parameters start from ("": from scratch). `bert`: a folder, whose weights go
-    # into stage 1's Q-Former (paper, section 3.1). `checkpoint`: a run's workdir, a Hugging Face
-    # or native folder or a LAVIS .pth; all that this model has in common with it is taken: stage 2
-    # takes stage 1's queries and Q-Former.
+    # into stage 1's Q-Former (paper, section 3.1). `checkpoint`: a run's workdir (its
+    # newest checkpoint) or WORKDIR/checkpoints/STEP, a Hugging Face or native folder or a LAVIS
+    # .pth; all that this model has in common with it is taken: stage 2 takes stage 1's queries and
+    # Q-Former.
     config.init = ConfigDict({"checkpoint": "", "bert": ""})
 
     config.data = ConfigDict(

@@ -18,8 +18,9 @@ def get_config() -> ConfigDict:
     config.distributed = False  # several hosts (or BLIP2_DISTRIBUTED=1): call jax.distributed
 
     # What is evaluated, unless a task names its own; --model=SRC goes before both. A run's
-    # workdir, a Hugging Face folder or hub name, a native folder or a LAVIS .pth, for which the
-    # towers' own folders or files are named too.
+    # workdir (its newest checkpoint) or WORKDIR/checkpoints/STEP, a Hugging Face folder or hub
+    # name, a native folder or a LAVIS .pth, for which the towers' own folders or files are named
+    # too; those of a run where they are no longer where it found them.
     config.model = ""
     config.vit = ""
     config.llm = ""
