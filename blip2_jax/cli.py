@@ -24,7 +24,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from blip2_jax.runtime import values
+from blip2_jax.runtime import dtypes, values
 from blip2_jax.runtime.compare import run_differences
 
 _BESIDE = "_recipes"  # the package that a recipe and the files beside it are in, while it runs
@@ -116,6 +116,14 @@ def parse(
         except ConfigError as error:
             parser.error(str(error))
     return args
+
+
+def dtype(text: str) -> Any:
+    """The floating-point type of a flag, by any of its names."""
+    try:
+        return dtypes.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _check_flags(

@@ -44,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vit", default="", help="the image encoder's folder or .pth")
     parser.add_argument("--llm", default="", help="the language model's folder")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of what is written (as in SRC)"
+        "--dtype",
+        type=cli.dtype,
+        metavar="{float32,bfloat16,float16}",
+        help="of what is written (as in SRC)",
     )
     parser.add_argument(
         "--without_vit",
@@ -65,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """Converts; returns the exit code."""
-    target, dtype = Path(args.target), args.dtype and jnp.dtype(args.dtype)
+    target, dtype = Path(args.target), args.dtype
     run = run_dir.find(args.source)
     if run is not None:
         print(f"{run.folder}: step {run.step} of {run.steps}.")

@@ -154,8 +154,9 @@ def _evaluate(
         if not loaded.can(task.kind):
             print(f"{task.name}: left out, {source} has no head for it.")
             continue
-        print(f"{task.name}: {source}")
         task.model, task.between_batches, task.meet = loaded, stop.check, stop.meet
+        prompt = task.settings().get("prompt")
+        print(f"{task.name}: {source}" + (f", prompt {prompt!r}" if prompt is not None else ""))
         lines = Lines(workdir / "lines", task.name, task.request(), host, stop.meet)
         task.predict(lines, host)
         stop.meet()

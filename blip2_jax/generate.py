@@ -9,7 +9,8 @@
 SRC is a Hugging Face folder or hub name, a LAVIS .pth (with --vit and --llm), a native folder, the
 workdir of a run, finished or not, or one of its checkpoints (WORKDIR/checkpoints/STEP). Images may
 be files, folders (searched for images, not into their subfolders), patterns, and @list.txt, a file
-with a name a line. One line an image: its name, a tab, the text; as JSON with --json. With
+with a name a line. One line an image: its name, a tab, the text (and with --return_scores a tab
+and its log-probability); as JSON with --json. With
 --output, lines go into a file, and the same command goes on where it was stopped. Images that
 cannot be read are reported and left out; the exit code is then 1.
 
@@ -35,12 +36,13 @@ from blip2_jax.data.containers import IMAGE_SUFFIXES, decode
 from blip2_jax.data.faults import RecordError
 from blip2_jax.data.transforms import ImageError
 from blip2_jax.inference import defaults
-from blip2_jax.inference.decode import Decoding
+from blip2_jax.inference.decode import SYNONYMS, Decoding
 from blip2_jax.inference.images import open_image
-from blip2_jax.inference.pipeline import Blip2
+from blip2_jax.inference.pipeline import Blip2, ScoredText, check_batch_size
 from blip2_jax.pretrained import load
 from blip2_jax.runtime import journal, run_dir
 from blip2_jax.runtime.journal import Journal
+from blip2_jax.runtime.values import unescape
 
 NUMBERS = {
     "num_beams": "width of the beam search; 1: greedy",
@@ -48,6 +50,7 @@ NUMBERS = {
     "min_new_tokens": "the fewest",
     "length_penalty": "above 0 favors long texts, below 0 short ones",
     "repetition_penalty": "above 1 avoids words that were said",
+    "no_repeat_ngram_size": "no so many tokens in a row twice; 0: any",
     "temperature": "of sampling",
     "top_k": "sample from the k likeliest tokens only",
     "top_p": "sample from the fewest tokens that hold this share",
@@ -61,16 +64,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", required=True, action="append", metavar="FILE", help="may be given repeatedly"
     )
-    parser.add_argument("--prompt", help="what to continue; without it, images are captioned")
-    parser.add_argument("--question", help="instead of --prompt: asked in the published form")
+    parser.add_argument(
+        "--prompt", type=unescape, help="what to continue; without it, images are captioned"
+    )
+    parser.add_argument(
+        "--question", type=unescape, help="instead of --prompt: asked in the published form"
+    )
     parser.add_argument("--json", action="store_true", help="lines of JSON")
     parser.add_argument("--output", metavar="FILE.jsonl", help="write there, resumably; JSON lines")
     parser.add_argument("--stream", action="store_true", help="show one text as it is written")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="as stored")
+    parser.add_argument(
+        "--dtype",
+        type=cli.dtype,
+        metavar="{float32,bfloat16,float16}",
+        help="to compute in (as stored)",
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="images at once (16)")
     parser.add_argument("--vit", default="", help="the image encoder's folder or .pth (LAVIS)")
     parser.add_argument("--llm", default="", help="the language model's folder (LAVIS)")
     parser.add_argument("--do_sample", action="store_true", default=None, help="draw texts")
+    parser.add_argument(
+        "--return_scores", action="store_true", help="log-probabilities too, of text and tokens"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of --do_sample")
     kinds = Decoding.__annotations__
     for name, what in NUMBERS.items():
@@ -80,7 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs `blip2 generate`; returns its exit code."""
     doc = __doc__ + defaults.table()
-    args = cli.parse(doc, argv, add_arguments, prog="blip2 generate", config=False)
+    args = cli.parse(
+        doc, argv, add_arguments, prog="blip2 generate", config=False, synonyms=SYNONYMS
+    )
     try:
         return generate(args)
     except ValueError as error:
@@ -91,8 +108,7 @@ def generate(args: argparse.Namespace) -> int:
     """Writes a text for every image; returns the exit code."""
     if args.prompt is not None and args.question is not None:
         raise ValueError("give --prompt or --question, not both.")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size is {args.batch_size}; it must be at least 1.")
+    check_batch_size(args.batch_size)
     names = find_images(args.image)
     options = {name: getattr(args, name) for name in (*NUMBERS, "do_sample")}
     options = {name: value for name, value in options.items() if value is not None}
@@ -100,6 +116,10 @@ def generate(args: argparse.Namespace) -> int:
     run = run_dir.find(args.model)
     if run is not None:  # its newest checkpoint may be another one next time
         request["weights"] = run.stamp
+    if args.return_scores:
+        if args.stream:
+            raise ValueError("--stream has no scores; leave --return_scores out.")
+        request["return_scores"] = True
     output = Path(args.output) if args.output else None
     rows = journal.read(output, request, "blip2 generate") if output else []
     done = {row["image"] for row in rows}
@@ -149,7 +169,8 @@ def describe(
             rows[name] = {"image": name, "error": str(error)}
             print(f"{name}: {error}", file=sys.stderr)
     if opened:
-        pictures, options = list(opened.values()), {**options, "seed": args.seed}
+        pictures = list(opened.values())
+        options = {**options, "seed": args.seed, "return_scores": args.return_scores}
         if args.question is not None:
             texts = model.answer(pictures, [args.question] * len(pictures), **options)
         elif args.prompt is not None:
@@ -157,8 +178,23 @@ def describe(
         else:
             texts = model.caption(pictures, **options)
         for name, text in zip(opened, texts, strict=True):
-            rows[name] = {"image": name, "text": text}
+            rows[name] = {"image": name, **_fields(text)}
     return [rows[name] for name in names]
+
+
+def _fields(found: Any) -> dict[str, Any]:
+    """What is written of a text, of a scored one, or of several; JSON takes it."""
+    if isinstance(found, list):
+        each = [_fields(one) for one in found]
+        return {key: [fields[key] for fields in each] for key in each[0]}
+    if not isinstance(found, ScoredText):
+        return {"text": found}
+    return {
+        "text": found.text,
+        "log_prob": round(found.log_prob, 4),
+        "token_ids": found.token_ids.tolist(),
+        "token_log_probs": [round(value, 4) for value in found.token_log_probs.tolist()],
+    }
 
 
 def stream(
@@ -177,7 +213,11 @@ def _line(row: dict[str, Any], as_json: bool) -> str:
     if as_json:
         return json.dumps(row, ensure_ascii=False)
     text = row.get("text", f"({row.get('error')})")
-    return f"{row['image']}\t{text if isinstance(text, str) else ' | '.join(text)}"
+    parts = [row["image"], text if isinstance(text, str) else " | ".join(text)]
+    if "log_prob" in row:
+        scores = row["log_prob"] if isinstance(row["log_prob"], list) else [row["log_prob"]]
+        parts.append(" | ".join(f"{score:.4f}" for score in scores))
+    return "\t".join(parts)
 
 
 def _batches(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -25,7 +25,7 @@ from blip2_jax.data.examples import llm_lengths
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.models import blip2, lora, opt, t5, vit
 from blip2_jax.models.qformer import QFormerConfig
-from blip2_jax.runtime import checkpoint, optim, run_dir
+from blip2_jax.runtime import checkpoint, dtypes, optim, run_dir
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime import state as states
 from blip2_jax.stages import pretrain_lm, pretrain_vit, stage1, stage2
@@ -217,7 +217,7 @@ def model_config(config: ConfigDict) -> Any:
 
 def make_module(config: ConfigDict, sizes: Any, *, rngs: nnx.Rngs) -> nnx.Module:
     """The model of a config, with freshly initialized parameters."""
-    dtype = jnp.dtype(config.dtype)
+    dtype = dtypes.parse(config.dtype, "config.dtype")
     if isinstance(sizes, vit.ViTConfig):
         return vit.PatchClassifier(sizes, dict(config.stage.labels), dtype=dtype, rngs=rngs)
     if isinstance(sizes, opt.OPTConfig):
@@ -280,9 +280,8 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_module(config, sizes, rngs=nnx.Rngs(0))))
     key = jax.eval_shape(lambda: jax.random.key(0))
     trainable, frozen = states.split_by_keys(jax.eval_shape(params_of, key), config.trainable)
-    frozen = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.frozen_dtype)), frozen
-    )
+    frozen_dtype = dtypes.parse(config.frozen_dtype, "config.frozen_dtype")
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, frozen_dtype), frozen)
     scales = None
     if config.optim.vit_layer_decay != 1.0:
         if "vit" not in trainable:
@@ -501,7 +500,7 @@ def _blip2(
     return Blip2(
         run.model_config,
         params,
-        dtype=jnp.dtype(dtype or run.config.dtype),
+        dtype=dtypes.parse(run.config.dtype if dtype is None else dtype),
         mesh=run.mesh,
         qformer_tokenizer=tokenizers.load(qformer_tokenizer or data.qformer_tokenizer),
         llm_tokenizer=tokenizers.load(words, data.llm_special_tokens.to_dict()) if words else None,

@@ -20,8 +20,10 @@ import pytest
 
 import blip2_jax
 import tests.data.made as made
-from blip2_jax import cli, evaluate
+from blip2_jax import cli, evaluate, tasks
+from blip2_jax.data.heldout import Heldout
 from blip2_jax.evals import submissions, vqa
+from blip2_jax.inference.decode import Decoding
 from tests.evals.test_captioning import bleu, cider_d, needs_java, rouge_l
 from tests.evals.test_retrieval import slow_recalls, slow_rerank
 from tests.evals.test_vqa import literal_accuracy, literal_punctuation, literal_words
@@ -216,7 +218,8 @@ def test_vqa_scores_equal_the_official_rules_in_both_forms(tmp_path, source, nam
     assert 0 < metrics["val/accuracy"] < 1 and metrics["val/accuracy"] != metrics["val/other"]
     assert submissions.read(tmp_path / "out" / "predictions" / "val.json", "vqa") == said
     settings = metrics["settings"]["tasks"]["val"]
-    assert settings["forms"] == ["lavis", "official"] and settings["decoding"]["num_beams"] == 5
+    assert settings["forms"] == ["lavis", "official"]
+    assert settings["decoding"]["num_beams"] is None  # as the model's family has it; there is none
     assert metrics["settings"]["versions"]["transformers"]
 
 
@@ -656,6 +659,42 @@ def test_every_config_of_the_paper_names_its_settings():
             for task in config.tasks.values():
                 if task.task != "retrieval":
                     assert task.prompt and task.decoding.num_beams == 5
+
+
+@pytest.mark.parametrize(
+    "name, want",
+    [
+        # LAVIS's least lengths, less the tokens that they counted: T5's start; "</s>a photo of".
+        ("caption.py:vitg-opt2.7b", (4, 30, 1.0, "prompt")),
+        ("caption.py:vitg-flant5xl", (7, 30, 1.0, "prompt")),
+        ("caption.py:vitg-vicuna7b", (8, 30, 1.0, "generated")),
+        ("vqa.py:vitg-opt6.7b", (1, 10, 0.0, "generated")),
+        ("vqa.py:vitg-flant5xxl", (0, 10, -1.0, "prompt")),
+        ("vqa.py:vitg-vicuna13b", (1, 10, 0.0, "generated")),
+        ("vqa_finetuned.py:vitg-opt2.7b", (1, 10, 0.0, "generated")),
+        ("vqa_finetuned.py:vitg-flant5xl", (0, 10, -1.0, "prompt")),
+    ],
+)
+def test_published_settings_mean_what_they_meant_then(name, want):
+    keys = ("min_new_tokens", "max_new_tokens", "length_penalty", "length_counts")
+    config = cli.load_config(f"configs/eval/{name}")
+    for task in config.tasks.values():
+        assert tuple(task.decoding[key] for key in keys) == want
+        Decoding(**task.decoding)
+
+
+def test_a_task_of_ones_own_is_decoded_as_its_family(models, tmp_path):
+    write_vqa(tmp_path / "vqa")
+    make = cli.load_module("configs/eval/default.py").task
+    config = make("vqa", "vqav2", "val", f"{tmp_path}/vqa", decoding={"num_beams": 2})
+    for name, penalty in (("opt", 0.0), ("instruct", 0.0)):
+        task = tasks.make("val", config, Heldout(config.data), 1)
+        task.model = blip2_jax.load(models / name)
+        how = task.settings()["decoding"]
+        assert how["num_beams"] == 2 and how["length_penalty"] == penalty
+        assert how["max_new_tokens"] == 10
+    with pytest.raises(KeyError, match="promt"):
+        make("vqa", "vqav2", "val", promt="a")
 
 
 def test_the_quickstarts_evaluation_is_a_config_like_the_others():

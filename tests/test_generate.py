@@ -98,6 +98,28 @@ def test_images_are_found_in_folders_patterns_and_lists(tmp_path, monkeypatch, c
         generate.find_images(["@nowhere.txt"])
 
 
+def test_scores_are_in_lines_and_json(folder, tmp_path, capsys):
+    image, output = f"--image={folder}/photos/a.png", tmp_path / "out.jsonl"
+    assert run(folder, image, "--return_scores", "--dtype=fp32") == 0
+    name, text, score = capsys.readouterr().out.rstrip("\n").split("\t")
+    assert name.endswith("a.png") and float(score) < 0
+    words = [image, "--return_scores", "--num_return_sequences=2", "--no_repeat_ngram_size=2"]
+    assert run(folder, *words, f"--output={output}") == 0
+    row = json.loads(output.read_text().splitlines()[1])
+    assert len(row["text"]) == len(row["log_prob"]) == len(row["token_log_probs"]) == 2
+    assert row["log_prob"][0] == pytest.approx(sum(row["token_log_probs"][0]), abs=1e-3)
+    with pytest.raises(SystemExit, match="written by another request"):
+        run(folder, *words[:1], *words[2:], f"--output={output}")
+
+
+def test_escapes_of_a_prompt_are_understood(folder, capsys):
+    image = f"--image={folder}/photos/a.png"
+    assert run(folder, image, r"--prompt=a\nred") == 0
+    escaped = capsys.readouterr().out
+    assert run(folder, image, "--prompt=a\nred") == 0
+    assert capsys.readouterr().out == escaped
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -106,11 +128,28 @@ def test_images_are_found_in_folders_patterns_and_lists(tmp_path, monkeypatch, c
         (["--image={0}/photos", "--prompt=a", "--question=b"], "not both"),
         (["--image={0}/photos", "--top_p=1.5", "--do_sample"], "top_p is 1.5"),
         (["--image={0}/photos", "--batch_size=0"], "batch_size is 0"),
+        (["--image={0}/photos", "--prompt=a <image> b"], "write <image> once, in front"),
+        (["--image={0}/photos", "--stream", "--return_scores"], "--stream has no scores"),
     ],
 )
 def test_bad_requests(folder, words, said):
     with pytest.raises(SystemExit, match=said):
         run(folder, *(word.format(folder) for word in words))
+
+
+@pytest.mark.parametrize(
+    "flag, said",
+    [
+        ("--max_length=9", "There is no --max_length. Did you mean --max_new_tokens"),
+        ("--min_length=9", "There is no --min_length. Did you mean --min_new_tokens"),
+        ("--num_captions=9", "There is no --num_captions. Did you mean --num_return_sequences"),
+        ("--dtype=int8", "argument --dtype: dtype is 'int8'; it must be float32"),
+    ],
+)
+def test_flags_that_are_others(folder, capsys, flag, said):
+    with pytest.raises(SystemExit):
+        run(folder, f"--image={folder}/photos", flag)
+    assert said in capsys.readouterr().err
 
 
 def test_a_model_that_is_none(folder):

@@ -204,7 +204,7 @@ def encode_answers(
     answers: Sequence[str],
     prompt_length: int,
     length: int,
-    end: str = "\n",
+    end: str | None = "\n",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Questions with answers for a decoder-only LLM: BOS, prompt, answer, end; right-padded.
 
@@ -218,7 +218,7 @@ def encode_answers(
       prompt_length: tokens of a prompt, BOS included; a longer one is cut on the left, behind BOS.
       length: tokens of an answer, its end and, as LAVIS counts, one BOS included; a longer one is
         cut on the right.
-      end: see `encode_captions`.
+      end: see `encode_captions`; None: answers are left open, as where LAVIS ranks them.
 
     Returns:
       ids, mask and labels, int32[B, prompt_length + length]; labels are -100 at padding, BOS and
@@ -252,10 +252,10 @@ def _begin(tokenizer: Any) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
-def _ended(tokenizer: Any, texts: Sequence[str], end: str) -> list[list[int]]:
-    """Ids of texts with their end; see `encode_captions`."""
-    rows = _ids(tokenizer, [text + end for text in texts])
-    return rows if end else [[*row, tokenizer.eos_token_id] for row in rows]
+def _ended(tokenizer: Any, texts: Sequence[str], end: str | None) -> list[list[int]]:
+    """Ids of texts with their end; see `encode_answers`."""
+    rows = _ids(tokenizer, [text + (end or "") for text in texts])
+    return rows if end != "" else [[*row, tokenizer.eos_token_id] for row in rows]
 
 
 def _labelled(

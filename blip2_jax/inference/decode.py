@@ -6,6 +6,7 @@ stops, are those of transformers 5, token for token; `tests/inference` holds tha
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,18 @@ import jax.numpy as jnp
 from blip2_jax.models.language import LanguageModel, Memory
 
 NEVER = -1e9  # a score that loses to every real one, and still adds and divides
+UNWRITTEN = 1.0  # in place of a log-probability, which cannot be above 0
+LENGTHS = ("generated", "prompt", "text")  # see `Decoding.length_counts`
+# What transformers, LAVIS and others call some of the options, for "did you mean".
+SYNONYMS = {
+    **dict.fromkeys(("max_length", "max_len", "max_tokens"), "max_new_tokens"),
+    **dict.fromkeys(("min_length", "min_len", "min_tokens"), "min_new_tokens"),
+    **dict.fromkeys(("num_captions", "num_samples", "num_texts", "n"), "num_return_sequences"),
+    **dict.fromkeys(("beams", "beam_size", "beam_width"), "num_beams"),
+    **dict.fromkeys(("use_nucleus_sampling", "sample", "sampling"), "do_sample"),
+    **dict.fromkeys(("output_scores", "scores", "logprobs"), "return_scores"),
+    "ngram_size": "no_repeat_ngram_size",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +41,17 @@ class Decoding:
       length_penalty: a beam's score is its log-probability over length ** length_penalty: above 0
         favors long texts, below 0 short ones.
       length_counts: what length means there. "generated": the tokens written, the end token
-        included (transformers since 4.36). "prompt": those of the prompt's text too, and the end
-        token not, as when the published VQA scores were made.
+        included (transformers since 4.36). "prompt": those of the prompt's text too (of an
+        encoder-decoder, its start token), and the end token not (transformers until 4.26). "text":
+        those written, and the end token not (4.27 to 4.35, of prompts given as embeddings).
       early_stopping: stop a row as soon as it has num_beams finished texts.
-      repetition_penalty: scores of tokens that were written, or stand in a decoder-only model's
-        prompt, are divided by it where positive and multiplied where negative (Keskar et al. 2019).
+      repetition_penalty: scores of tokens that were seen are divided by it where positive and
+        multiplied where negative (Keskar et al. 2019).
+      no_repeat_ngram_size: no token is chosen that would complete so many tokens in a row that were
+        seen before; 0: any.
+      penalties_include_prompt: tokens of a decoder-only model's prompt count as seen in these two,
+        as in transformers where it is given ids. False: only what was written, as in LAVIS, which
+        gives it embeddings.
       do_sample: draw each token, instead of taking the likeliest.
       temperature, top_k, top_p: sharpen the distribution, keep its k likeliest tokens (0: all),
         and of those the fewest that hold the share p.
@@ -46,6 +65,8 @@ class Decoding:
     length_counts: str = "generated"
     early_stopping: bool = False
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    penalties_include_prompt: bool = True
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
@@ -53,14 +74,18 @@ class Decoding:
     num_return_sequences: int = 1
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = self.typed(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
         wrong = [
             f"{name} is {value!r}; it must be {must}"
             for name, must, good in (
                 ("max_new_tokens", "at least 1", lambda x: x >= 1),
                 ("min_new_tokens", "from 0 to max_new_tokens", self._at_most("max_new_tokens", 0)),
                 ("num_beams", "at least 1", lambda x: x >= 1),
-                ("length_counts", "generated or prompt", ("generated", "prompt").__contains__),
+                ("length_counts", " or ".join(LENGTHS), LENGTHS.__contains__),
                 ("repetition_penalty", "above 0", lambda x: x > 0),
+                ("no_repeat_ngram_size", "at least 0", lambda x: x >= 0),
                 ("temperature", "above 0 (greedy: do_sample=False)", lambda x: x > 0),
                 ("top_k", "at least 0", lambda x: x >= 0),
                 ("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
@@ -77,6 +102,29 @@ class Decoding:
             )
         if wrong:
             raise ValueError("; ".join(wrong) + ".")
+
+    @classmethod
+    def typed(cls, name: str, value: Any) -> Any:
+        """The value of an option as Python's own of its type; of None, the option's default.
+
+        Raises:
+          ValueError: it is of another kind, as 2.5 beams.
+        """
+        default = getattr(cls, name)
+        if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:  # NumPy's, JAX's, PyTorch's
+            value = value.item()
+        if value is None:
+            return default
+        kind, number = type(default), isinstance(value, (int, float)) and math.isfinite(value)
+        if kind is str and isinstance(value, str):
+            return value
+        if kind is bool and number and value in (0, 1):
+            return bool(value)
+        if kind in (int, float) and number and not isinstance(value, bool):
+            if kind is float or value == int(value):
+                return kind(value)
+        must = {str: "text", bool: "True or False", int: "a whole number", float: "a finite number"}
+        raise ValueError(f"{name} is {value!r}; it must be {must[kind]}.")
 
     def _at_most(self, other: str, least: int) -> Callable[[int], bool]:
         return lambda x: least <= x <= getattr(self, other)
@@ -115,10 +163,13 @@ class State(NamedTuple):
       memory: the language model's.
       lineage: bool[B, W, T * W], which slots of the memory each branch is made of.
       said: bool[B, W, V], tokens that the repetition penalty bears on; V = 0 without one.
+      prefix_ids, prefix_mask: int32[B, P], what repeated n-grams may begin in; P = 0 without.
       tokens: int32[B, W, T], the branches, padded.
+      log_probs: float32[B, W, T], of their tokens, the end token included; then UNWRITTEN.
       total: float32[B, W], log-probability of each branch.
       done: bool[B, W], greedy and sampled: ended; beams: `best` holds a finished text here.
       best: int32[B, W, T], finished texts of a beam search, best first.
+      best_log_probs: float32[B, W, T], of their tokens.
       best_score: float32[B, W], their scores.
       open: bool[B], whether a row of a beam search can still get better.
       row: int32[B], see `Prompt`.
@@ -130,14 +181,34 @@ class State(NamedTuple):
     memory: Memory
     lineage: jax.Array
     said: jax.Array
+    prefix_ids: jax.Array
+    prefix_mask: jax.Array
     tokens: jax.Array
+    log_probs: jax.Array
     total: jax.Array
     done: jax.Array
     best: jax.Array
+    best_log_probs: jax.Array
     best_score: jax.Array
     open: jax.Array
     row: jax.Array
     before: jax.Array
+
+
+class Texts(NamedTuple):
+    """What was written. B rows, R = num_return_sequences, T tokens at most.
+
+    Attributes:
+      tokens: int32[B, R, T], padded; end tokens are not part of it.
+      scores: float32[B, R], log-probabilities, of beams divided as `length_penalty` says.
+      log_probs: float32[B, R, T], of each token and of the end token; UNWRITTEN after it. They are
+        those of the distribution that the token was chosen from, as transformers'
+        `compute_transition_scores` has them.
+    """
+
+    tokens: jax.Array
+    scores: jax.Array
+    log_probs: jax.Array
 
 
 def decode(
@@ -148,7 +219,7 @@ def decode(
     eos_ids: tuple[int, ...],
     pad_id: int,
     key: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> Texts:
     """Continues prompts until each ends or is `max_new_tokens` long.
 
     Args:
@@ -158,10 +229,6 @@ def decode(
       eos_ids: tokens that end a text; they are not part of the result.
       pad_id: what stands after the end.
       key: randomness of sampling.
-
-    Returns:
-      Tokens, int32[B, R, T] for R = num_return_sequences; and scores, float32[B, R]: the
-      log-probability, of beams divided as `length_penalty` says.
     """
     fixed: dict[str, Any] = {"eos_ids": eos_ids, "pad_id": pad_id, "key": key}
     state = jax.lax.while_loop(
@@ -170,9 +237,9 @@ def decode(
         begin(llm, prompt, how, **fixed),
     )
     if how.num_beams == 1:
-        return state.tokens, state.total
-    count = how.num_return_sequences
-    return state.best[:, :count], state.best_score[:, :count]
+        return Texts(state.tokens, state.total, state.log_probs)
+    found = (state.best, state.best_score, state.best_log_probs)
+    return Texts(*(x[:, : how.num_return_sequences] for x in found))
 
 
 def begin(
@@ -188,9 +255,10 @@ def begin(
     batch, width, length = len(prompt.mask), how.branches, how.max_new_tokens
     scores, memory = llm.start(prompt.embeds, prompt.mask, length * width)
     vocabulary = scores.shape[-1]
+    seen = prompt.said_mask * how.penalties_include_prompt
     said = jnp.zeros((batch, width, 0), bool)
     if how.repetition_penalty != 1.0:
-        ids = jnp.where(prompt.said_mask > 0, prompt.said_ids, vocabulary)
+        ids = jnp.where(seen > 0, prompt.said_ids, vocabulary)
         said = jnp.zeros((batch, vocabulary + 1), bool)
         said = said.at[jnp.arange(batch)[:, None], ids].set(True)[:, None, :-1]
         said = jnp.broadcast_to(said, (batch, width, vocabulary))
@@ -199,16 +267,22 @@ def begin(
     if how.num_beams > 1:
         total = total.at[:, 1:].set(NEVER)
     tokens = jnp.full((batch, width, length), pad_id, jnp.int32)
+    log_probs = jnp.full(tokens.shape, UNWRITTEN)
+    prefix = slice(None if how.no_repeat_ngram_size else 0)
     state = State(
         step=jnp.int32(0),
         new=tokens[..., 0],
         memory=memory,
         lineage=jnp.zeros((batch, width, length * width), bool),
         said=said,
+        prefix_ids=prompt.said_ids[:, prefix],
+        prefix_mask=seen[:, prefix],
         tokens=tokens,
+        log_probs=log_probs,
         total=total,
         done=jnp.zeros((batch, width), bool),
         best=tokens,
+        best_log_probs=log_probs,
         best_score=jnp.full((batch, width), NEVER),
         open=jnp.ones(batch, bool),
         row=prompt.row,
@@ -266,19 +340,44 @@ def _choose(
 
 
 def _adjust(scores: jax.Array, state: State, how: Decoding, eos_ids: tuple[int, ...]) -> jax.Array:
-    """Repetition penalty and least length, in transformers' order: float32[B, W, V]."""
+    """Penalties of repetitions and least length, in transformers' order: float32[B, W, V]."""
     if how.repetition_penalty != 1.0:
         penalty = how.repetition_penalty
         lowered = jnp.where(scores < 0, scores * penalty, scores / penalty)
         scores = jnp.where(state.said, lowered, scores)
+    if how.no_repeat_ngram_size:
+        repeats = _repeats(state, how.no_repeat_ngram_size, scores.shape[-1])
+        scores = jnp.where(repeats, -jnp.inf, scores)
     if how.min_new_tokens:
         is_eos = jnp.isin(jnp.arange(scores.shape[-1]), jnp.array(eos_ids))
         scores = jnp.where(is_eos & (state.step < how.min_new_tokens), -jnp.inf, scores)
     return scores
 
 
+def _repeats(state: State, size: int, vocabulary: int) -> jax.Array:
+    """bool[B, W, V]: which tokens would complete `size` tokens that were seen in a row before."""
+    batch, width, length = state.tokens.shape
+    whole = lambda x: jnp.broadcast_to(x[:, None], (batch, width, x.shape[1]))  # noqa: E731
+    written = jnp.broadcast_to(jnp.arange(length) < state.step, state.tokens.shape)
+    seen = jnp.concatenate([whole(state.prefix_ids), state.tokens], axis=-1)
+    real = jnp.concatenate([whole(state.prefix_mask > 0), written], axis=-1)
+    before = state.prefix_ids.shape[1] + state.step  # tokens so far, padding included
+    # In front, room for what would stand before the first tokens, which repeats nothing.
+    seen, real = (jnp.pad(x, ((0, 0), (0, 0), (size - 1, 0))) for x in (seen, real))
+    last = lambda x: jax.lax.dynamic_slice_in_dim(x, before, size - 1, axis=-1)  # noqa: E731
+    count = seen.shape[-1] - size + 1
+    matches = real[..., size - 1 :] & last(real).all(axis=-1, keepdims=True)
+    for place in range(size - 1):
+        at = slice(place, place + count)
+        matches &= real[..., at] & (seen[..., at] == last(seen)[..., place, None])
+    ids = jnp.where(matches, seen[..., size - 1 :], vocabulary)
+    rows, branches = jnp.ogrid[:batch, :width]
+    banned = jnp.zeros((batch, width, vocabulary + 1), bool)
+    return banned.at[rows[..., None], branches[..., None], ids].set(True)[..., :-1]
+
+
 def _put(tokens: jax.Array, new: jax.Array, step: jax.Array) -> jax.Array:
-    """Writes int32[B, W] into int32[B, W, T] at `step`."""
+    """Writes [B, W] into [B, W, T] at `step`."""
     return jax.lax.dynamic_update_slice_in_dim(tokens, new[..., None], step, axis=-1)
 
 
@@ -296,15 +395,18 @@ def _choose_alone(
     """The next token of branches that know nothing of each other."""
     scores = _adjust(scores, state, how, eos_ids)
     if how.do_sample:
-        new = _sample(_sharpen(scores, how), state.row, jax.random.fold_in(key, state.step))
+        scores = _sharpen(scores, how)
+        new = _sample(scores, state.row, jax.random.fold_in(key, state.step))
     else:
         new = scores.argmax(axis=-1).astype(jnp.int32)
     gain = jnp.take_along_axis(jax.nn.log_softmax(scores), new[..., None], axis=-1)[..., 0]
+    log_probs = _put(state.log_probs, jnp.where(state.done, UNWRITTEN, gain), state.step)
     done = state.done | jnp.isin(new, jnp.array(eos_ids))
     new = jnp.where(done, pad_id, new)
     return state._replace(
         new=new,
         tokens=_put(state.tokens, new, state.step),
+        log_probs=log_probs,
         total=jnp.where(state.done, state.total, state.total + gain),
         done=done,
     )
@@ -351,18 +453,23 @@ def _choose_beams(
     ids = jnp.take_along_axis(ids.reshape(batch, -1), order, axis=1).astype(jnp.int32)
     parents = order // each.shape[-1]
     tokens = jnp.take_along_axis(state.tokens, parents[..., None], axis=1)
+    gain = jnp.take_along_axis(gains.reshape(batch, -1), parents * vocabulary + ids, axis=1)
+    log_probs = jnp.take_along_axis(state.log_probs, parents[..., None], axis=1)
+    log_probs = _put(log_probs, gain, state.step)
 
     last = state.step + 1 >= how.max_new_tokens
     ended = jnp.isin(ids, jnp.array(eos_ids))
     stops = ended | last
     with_new = _put(tokens, ids, state.step)
-    state = _finish(state, how, jnp.where(ended[..., None], tokens, with_new), total, stops, ended)
+    texts = jnp.where(ended[..., None], tokens, with_new)
+    state = _finish(state, how, texts, log_probs, total, stops, ended)
 
     going = total + jnp.where(stops, NEVER, 0.0)
     going, chosen = jax.lax.top_k(going, width)
     pick = lambda x: jnp.take_along_axis(x, chosen, axis=1)  # noqa: E731
     tokens = jnp.take_along_axis(with_new, chosen[..., None], axis=1)
-    state = state._replace(new=pick(ids), tokens=tokens, total=going)
+    log_probs = jnp.take_along_axis(log_probs, chosen[..., None], axis=1)
+    state = state._replace(new=pick(ids), tokens=tokens, log_probs=log_probs, total=going)
     reach = going[:, :1] / _length(state, how, state.step + 1)[:, None] ** how.length_penalty
     worst = jnp.where(state.done, state.best_score.min(axis=1, keepdims=True), NEVER)
     hopeful = (reach > worst).any(axis=1)
@@ -381,6 +488,7 @@ def _finish(
     state: State,
     how: Decoding,
     tokens: jax.Array,
+    log_probs: jax.Array,
     total: jax.Array,
     stops: jax.Array,
     ended: jax.Array,
@@ -393,6 +501,7 @@ def _finish(
       state: the beams.
       how: see `Decoding`.
       tokens: int32[B, C, T], the candidates.
+      log_probs: float32[B, C, T], of their tokens.
       total: float32[B, C], their log-probabilities.
       stops: bool[B, C], which have ended, for want of room too.
       ended: bool[B, C], which of them with an end token.
@@ -400,7 +509,7 @@ def _finish(
     width = state.total.shape[1]
     first = stops & (jnp.arange(stops.shape[1]) < width)
     length = _length(state, how, state.step + 1)[:, None]
-    if how.length_counts == "prompt":
+    if how.length_counts != "generated":
         length = length - ended
     score = total / length**how.length_penalty
     closed = ~state.open[:, None]
@@ -410,9 +519,12 @@ def _finish(
     scores = jnp.concatenate([state.best_score, score], axis=1)
     done = jnp.concatenate([state.done, first], axis=1)
     best_score, chosen = jax.lax.top_k(scores, width)
-    every = jnp.concatenate([state.best, tokens], axis=1)
+    take = lambda old, new: jnp.take_along_axis(  # noqa: E731
+        jnp.concatenate([old, new], axis=1), chosen[..., None], axis=1
+    )
     return state._replace(
-        best=jnp.take_along_axis(every, chosen[..., None], axis=1),
+        best=take(state.best, tokens),
+        best_log_probs=take(state.best_log_probs, log_probs),
         best_score=best_score,
         done=jnp.take_along_axis(done, chosen, axis=1),
     )

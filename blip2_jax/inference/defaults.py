@@ -1,8 +1,17 @@
 """How published results were decoded, by family of language model and task: one table.
 
-Sources: LAVIS `blip2_opt.py`, `blip2_t5.py`, `blip2_vicuna_instruct.py` (`generate` and
-`predict_answers`) and its task configs; the paper's section 4.1 for prompts and the length penalty
-of question answering. `blip2 generate --help` prints this table.
+Sources: LAVIS `blip2_opt.py`, `blip2_t5.py`, `blip2_vicuna_instruct.py`, `blip2_t5_instruct.py`
+(`generate` and `predict_answers`) and its task configs; the paper's section 4.1 for prompts.
+`blip2 generate --help` prints this table.
+
+LAVIS says `min_length`, and means what transformers then meant: until 4.26 that counted OPT's
+prompt too, BOS included, and so did the length penalty; of T5 it counts the start token. So 1 is 0
+new tokens there. Its question answering passes no length penalty, so each model's own default
+holds: 0 of OPT and Vicuna, -1 of T5 (the paper says -1 for all). "generate" has today's meanings.
+
+InstructBLIP's prompts and lengths are those of its YAMLs in LAVIS, whose images are resized by the
+shorter side and cropped to the center; here, as in its Hugging Face processor, they are resized
+whole. Its paper (appendix E) prints "A short image description:" and "Question: {} Short answer:".
 """
 
 import dataclasses
@@ -19,42 +28,67 @@ class Task(NamedTuple):
     decoding: Decoding
 
 
-_CAPTION = Decoding(num_beams=5, max_new_tokens=30, min_new_tokens=1)
-_ANSWER = Decoding(num_beams=5, max_new_tokens=10, min_new_tokens=1, length_penalty=-1.0)
-_INSTRUCT = Decoding(
-    num_beams=5, max_new_tokens=256, min_new_tokens=1, repetition_penalty=1.5, length_penalty=1.0
+_BEAMS = Decoding(num_beams=5, max_new_tokens=30)  # LAVIS's defaults in all of `generate`
+_CAPTION = dataclasses.replace(_BEAMS, length_counts="prompt")
+_INSTRUCT = dataclasses.replace(
+    _BEAMS, max_new_tokens=256, repetition_penalty=1.5, penalties_include_prompt=False
 )
-_INSTRUCT_ANSWER = dataclasses.replace(_INSTRUCT, max_new_tokens=10, length_penalty=-1.0)
+_INSTRUCT_THEN = dataclasses.replace(_INSTRUCT, length_counts="text")
+# An encoder-decoder is given the ids of its start token: that counts, as it does in BLIP-2.
+_INSTRUCT_T5 = dataclasses.replace(_INSTRUCT, penalties_include_prompt=True)
+_INSTRUCT_T5_THEN = dataclasses.replace(_INSTRUCT_T5, length_counts="prompt")
+
+_OPT_QUESTION = "Question: {} Answer:"
+_INSTRUCT_CAPTION, _INSTRUCT_QUESTION = "A short image caption.", "Question: {} Short Answer:"
+
+
+def _with(how: Decoding, at_least: int, at_most: int, penalty: float) -> Decoding:
+    return dataclasses.replace(
+        how, min_new_tokens=at_least, max_new_tokens=at_most, length_penalty=penalty
+    )
+
 
 # (family, task). Families: of the language model; "instruct" is any whose Q-Former reads the
-# prompt too (InstructBLIP).
+# prompt too (InstructBLIP), "instruct-t5" if it is an encoder-decoder.
 DEFAULTS = {
     ("opt", "caption"): Task("", _CAPTION),
-    ("opt", "answer"): Task("Question: {} Answer:", _ANSWER),
-    ("opt", "generate"): Task("{}", _CAPTION),
+    ("opt", "answer"): Task(_OPT_QUESTION, _with(_BEAMS, 1, 10, 0.0)),
+    ("opt", "generate"): Task("{}", _with(_BEAMS, 1, 30, 1.0)),
     ("t5", "caption"): Task("", _CAPTION),
-    ("t5", "answer"): Task("Question: {} Short answer:", _ANSWER),
-    ("t5", "generate"): Task("{}", _CAPTION),
-    ("llama", "caption"): Task("", _CAPTION),
-    ("llama", "answer"): Task("Question: {} Answer:", _ANSWER),
-    ("llama", "generate"): Task("{}", _CAPTION),
-    ("instruct", "caption"): Task("A short image description:", _INSTRUCT),
-    ("instruct", "answer"): Task("Question: {} Short answer:", _INSTRUCT_ANSWER),
-    ("instruct", "generate"): Task("{}", _INSTRUCT),
+    ("t5", "answer"): Task("Question: {} Short answer:", _with(_CAPTION, 0, 10, -1.0)),
+    ("t5", "generate"): Task("{}", _BEAMS),
+    ("llama", "caption"): Task("", _with(_BEAMS, 1, 30, 1.0)),
+    ("llama", "answer"): Task(_OPT_QUESTION, _with(_BEAMS, 1, 10, 0.0)),
+    ("llama", "generate"): Task("{}", _with(_BEAMS, 1, 30, 1.0)),
+    ("instruct", "caption"): Task(_INSTRUCT_CAPTION, _with(_INSTRUCT_THEN, 10, 80, 1.0)),
+    ("instruct", "answer"): Task(_INSTRUCT_QUESTION, _with(_INSTRUCT_THEN, 1, 10, 0.0)),
+    ("instruct", "generate"): Task("{}", _with(_INSTRUCT, 1, 256, 1.0)),
+    ("instruct-t5", "caption"): Task(_INSTRUCT_CAPTION, _with(_INSTRUCT_T5_THEN, 9, 80, 1.0)),
+    ("instruct-t5", "answer"): Task(_INSTRUCT_QUESTION, _with(_INSTRUCT_T5_THEN, 0, 10, -1.0)),
+    ("instruct-t5", "generate"): Task("{}", _INSTRUCT_T5),
 }
 
 
 def table(width: int = 79) -> str:
     """The defaults, in columns of a help text this wide."""
-    columns = "  {:<9}{:<10}{:<29}"
-    lines = [columns.format("family", "task", "prompt") + "decoding"]
+    columns = "  {:<13}{:<10}{}"
+    lines = [columns.format("family", "task", "prompt, and how it is continued")]
     indent = len(columns.format("", "", ""))
     plain = Decoding()
     for (family, task), (prompt, how) in DEFAULTS.items():
         shown = {"num_beams": how.num_beams, "max_new_tokens": how.max_new_tokens}
         shown |= {k: v for k, v in vars(how).items() if k not in shown and v != getattr(plain, k)}
-        settings = " ".join(f"{name}={value:g}" for name, value in shown.items())
-        first, *rest = textwrap.wrap(settings, width - indent, break_on_hyphens=False)
-        lines.append(columns.format(family, task, prompt or "(none)") + first)
-        lines += [" " * indent + line for line in rest]
+        settings = " ".join(f"{name}={_text(value)}" for name, value in shown.items())
+        lines.append(columns.format(family, task, prompt or "(none)"))
+        lines += textwrap.wrap(
+            settings,
+            width,
+            initial_indent=" " * indent,
+            subsequent_indent=" " * indent,
+            break_on_hyphens=False,
+        )
     return "\n".join(lines)
+
+
+def _text(value: float | str) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,11 +1,12 @@
 """Images as people hold them: files, bytes, Pillow images, arrays; of any size and mode."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -17,14 +18,20 @@ def open_image(image: Any) -> Image.Image:
     """An upright RGB image.
 
     Args:
-      image: a path, a file:// URL, encoded bytes, a `PIL.Image`, or an array: uint8[H, W, 3],
-        [H, W, 1], [H, W, 4] or [H, W], or floats of such a shape in 0..1.
+      image: a path, a file:// URL, encoded bytes, an open file, a `PIL.Image`, or an array of
+        NumPy, JAX or PyTorch: uint8[H, W, 3], [H, W, 1], [H, W, 4] or [H, W], or floats of such a
+        shape in 0..1. Channels may also come first. A mapping with "bytes" or "path", as in Hugging
+        Face's data sets, is what these hold.
 
     Raises:
       ImageError: it is not an image, or one without pixels.
     """
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
     if isinstance(image, (str, os.PathLike)):
         image = _read(image)
+    elif hasattr(image, "read"):
+        image = _read_open(image)
     if isinstance(image, (bytes, bytearray, memoryview)):
         return transforms.decode_image(bytes(image))
     if isinstance(image, Image.Image):
@@ -47,11 +54,33 @@ def _read(source: str | os.PathLike[str]) -> bytes:
         raise ImageError(f"{text}: {error.strerror}") from error
 
 
-def _of_array(image: Any) -> Image.Image:
+def _read_open(file: Any) -> bytes:
+    """All bytes of an open file, wherever it stands."""
     try:
+        if hasattr(file, "seek") and (not hasattr(file, "seekable") or file.seekable()):
+            file.seek(0)
+        found = file.read()
+    except (OSError, ValueError) as error:  # closed, or not text
+        raise ImageError(f"an open file: {error}") from error
+    if not isinstance(found, bytes):
+        raise ImageError("the file is open for text; open it with mode 'rb'")
+    return found
+
+
+def _of_array(image: Any) -> Image.Image:
+    if image is None:
+        raise ImageError("None is not an image")
+    try:
+        if hasattr(image, "detach"):  # PyTorch's: NumPy knows neither its bfloat16 nor its devices
+            image = image.detach().cpu()
+            image = image.float() if image.is_floating_point() else image
         array = np.asarray(image)
+        if jnp.issubdtype(array.dtype, jnp.floating):  # bfloat16 is one to JAX, not to NumPy
+            array = array.astype(np.float32)
     except (TypeError, ValueError) as error:
         raise ImageError(f"a {type(image).__name__} is not an image") from error
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)  # as PyTorch has them
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
@@ -68,12 +97,19 @@ def _of_array(image: Any) -> Image.Image:
 
 
 def as_list(images: Any) -> Sequence[Any]:
-    """Several images, or one alone, as a sequence."""
+    """Several images, or one alone, as a sequence.
+
+    Raises:
+      ValueError: it is None.
+    """
+    if images is None:
+        raise ValueError("There are no images: None was given. Pass one, or a list.")
     if isinstance(images, np.ndarray) or hasattr(images, "__array__"):
         if getattr(images, "ndim", 0) == 4:
             return images
         return [images]
-    if isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image)):
+    alone = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image, Mapping)
+    if isinstance(images, alone) or hasattr(images, "read"):
         return [images]
     return list(images)
 

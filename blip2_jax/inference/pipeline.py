@@ -7,8 +7,9 @@ handful of programs at most; and a row's result does not depend on what else is 
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +28,38 @@ from blip2_jax.models.blip2 import Blip2Config, Blip2Stage1, Blip2Stage2, make_m
 from blip2_jax.models.layers import unstack
 from blip2_jax.models.opt import OPTConfig
 from blip2_jax.models.t5 import T5Config
+from blip2_jax.runtime import dtypes
 from blip2_jax.runtime.mesh import batch_sharding, replicated
+from blip2_jax.runtime.values import did_you_mean
 
 log = logging.getLogger(__name__)
 
 SHORTEST = 8  # tokens that texts are padded to at least
 MOST_RANKED = 512  # tokens of a prompt with one of its candidates
 SEED = 0
+SHARED = ("seed", "skip_unreadable", "truncate", "progress")  # options beside those of `Decoding`
 
 # Arrays of rows start .. stop - 1, one for each argument of a compiled function.
 Reader = Callable[[int, int], list[Any]]
 Function = Callable[..., Any]
+
+
+class ScoredText(NamedTuple):
+    """A text, and how likely the model holds it to be.
+
+    Attributes:
+      text: as `Blip2.generate` gives it.
+      log_prob: the sum of `token_log_probs`.
+      token_ids: int32[T], without the end token.
+      token_log_probs: float32[T] or, where the text has ended, float32[T + 1], the end token's
+        last. Of the distribution that each was chosen from: after penalties and, in sampling,
+        temperature, top-k and top-p. They are those of transformers' `compute_transition_scores`.
+    """
+
+    text: str
+    log_prob: float
+    token_ids: np.ndarray
+    token_log_probs: np.ndarray
 
 
 class Blip2:
@@ -85,8 +107,8 @@ class Blip2:
         self.config, self.mesh, self.source = config, mesh, source
         self.use(params)
         self.qformer_tokenizer, self.llm_tokenizer = qformer_tokenizer, llm_tokenizer
-        self.batch_size = batch_size
-        self.dtype = jnp.dtype(params["query_tokens"].dtype if dtype is None else dtype)
+        self.batch_size = check_batch_size(batch_size)
+        self.dtype = dtypes.parse(params["query_tokens"].dtype if dtype is None else dtype)
         make = lambda: make_model(config, dtype=self.dtype, rngs=nnx.Rngs(0))  # noqa: E731
         graph, abstract = nnx.split(nnx.eval_shape(make))
         missing = nnx.to_pure_dict(abstract).keys() - params.keys()
@@ -181,25 +203,29 @@ class Blip2:
     def similarity(
         self,
         pictures: Any,
-        texts: Sequence[str] | str | np.ndarray,
+        texts: Sequence[str] | str | np.ndarray | jax.Array,
         *,
+        skip_unreadable: bool = False,
         truncate: int | None = None,
+        progress: str = "",
     ) -> np.ndarray:
         """ITC: cosine of every image's best query with every text, float32[N, M].
 
         Args:
           pictures: N images.
           texts: M texts, or what `embed_texts` made of them.
-          truncate: see `Blip2`.
+          skip_unreadable, truncate, progress: see `Blip2`.
         """
         self._need_stage1("similarity")
         pictures = _need_some(images.as_list(pictures))
-        if not isinstance(texts, np.ndarray):
-            texts = self.embed_texts(texts, truncate=truncate)
+        if getattr(texts, "ndim", 1) != 2:
+            texts = self.embed_texts(cast(Sequence[str], texts), truncate=truncate)
         everywhere = None if self.mesh is None else replicated(self.mesh)
-        features = jax.device_put(texts, everywhere)
+        features = jax.device_put(np.asarray(texts), everywhere)
         run = lambda params, pixels: self._similarities(params, pixels, features)  # noqa: E731
-        return self._over(run, len(pictures), self._pixels(pictures))
+        skipped: dict[int, str] | None = {} if skip_unreadable else None
+        read = self._pixels(pictures, skipped)
+        return self._over(run, len(pictures), read, progress, skipped)
 
     def match(
         self,
@@ -326,8 +352,8 @@ class Blip2:
           prompt, progress: see `answer`.
 
         Returns:
-          N of float32[C_i]: log-probability of each candidate, its end token included, summed over
-          its tokens.
+          N of float32[C_i]: log-probability of each candidate, summed over its tokens; of an
+          encoder-decoder, over its end token too.
         """
         self._need_llm("rank")
         prompts = self._asked(questions, prompt)
@@ -372,10 +398,11 @@ class Blip2:
           pictures: N images, or one for all prompts; None: the language model alone, blind.
           prompts: N texts, or one for all images; "" just lets the model begin.
           **options: fields of `Decoding`, instead of the family's published ones (`defaults`);
-            `seed` of sampling; and `skip_unreadable`, `truncate`, `progress`.
+            `seed` of sampling; `return_scores`; and `skip_unreadable`, `truncate`, `progress`.
 
         Returns:
-          N texts; lists of texts where num_return_sequences is above 1.
+          N texts, or `ScoredText`s with `return_scores`; lists of them where num_return_sequences
+          is above 1.
         """
         self._need_llm("generate")
         return self._write("generate", pictures, self._free_prompts(prompts), **options)
@@ -386,20 +413,20 @@ class Blip2:
         """Yields a text piece by piece as it is written, greedily.
 
         Args:
-          picture: one image.
+          picture: one image; None: the language model alone, blind.
           prompt: what to continue.
           question: instead, asked in the family's published form, as by `answer`.
-          **options: `max_new_tokens`, `min_new_tokens`, `repetition_penalty`, `truncate`.
+          **options: fields of `Decoding` that are not about beams or sampling; `truncate`.
         """
         self._need_llm("stream")
         truncate = options.pop("truncate", None)
-        default = DEFAULTS[self.family, "generate"].decoding
-        kept = {"max_new_tokens", "min_new_tokens", "repetition_penalty"}
-        how = Decoding(**{name: getattr(default, name) for name in kept} | options)
+        default = dataclasses.replace(DEFAULTS[self.family, "generate"].decoding, num_beams=1)
+        how = _changed(default, options)
         if how.branches > 1 or how.do_sample:
             raise ValueError("A stream is greedy; leave num_beams and do_sample out.")
         prompts = self._free_prompts(prompt) if question is None else self._asked(question, None)
-        arrays = self._prompt_arrays([picture], prompts, how, truncate, None)(0, 1)
+        pictures = None if picture is None else [picture]
+        arrays = self._prompt_arrays(pictures, prompts, how, truncate, None)(0, 1)
         arrays = self._placed(arrays, self._bucket(1))
         fixed = {"how": how, "eos_ids": self.eos_ids, "pad_id": self.pad_id}
         state = self._begin(self.params, *arrays, jax.random.key(SEED), **fixed)
@@ -421,7 +448,7 @@ class Blip2:
     def family(self) -> str:
         """Row of `defaults.DEFAULTS`."""
         if self.config.qformer_reads_prompt:
-            return "instruct"
+            return "instruct-t5" if isinstance(self.config.llm, T5Config) else "instruct"
         names = {OPTConfig: "opt", T5Config: "t5"}
         return names.get(type(self.config.llm), "llama")
 
@@ -439,10 +466,14 @@ class Blip2:
 
     # --------------------------------------------------------------------------- both stages
 
-    def attention_maps(self, pictures: Any) -> np.ndarray:
+    def attention_maps(
+        self, pictures: Any, *, skip_unreadable: bool = False, progress: str = ""
+    ) -> np.ndarray:
         """Where each query looks: float32[N, Q, G, G] over the image's patches."""
         pictures = _need_some(images.as_list(pictures))
-        return self._over(self._maps, len(pictures), self._pixels(pictures))
+        skipped: dict[int, str] | None = {} if skip_unreadable else None
+        read = self._pixels(pictures, skipped)
+        return self._over(self._maps, len(pictures), read, progress, skipped)
 
     # ------------------------------------------------------------------------------- inside
 
@@ -470,8 +501,11 @@ class Blip2:
         skip_unreadable: bool = False,
         truncate: int | None = None,
         progress: str = "",
+        return_scores: bool = False,
         **changes: Any,
     ) -> list[Any]:
+        known = [field.name for field in dataclasses.fields(Decoding)]
+        _check_options(changes, [*known, "prompt", "return_scores", *SHARED])
         how = self.settings(task, **changes).decoding
         pictures, prompts = _paired(pictures, prompts)
         _need_some(prompts)
@@ -484,22 +518,30 @@ class Blip2:
             eos_ids=self.eos_ids,
             pad_id=self.pad_id,
         )
-        tokens, scores = self._over(run, len(prompts), arrays, progress)
-        if not (scores > decode.NEVER / 2).all():
+        found = self._over(run, len(prompts), arrays, progress)
+        if not (found.scores > decode.NEVER / 2).all():
             raise FloatingPointError(
                 f"{self.source}: the scores of its tokens are not numbers. The weights hold NaN, "
                 "or overflow in float16: load with dtype='bfloat16' or 'float32'."
             )
         _report(skipped)
-        texts = self.llm_tokenizer.batch_decode(
-            tokens.reshape(-1, tokens.shape[-1]), skip_special_tokens=True
-        )
+        flat = found.tokens.reshape(-1, how.max_new_tokens)
+        decoded = self.llm_tokenizer.batch_decode(flat, skip_special_tokens=True)
+        texts: list[Any] = [text.strip() for text in decoded]
+        if return_scores:
+            log_probs = found.log_probs.reshape(flat.shape)
+            texts = [self._scored(*each) for each in zip(texts, flat, log_probs, strict=True)]
         number = how.num_return_sequences
-        rows = [
-            [text.strip() for text in texts[i : i + number]] for i in range(0, len(texts), number)
-        ]
+        rows = [texts[i : i + number] for i in range(0, len(texts), number)]
         results: list[Any] = [row[0] for row in rows] if number == 1 else rows
         return [None if skipped and i in skipped else text for i, text in enumerate(results)]
+
+    def _scored(self, text: str, tokens: np.ndarray, log_probs: np.ndarray) -> ScoredText:
+        log_probs = log_probs[log_probs != decode.UNWRITTEN]
+        count = len(log_probs)
+        ended = count < len(tokens) or tokens[-1] == self.pad_id
+        total = float(log_probs.sum(dtype=np.float64))
+        return ScoredText(text, total, tokens[: count - ended], log_probs)
 
     def _prompt_arrays(
         self,
@@ -512,7 +554,7 @@ class Blip2:
         """Reader of rows of a generation: row numbers, prompts, what is seen."""
         tokenizer = self.llm_tokenizer
         side = "right" if isinstance(self.config.llm, T5Config) else "left"
-        rows = prompting.tokenize(tokenizer, prompts, truncate)
+        rows = prompting.tokenize(tokenizer, prompts, _check_truncate(truncate))
         queries = self.config.qformer.num_query_tokens
         room = getattr(self.config.llm, "max_position_embeddings", None)
         for number, row in enumerate(rows):
@@ -543,13 +585,12 @@ class Blip2:
         tokenizer = self.llm_tokenizer
         room = getattr(self.config.llm, "max_position_embeddings", None) or MOST_RANKED
         room = min(room - self.config.qformer.num_query_tokens, MOST_RANKED)
-        end = "\n" if isinstance(self.config.llm, OPTConfig) else ""
 
         def encode(row: int) -> tuple[np.ndarray, ...]:
             prompt, answer = str(prompts[row]), answers[row]
             if isinstance(self.config.llm, T5Config):
                 return tokenizers.encode_prefix(tokenizer, [prompt], [answer], room, room)
-            return tokenizers.encode_answers(tokenizer, [prompt], [answer], room, room, end)
+            return tokenizers.encode_answers(tokenizer, [prompt], [answer], room, room, None)
 
         def read(start: int, stop: int) -> list[Any]:
             rows = [encode(row) for row in range(start, stop)]
@@ -625,7 +666,7 @@ class Blip2:
                 "qformer_tokenizer=FOLDER), BERT's with [DEC] added."
             )
         room = self.config.qformer.max_position_embeddings
-        rows = prompting.tokenize(self.qformer_tokenizer, texts, truncate)
+        rows = prompting.tokenize(self.qformer_tokenizer, texts, _check_truncate(truncate))
         for number, row in enumerate(rows):
             if len(row) > room:
                 raise ValueError(
@@ -733,16 +774,24 @@ def _report(skipped: dict[int, str] | None) -> None:
 
 
 def _changed(default: Decoding, changes: dict[str, Any]) -> Decoding:
-    """The default decoding with some of its fields changed."""
+    """The default decoding with some of its fields changed; None leaves one as it is."""
     known = [field.name for field in dataclasses.fields(Decoding)]
-    unknown = sorted(changes.keys() - set(known))
-    if unknown:
-        raise TypeError(f"No option {', '.join(unknown)}; there are {', '.join(known)}.")
+    _check_options(changes, known)
+    changes = {
+        name: Decoding.typed(name, value) for name, value in changes.items() if value is not None
+    }
     if changes.get("do_sample"):
         changes = {"num_beams": 1, **changes}
     if changes.get("max_new_tokens", default.max_new_tokens) < default.min_new_tokens:
         changes = {"min_new_tokens": 0, **changes}
     return dataclasses.replace(default, **changes)
+
+
+def _check_options(given: Iterable[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = did_you_mean(name, known, decode.SYNONYMS)
+            raise TypeError(f"No option {name}.{near} There are {', '.join(known)}.")
 
 
 def _need_some(items: Any) -> Any:
@@ -752,7 +801,43 @@ def _need_some(items: Any) -> Any:
 
 
 def _texts(texts: Sequence[str] | str) -> list[str]:
-    return [texts] if isinstance(texts, str) else list(texts)
+    """One text or several as a list.
+
+    Raises:
+      ValueError: there is something else among them.
+    """
+    if texts is None or isinstance(texts, (bytes, Mapping)):
+        raise ValueError(f"Here is a {type(texts).__name__} where a text or a list of texts goes.")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"Text {number} is {text!r}; it must be a str.")
+    return texts
+
+
+def check_batch_size(batch_size: Any) -> int:
+    """The batch size as an int, which it must be, from 1 on; ValueError if not."""
+    whole = isinstance(batch_size, float) and batch_size.is_integer()
+    try:
+        size = int(batch_size) if whole else operator.index(batch_size)
+    except TypeError:
+        size = 0
+    if size < 1 or isinstance(batch_size, bool):
+        raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number from 1 on.")
+    return size
+
+
+def _check_truncate(truncate: Any) -> int | None:
+    """The number of tokens as an int, or None for no limit; ValueError if it is neither."""
+    if truncate is None:
+        return None
+    try:
+        tokens = operator.index(truncate)
+    except TypeError:
+        tokens = 0
+    if tokens < 1 or isinstance(truncate, bool):
+        raise ValueError(f"truncate is {truncate!r}; it must be a whole number of tokens, or None.")
+    return tokens
 
 
 def _paired(pictures: Any | None, prompts: Sequence[TextPrompt]) -> tuple[Any, list[TextPrompt]]:
@@ -850,7 +935,7 @@ def _generate(
     how: Decoding,
     eos_ids: tuple[int, ...],
     pad_id: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> decode.Texts:
     prompt = _prompt(model, row, ids, mask, seen)
     return decode.decode(model.llm, prompt, how, eos_ids=eos_ids, pad_id=pad_id, key=key)
 

@@ -3,16 +3,19 @@
     blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR
     blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR --model=runs/caption
 
-NoCaps wants the owners' nocaps_val_4500_captions.json, which names each image's domain. LAVIS has
-since added a repetition penalty of 1.15 and a length penalty of 0 to its task, which the paper's
-numbers were made without.
+NoCaps wants the owners' nocaps_val_4500_captions.json, which names each image's domain. Beams and
+lengths are those of LAVIS's COCO configs, with the meaning that they had then. LAVIS has since
+added a repetition penalty of 1.15 and a length penalty of 0 to its task, which the paper's numbers
+were made without.
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import published
 from configs.eval.default import get_config as default
-from configs.eval.default import task
+from configs.eval.default import published_decoding, task
 
 # CIDEr and SPICE of NoCaps in, near, out and overall; COCO's BLEU-4 and CIDEr (paper, table 3).
 PAPER = {
@@ -34,14 +37,18 @@ NOCAPS = [f"{part}{score}" for part in ("in_", "near_", "out_", "") for score in
 
 
 def get_config(variant: str = "vitg-opt2.7b") -> ConfigDict:
-    published.words(variant, tuple(published.VITS), tuple(published.LLMS))
+    _, llm = published.words(variant, tuple(published.VITS), tuple(published.LLMS))
+    options: dict[str, Any] = {
+        "prompt": "a photo of",
+        "decoding": published_decoding(llm, "captioning"),
+    }
     config = default()
     config.name = f"caption-{variant}"
     scores, config.model = PAPER.get(variant, ((), ""))
     config.tasks = ConfigDict(
         {
-            "nocaps": task("captioning", "nocaps", "val", prompt="a photo of", by="domain"),
-            "coco": task("captioning", "coco", "test", prompt="a photo of"),
+            "nocaps": task("captioning", "nocaps", "val", by="domain", **options),
+            "coco": task("captioning", "coco", "test", **options),
         }
     )
     config.published.update(

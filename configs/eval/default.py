@@ -9,6 +9,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from blip2_jax.inference.defaults import DEFAULTS
+
+DECODING = (
+    "num_beams", "max_new_tokens", "min_new_tokens", "length_penalty", "length_counts",
+    "repetition_penalty", "no_repeat_ngram_size", "penalties_include_prompt",
+)  # fmt: skip
+# Families of the published language models, by the first letters of their names in recipes.
+FAMILIES = {"opt": "opt", "flant5": "t5", "vicuna": "llama"}
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -43,7 +52,7 @@ def get_config() -> ConfigDict:
 
 
 def task(kind: str, source: str, split: str, folder: str = "", **changes: Any) -> ConfigDict:
-    """A task with its defaults, which are the paper's.
+    """A task with its defaults.
 
     Args:
       kind: vqa, captioning, retrieval or ranking.
@@ -89,16 +98,10 @@ def task(kind: str, source: str, split: str, folder: str = "", **changes: Any) -
     if kind in ("vqa", "captioning"):
         config.truncate = 0  # tokens of a prompt; 0: none. LAVIS cuts OPT's at 32
         config.blind = False  # the same without the image too, as a baseline
-    decoding = {
-        "num_beams": 5,
-        "max_new_tokens": 30,
-        "min_new_tokens": 8,
-        "length_penalty": 1.0,
-        "length_counts": "generated",  # or prompt: see `inference.decode.Decoding`
-        "repetition_penalty": 1.0,
-    }
+    if kind in ("vqa", "captioning"):
+        # See `inference.decode.Decoding`; None: what is published for the model's family.
+        config.decoding = ConfigDict(dict.fromkeys(DECODING))
     if kind == "captioning":
-        config.decoding = ConfigDict(decoding)
         # Those that this machine cannot compute are left out, and the result says why.
         config.scores = ("cider", "bleu4", "meteor", "rouge_l", "spice")
         config.by = ""  # a field of the records to score by, too: "domain" of NoCaps
@@ -113,22 +116,26 @@ def task(kind: str, source: str, split: str, folder: str = "", **changes: Any) -
                 "lemmatize": False,  # predictions, with spaCy: OK-VQA's published scores
             }
         )
-    if kind == "vqa":
-        config.decoding = ConfigDict(decoding)
-        # As the published scores were made (paper, section 4.1; transformers of its time).
-        config.decoding.update(
-            {
-                "max_new_tokens": 10,
-                "min_new_tokens": 1,
-                "length_penalty": -1.0,
-                "length_counts": "prompt",
-            }
-        )
     if kind == "ranking":
         config.candidates = ()  # answers to choose from; (): each question's own `choices`
+    config.lock()
     for name, value in changes.items():
         if isinstance(value, dict):
             config[name].update(value)
         else:
             config[name] = value
     return config
+
+
+def published_decoding(llm: str, kind: str) -> dict[str, Any]:
+    """How LAVIS evaluates a published language model, "opt2.7b" as an example, in a task.
+
+    Captions are COCO's: at least 8 tokens, which counted those of "a photo of" and BOS in OPT's
+    prompt, and T5's start token (see `inference.defaults`).
+    """
+    (family,) = (family for name, family in FAMILIES.items() if llm.startswith(name))
+    task = "answer" if kind == "vqa" else "caption"
+    decoding = {name: getattr(DEFAULTS[family, task].decoding, name) for name in DECODING}
+    if kind == "captioning":
+        decoding["min_new_tokens"] = {"opt": 8 - 4, "t5": 8 - 1, "llama": 8}[family]
+    return decoding

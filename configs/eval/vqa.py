@@ -4,14 +4,17 @@
     blip2 evaluate --config=configs/eval/vqa.py:vitg-opt2.7b --workdir=DIR --model=runs/stage2
 
 Answers to test-dev are not public: its file in predictions/ is for the evaluation server. Prompts
-are the paper's; LAVIS's own files ask OPT with "Short answer:" too.
+are the paper's; LAVIS's own files ask OPT with "Short answer:" too. The paper says a length penalty
+of -1 for all; LAVIS's code applies it to FlanT5 and 0 to OPT, as this does.
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import published
 from configs.eval.default import get_config as default
-from configs.eval.default import task
+from configs.eval.default import published_decoding, task
 
 # VQAv2 val and test-dev, OK-VQA test, GQA test-dev (paper, table 2); public weights.
 PAPER: dict[str, tuple[tuple[float, ...], str]] = {
@@ -33,14 +36,17 @@ def get_config(variant: str = "vitg-flant5xl") -> ConfigDict:
     if config.model.endswith(".pth"):  # LAVIS's, which holds neither tower
         config.vit, config.llm = published.VITS[vit]["source"], published.LLMS[llm]
     short = "Short answer:" if llm.startswith("flant5") else "Answer:"
-    prompt = f"Question: {{}} {short}"
+    options: dict[str, Any] = {
+        "prompt": f"Question: {{}} {short}",
+        "decoding": published_decoding(llm, "vqa"),
+    }
     config.tasks = ConfigDict(
         {
-            "vqav2_val": task("vqa", "vqav2", "val", prompt=prompt),
-            "vqav2_test_dev": task("vqa", "vqav2", "test-dev", prompt=prompt),
+            "vqav2_val": task("vqa", "vqav2", "val", **options),
+            "vqav2_test_dev": task("vqa", "vqav2", "test-dev", **options),
             # The paper calls OK-VQA's val2014 its test set.
-            "okvqa": task("vqa", "okvqa", "val", prompt=prompt, lemmatize=True),
-            "gqa": task("vqa", "gqa", "testdev_balanced", prompt=prompt, metric="exact"),
+            "okvqa": task("vqa", "okvqa", "val", lemmatize=True, **options),
+            "gqa": task("vqa", "gqa", "testdev_balanced", metric="exact", **options),
         }
     )
     names = ("vqav2_val", "vqav2_test_dev", "okvqa", "gqa")

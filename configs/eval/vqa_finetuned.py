@@ -7,11 +7,13 @@ No weights of these models were published; `configs/finetune_vqa.py` makes them.
 prompt are the paper's (table 8); the length penalty is that of its zero-shot evaluation.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import published
 from configs.eval.default import get_config as default
-from configs.eval.default import task
+from configs.eval.default import published_decoding, task
 
 # test-dev and test-std (paper, table 4).
 PAPER = {
@@ -23,15 +25,16 @@ VARIANTS = tuple(PAPER)
 
 
 def get_config(variant: str = "vitg-flant5xl") -> ConfigDict:
-    published.words(variant, tuple(published.VITS), tuple(published.LLMS))
+    _, llm = published.words(variant, tuple(published.VITS), tuple(published.LLMS))
+    options: dict[str, Any] = {
+        "prompt": "Question: {} Answer:",
+        "decoding": published_decoding(llm, "vqa"),
+    }
     config = default()
     config.name = f"vqa-finetuned-{variant}"
     names = {"vqav2_test_dev": "test-dev", "vqav2_test_std": "test"}
     config.tasks = ConfigDict(
-        {
-            name: task("vqa", "vqav2", split, prompt="Question: {} Answer:")
-            for name, split in names.items()
-        }
+        {name: task("vqa", "vqav2", split, **options) for name, split in names.items()}
     )
     scores = zip(names, PAPER.get(variant, ()), strict=False)
     config.published.update(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,15 @@ import torch
 import transformers
 from flax import nnx
 
-from blip2_jax.inference.decode import Decoding, Prompt, _sample, _sharpen, decode
+from blip2_jax.inference.decode import (
+    UNWRITTEN,
+    Decoding,
+    Prompt,
+    _repeats,
+    _sample,
+    _sharpen,
+    decode,
+)
 from blip2_jax.models.blip2 import LLMS
 from blip2_jax.models.layers import unstack
 from blip2_jax.weights import huggingface
@@ -93,24 +103,41 @@ def ours_of(ours, ids, mask, how: Decoding, pad: int = PAD):
 def theirs_of(model, ids, mask, how: Decoding):
     options = {
         name: getattr(how, name)
-        for name in ("num_beams", "repetition_penalty", "early_stopping", "num_return_sequences")
-    }
+        for name in (
+            "num_beams", "repetition_penalty", "no_repeat_ngram_size", "early_stopping",
+            "num_return_sequences",
+        )
+    }  # fmt: skip
     if how.num_beams > 1:
         options["length_penalty"] = how.length_penalty
     if how.min_new_tokens:
         options["min_new_tokens"] = how.min_new_tokens
+    prompt = {"input_ids": torch.tensor(ids)}
+    before = 1 if model.config.is_encoder_decoder else ids.shape[1]
+    if not how.penalties_include_prompt:  # as LAVIS asks
+        prompt = {"inputs_embeds": model.get_input_embeddings()(prompt["input_ids"])}
+        before = 0
     with torch.no_grad():
-        out = model.generate(
-            torch.tensor(ids),
+        found = model.generate(
+            **prompt,
             attention_mask=torch.tensor(mask),
             max_new_tokens=how.max_new_tokens,
             do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
             **options,
+        )
+        log_probs = model.compute_transition_scores(
+            found.sequences, found.scores, found.get("beam_indices"), how.num_beams == 1
         ).numpy()
-    out = out[:, 1 if model.config.is_encoder_decoder else ids.shape[1] :]
+    out = found.sequences.numpy()[:, before:]
     want = np.full((len(out), how.max_new_tokens), PAD)
     want[:, : out.shape[1]] = np.where(out == EOS, PAD, out)
-    return want.reshape(len(ids), -1, how.max_new_tokens)
+    written = (np.cumsum(out == EOS, axis=1) - (out == EOS)) == 0
+    scores = np.full(want.shape, UNWRITTEN)
+    scores[:, : out.shape[1]] = np.where(written, log_probs[:, : out.shape[1]], UNWRITTEN)
+    shape = (len(ids), -1, how.max_new_tokens)
+    return want.reshape(shape), scores.reshape(shape)
 
 
 HOWS = [
@@ -130,7 +157,17 @@ HOWS = [
     ),
     Decoding(LENGTH, min_new_tokens=6, num_beams=5, repetition_penalty=1.5),
     Decoding(LENGTH, num_beams=3, early_stopping=True),
+    Decoding(LENGTH, no_repeat_ngram_size=2),
+    Decoding(LENGTH, no_repeat_ngram_size=3, num_beams=3, num_return_sequences=3),
+    Decoding(LENGTH, no_repeat_ngram_size=2, num_beams=4, repetition_penalty=0.8, min_new_tokens=9),
 ]
+FROM_EMBEDDINGS = [
+    Decoding(LENGTH, repetition_penalty=1.7, penalties_include_prompt=False),
+    Decoding(
+        LENGTH, num_beams=3, repetition_penalty=1.5, no_repeat_ngram_size=2,
+        penalties_include_prompt=False,
+    ),
+]  # fmt: skip
 
 
 def name_of(how: Decoding) -> str:
@@ -139,22 +176,103 @@ def name_of(how: Decoding) -> str:
     return " ".join(f"{k}={v}" for k, v in changed.items()) or "greedy"
 
 
-@pytest.mark.parametrize("how", HOWS, ids=name_of)
-def test_tokens_equal_those_of_transformers(models, how):
+@pytest.mark.parametrize("how", HOWS + FROM_EMBEDDINGS, ids=name_of)
+def test_tokens_and_scores_equal_those_of_transformers(models, how):
+    theirs, ours = models
+    if theirs.config.is_encoder_decoder and not how.penalties_include_prompt:
+        pytest.skip("its decoder is given no embeddings")
+    ids, mask = prompts(left=not theirs.config.is_encoder_decoder)
+    got = ours_of(ours, ids, mask, how)
+    if how.penalties_include_prompt:
+        tokens, log_probs = theirs_of(theirs, ids, mask, how)
+    else:  # given embeddings, transformers takes a row's padding for tokens that it wrote
+        rows = [theirs_of(theirs, i[None, m > 0], m[None, m > 0], how) for i, m in zip(ids, mask)]  # noqa: B905
+        tokens, log_probs = (np.concatenate(each) for each in zip(*rows, strict=True))
+    np.testing.assert_array_equal(got.tokens, tokens)
+    np.testing.assert_allclose(got.log_probs, log_probs, atol=1e-4)
+    total = np.where(got.log_probs == UNWRITTEN, 0.0, got.log_probs).sum(axis=-1)
+    if how.num_beams == 1:
+        np.testing.assert_allclose(got.scores, total, atol=1e-4)
+    elif how.length_penalty == 1.0:
+        length = (got.log_probs != UNWRITTEN).sum(axis=-1)
+        np.testing.assert_allclose(got.scores, total / length, atol=1e-4)
+
+
+def test_what_the_prompt_says_may_be_said_again(models):
+    """The penalty of repetitions bears on the prompt only where it is asked to."""
+    theirs, ours = models
+    if theirs.config.is_encoder_decoder:
+        pytest.skip("its prompt is not in the row that is written")
+    ids, mask = prompts()
+    texts = [
+        ours_of(ours, ids, mask, Decoding(1, repetition_penalty=50.0, penalties_include_prompt=x))
+        for x in (True, False)
+    ]
+    free = ours_of(ours, ids, mask, Decoding(1))
+    np.testing.assert_array_equal(texts[1].log_probs, free.log_probs)
+    assert (texts[0].log_probs != free.log_probs).any()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_repeated_ngrams_are_those_of_transformers(size):
+    """On long random rows of few tokens, after any number of steps, with and without a prompt."""
+    rng = np.random.default_rng(size)
+    ban = transformers.generation.NoRepeatNGramLogitsProcessor(size)
+    tokens = rng.integers(0, 4, (3, 2, 20))
+    for prefix, step in itertools.product((0, 1, 7), (0, 1, 2, 3, 9, 19)):
+        ids = rng.integers(0, 4, (3, prefix))
+        state = SimpleNamespace(
+            tokens=jnp.asarray(tokens), step=step, prefix_ids=jnp.asarray(ids),
+            prefix_mask=jnp.ones(ids.shape, int),
+        )  # fmt: skip
+        got = np.asarray(_repeats(state, size, 5))
+        seen = np.concatenate([np.repeat(ids[:, None], 2, 1), tokens[..., :step]], axis=-1)
+        rows = torch.tensor(seen.reshape(6, -1))
+        want = ban(rows, torch.zeros(6, 5)).isinf().numpy().reshape(3, 2, 5)
+        np.testing.assert_array_equal(got, want)
+        if prefix:  # padding repeats nothing
+            in_front = ((0, 0), (3, 0))
+            state.prefix_ids = jnp.pad(state.prefix_ids, in_front)
+            state.prefix_mask = jnp.pad(state.prefix_mask, in_front)
+            np.testing.assert_array_equal(_repeats(state, size, 5), want)
+
+
+def test_scores_of_samples_are_those_of_what_they_were_drawn_from(models):
     theirs, ours = models
     ids, mask = prompts(left=not theirs.config.is_encoder_decoder)
-    got, _ = ours_of(ours, ids, mask, how)
-    np.testing.assert_array_equal(got, theirs_of(theirs, ids, mask, how))
+    how = Decoding(5, do_sample=True, temperature=1.3, top_k=9, num_return_sequences=2)
+    got = ours_of(ours, ids, mask, how, pad=EOS)
+    for branch in range(2):
+        tokens = torch.tensor(np.array(got.tokens[:, branch]))
+        before = torch.tensor(ids)
+        with torch.no_grad():
+            if theirs.config.is_encoder_decoder:
+                start = torch.cat([torch.zeros(len(ids), 1, dtype=int), tokens[:, :-1]], dim=1)
+                logits = theirs(before, torch.tensor(mask), decoder_input_ids=start).logits
+            else:
+                whole = torch.cat([before, tokens], dim=1)
+                real = torch.cat([torch.tensor(mask), torch.ones_like(tokens)], dim=1)
+                logits = theirs(whole, real).logits[:, before.shape[1] - 1 : -1]
+        for warper in (WARPERS["temperature"](1.3), WARPERS["top_k"](9)):
+            logits = warper(None, logits.flatten(0, 1)).reshape(logits.shape)
+        want = (
+            torch.log_softmax(logits, dim=-1).gather(-1, tokens[..., None].long())[..., 0].numpy()
+        )
+        written = np.array(got.log_probs[:, branch]) != UNWRITTEN
+        assert written[:, 0].all()
+        np.testing.assert_allclose(
+            np.array(got.log_probs[:, branch])[written], want[written], atol=1e-4
+        )
 
 
 def test_a_row_alone_is_the_row_in_a_batch(models):
     theirs, ours = models
     ids, mask = prompts(left=not theirs.config.is_encoder_decoder)
     how = Decoding(LENGTH, num_beams=3)
-    together, _ = ours_of(ours, ids, mask, how)
+    together = ours_of(ours, ids, mask, how).tokens
     for row in (1, 3):
         real = mask[row] > 0  # without its padding
-        alone, _ = ours_of(ours, ids[row : row + 1, real], mask[row : row + 1, real], how)
+        alone = ours_of(ours, ids[row : row + 1, real], mask[row : row + 1, real], how).tokens
         np.testing.assert_array_equal(alone[0], together[row])
 
 
@@ -194,17 +312,19 @@ def test_samples_are_drawn_in_proportion():
     assert (np.abs(share - probability) < 5 * error).all()
 
 
-def test_length_may_count_the_prompt_as_it_did_before(models):
-    """The older meaning: prompt and text, without the end token."""
+@pytest.mark.parametrize("counts", ["prompt", "text"])
+def test_length_may_count_what_it_did_before(models, counts):
+    """The older meanings: prompt and text, or text alone, without the end token."""
     theirs, ours = models
     ids, mask = prompts(left=not theirs.config.is_encoder_decoder)
     how = Decoding(LENGTH, num_beams=4, num_return_sequences=4, length_penalty=0.0)
     none = -1  # what no model says, to see where texts end
-    tokens, total = ours_of(ours, ids, mask, how, none)
+    tokens, total, _ = ours_of(ours, ids, mask, how, none)
     new = dataclasses.replace(how, length_penalty=1.0)
-    old = dataclasses.replace(new, length_counts="prompt")
-    old_tokens, old_score = ours_of(ours, ids, mask, old, none)
+    old = dataclasses.replace(new, length_counts=counts)
+    old_tokens, old_score, _ = ours_of(ours, ids, mask, old, none)
     before = mask.sum(axis=1) if not theirs.config.is_encoder_decoder else np.ones(len(ids))
+    before = before * (counts == "prompt")
     rows = range(len(ids))
     known = {(row, tuple(text)): p for row in rows for text, p in zip(tokens[row], total[row])}  # noqa: B905
     checked = 0
@@ -215,4 +335,4 @@ def test_length_may_count_the_prompt_as_it_did_before(models):
                 np.testing.assert_allclose(value * length, known[row, tuple(text)], rtol=1e-4)
                 checked += 1
     assert checked > 3
-    assert not np.allclose(ours_of(ours, ids, mask, new, none)[1], old_score)
+    assert not np.allclose(ours_of(ours, ids, mask, new, none).scores, old_score)

@@ -1,5 +1,7 @@
 """The object users hold: equal to transformers end to end, and the same whatever the batch."""
 
+import io
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 import blip2_jax
 from blip2_jax.data import tokenizers
 from blip2_jax.data.transforms import ImageError
+from blip2_jax.inference import images
 from blip2_jax.inference.decode import Decoding
 from tests.inference import published
 
@@ -144,7 +147,93 @@ def test_a_second_call_of_a_bucket_compiles_nothing(opt):
     assert ours._generate._cache_size() == programs + 1
 
 
-CAPTION = Decoding(num_beams=5, max_new_tokens=30, min_new_tokens=1)
+CAPTION = Decoding(num_beams=5, max_new_tokens=30, length_counts="prompt")
+
+
+def test_scores_of_texts(both):
+    """Of each token and of the whole; what they are is held to transformers in `test_decode`."""
+    _, _, ours = both
+    tokenizer = ours.llm_tokenizer
+    for how in ({"num_beams": 1}, {"num_beams": 3}, {"do_sample": True}):
+        how = {**how, **EXACT}
+        texts = ours.generate(pictures(), PROMPTS, **how)
+        scored = ours.generate(pictures(), PROMPTS, return_scores=True, **how)
+        assert [each.text for each in scored] == texts
+        for each in scored:
+            assert tokenizer.decode(each.token_ids, skip_special_tokens=True).strip() == each.text
+            ended = len(each.token_log_probs) - len(each.token_ids)
+            assert ended == 1 or (ended == 0 and len(each.token_ids) == 9)
+            assert (each.token_log_probs <= 0).all()
+            assert each.log_prob == pytest.approx(each.token_log_probs.sum(), abs=1e-4)
+    several = ours.generate(
+        pictures(2), num_beams=3, num_return_sequences=2, return_scores=True, **EXACT
+    )
+    assert [len(each) for each in several] == [2, 2]
+    some = [pictures(1)[0], b"no image"]
+    scored = ours.caption(some, return_scores=True, skip_unreadable=True, **EXACT)
+    assert scored[1] is None and scored[0].text == ours.caption(some[:1], **EXACT)[0]
+
+
+def test_candidates_are_ranked_by_their_tokens(both):
+    """A decoder-only model's without the end token, as LAVIS; an encoder-decoder's with it."""
+    theirs, folder, ours = both
+    candidates = ["red", "a red 3", "the blue 7 is small", "4"]
+    (got,) = ours.rank(pictures(1), "what is it?", [candidates])
+    processor = transformers.Blip2Processor.from_pretrained(folder)
+    prompt = ours.settings("answer").prompt.replace("{}", "what is it?")
+    for answer, score in zip(candidates, got, strict=True):
+        if ours.family == "opt":
+            words = processor.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+        else:
+            words = processor.tokenizer(answer)["input_ids"]
+        words = torch.tensor([words])
+        inputs = processor(images=pictures(1), text=[prompt], return_tensors="pt")
+        if ours.family == "opt":
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], words], dim=1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            with torch.no_grad():
+                logits = theirs(**inputs).logits[:, -words.shape[1] - 1 : -1]
+        else:
+            start = torch.cat([torch.zeros(1, 1, dtype=int), words[:, :-1]], dim=1)
+            with torch.no_grad():
+                logits = theirs(**inputs, decoder_input_ids=start).logits
+        want = torch.log_softmax(logits, dim=-1).gather(-1, words[..., None]).sum()
+        assert score == pytest.approx(want.item(), abs=1e-3)
+
+
+def test_instructblip_may_say_again_what_it_was_asked(tmp_path, monkeypatch):
+    """Its penalty of repetitions sees no prompt, as in LAVIS; with one, as in transformers."""
+    theirs = published.instruct_folder(tmp_path)
+    ours = blip2_jax.load(tmp_path)
+    prompt = "a red 3 or a blue 7?"
+    words = ours.llm_tokenizer(prompt, return_tensors="pt")["input_ids"]
+    asked = ours.qformer_tokenizer(prompt, return_tensors="pt")["input_ids"]
+    head = torch.full((1, 5), theirs.config.image_token_index)
+    whole = theirs.language_model.generate
+    texts = {}
+    for with_prompt in (True, False):
+        if not with_prompt:
+            monkeypatch.setattr(
+                theirs.language_model, "generate", lambda input_ids=None, **k: whole(**k)
+            )
+        with torch.no_grad():
+            ids = theirs.generate(
+                pixel_values=BlipImages()(images=pictures(1), return_tensors="pt")["pixel_values"],
+                qformer_input_ids=asked,
+                qformer_attention_mask=torch.ones_like(asked),
+                input_ids=torch.cat([head, words], dim=1),
+                attention_mask=torch.ones(1, 5 + words.shape[1]),
+                num_beams=3,
+                do_sample=False,
+                repetition_penalty=1.5,
+                max_new_tokens=EXACT["max_new_tokens"],
+            )[:, (5 + words.shape[1]) * with_prompt :]
+        (want,) = ours.llm_tokenizer.batch_decode(ids, skip_special_tokens=True)
+        how = {"num_beams": 3, "penalties_include_prompt": with_prompt, **EXACT}
+        texts[with_prompt] = ours.generate(pictures(1), prompt, **how)
+        assert texts[with_prompt] == [want.strip()]
+    default = ours.generate(pictures(1), prompt, num_beams=3, **EXACT)
+    assert default == texts[False] != texts[True]
 
 
 def test_a_stream_is_the_greedy_text_in_pieces(opt):
@@ -160,11 +249,11 @@ def test_scores_and_features_equal_those_of_transformers(retrieval):
     theirs, folder, ours = retrieval
     texts = ["a red 3", "the 7 is small and blue and the 2 is green", "an orange 1"]
     tokens = ours.qformer_tokenizer(texts, padding=True, return_tensors="pt")
-    images = BlipImages()(images=pictures(3), return_tensors="pt")["pixel_values"]
+    pixels = BlipImages()(images=pictures(3), return_tensors="pt")["pixel_values"]
     text = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
     with torch.no_grad():
-        itm = theirs(images, **text, use_image_text_matching_head=True).logits_per_image
-        itc = theirs(images, **text, use_image_text_matching_head=False)
+        itm = theirs(pixels, **text, use_image_text_matching_head=True).logits_per_image
+        itc = theirs(pixels, **text, use_image_text_matching_head=False)
     match = torch.softmax(itm, dim=-1)[:, 1].numpy()
     np.testing.assert_allclose(ours.match(pictures(3), texts), match, atol=1e-4)
     similarity = ours.similarity(pictures(3), texts)
@@ -210,6 +299,132 @@ def test_an_unreadable_image_is_named_or_skipped(opt, retrieval, tmp_path):
         assert texts == [ours.caption(good, **EXACT)[0], None, ours.caption(good, **EXACT)[1]]
     features = retrieval[2].embed_images([good[0], b"", good[1]], skip_unreadable=True)
     assert np.isnan(features[1]).all() and np.isfinite(features[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("kind", ["file", "bytesio", "memoryview", "mapping", "path", "tensor"])
+def test_images_of_any_kind(opt, tmp_path, kind):
+    _, ours = opt
+    picture = pictures(1)[0]
+    picture.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    pixels = np.array(picture)
+    same = {
+        "file": lambda: [open(tmp_path / "a.png", "rb")],  # noqa: SIM115
+        "bytesio": lambda: [io.BytesIO(data)],
+        "memoryview": lambda: [memoryview(data)],
+        "mapping": lambda: [
+            {"bytes": data, "path": None},
+            {"bytes": None, "path": tmp_path / "a.png"},
+        ],
+        "path": lambda: [tmp_path / "a.png", str(tmp_path / "a.png"), f"file://{tmp_path}/a.png"],
+        "tensor": lambda: [
+            torch.tensor(pixels),
+            torch.tensor(pixels).permute(2, 0, 1),
+            torch.tensor(pixels / 255.0, requires_grad=True),
+            jax.numpy.asarray(pixels),
+            np.moveaxis(pixels, -1, 0),
+        ],
+    }[kind]
+    want = images.open_image(picture)
+    for image in same():
+        np.testing.assert_array_equal(np.array(images.open_image(image)), np.array(want))
+    for image in same()[:1]:
+        assert ours.caption(image, **EXACT) == ours.caption([picture], **EXACT)
+        if kind in ("file", "bytesio"):  # read once, and again
+            assert ours.caption([image, image], **EXACT) == 2 * ours.caption([picture], **EXACT)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_images_in_half_precision(dtype):
+    """An eighth of a step of 255 is lost at most, and no image is taken for another thing."""
+    pixels = np.linspace(0, 1, 48, dtype=np.float32).reshape(4, 4, 3)
+    want = np.array(images.open_image(pixels)).astype(int)
+    for image in (
+        torch.tensor(pixels).to(getattr(torch, dtype)),
+        torch.tensor(pixels).to(getattr(torch, dtype)).permute(2, 0, 1)[:, :, :4],
+        jax.numpy.asarray(pixels, dtype),
+    ):
+        got = np.array(images.open_image(image)).astype(int)
+        assert got.shape == want.shape and np.abs(got - want).max() <= 1
+
+
+def test_what_is_no_image_is_named(opt, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    closed = open(tmp_path / "a.txt", "rb")  # noqa: SIM115
+    closed.close()
+    with open(tmp_path / "a.txt") as text:
+        for bad, said in (
+            (text, "open for text; open it with mode 'rb'"),
+            (closed, "closed file"),
+            ({"image": 1}, "None is not an image"),
+            (None, "None is not an image"),
+            (io.BytesIO(b""), "no bytes"),
+            (torch.zeros(2, 3, 4, 5), "shape"),
+        ):
+            with pytest.raises(ImageError, match=f"Image 0.*{said}"):
+                opt[1].caption([bad])
+
+
+def test_none_is_one_message(opt, retrieval):
+    _, ours = opt
+    other = retrieval[2]
+    for call in (
+        lambda: ours.caption(None),
+        lambda: ours.attention_maps(None),
+        lambda: other.embed_images(None),
+        lambda: other.similarity(None, ["a"]),
+        lambda: other.match(None, ["a"]),
+    ):
+        with pytest.raises(ValueError, match="There are no images: None was given"):
+            call()
+    for call in (
+        lambda: ours.answer(pictures(1), None),
+        lambda: ours.generate(pictures(1), None),
+        lambda: other.embed_texts(None),
+        lambda: other.match(pictures(1), None),
+        lambda: other.embed_texts(b"a"),
+    ):
+        with pytest.raises(ValueError, match="where a text or a list of texts goes"):
+            call()
+    for texts in (["a", None], ["a", 3], [b"a", "b"]):
+        with pytest.raises(ValueError, match=r"Text \d is .*; it must be a str"):
+            other.embed_texts(texts)
+    blind = list(ours.stream(None, "a red", **EXACT))
+    assert "".join(blind).strip() == ours.generate(None, "a red", num_beams=1, **EXACT)[0]
+
+
+def test_similarity_skips_what_cannot_be_read(retrieval):
+    ours = retrieval[2]
+    some = [pictures(1)[0], b"no image"]
+    got = ours.similarity(some, ["a red 3", "blue"], skip_unreadable=True)
+    np.testing.assert_allclose(got[0], ours.similarity(some[:1], ["a red 3", "blue"])[0], atol=1e-6)
+    assert np.isnan(got[1]).all()
+    maps = ours.attention_maps(some, skip_unreadable=True)
+    assert np.isfinite(maps[0]).all() and np.isnan(maps[1]).all()
+    features = ours.embed_texts(["a red 3", "blue"])
+    for kind in (jax.numpy.asarray, torch.tensor):
+        np.testing.assert_allclose(ours.similarity(some[:1], kind(features))[0], got[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "8", None, True])
+def test_batch_sizes_that_cannot_be(opt, size):
+    with pytest.raises(ValueError, match="batch_size is .*; it must be a whole number from 1 on"):
+        blip2_jax.load(opt[0], batch_size=size)
+
+
+def test_a_batch_size_that_is_whole(opt):
+    assert blip2_jax.load(opt[0], batch_size=np.int64(3)).batch_size == 3
+    assert blip2_jax.load(opt[0], batch_size=4.0).batch_size == 4
+
+
+def test_truncate_that_cannot_be(opt, retrieval):
+    for truncate in (0, -1, 2.5, "8", True):
+        for call in (
+            lambda truncate: opt[1].answer(pictures(1), "why?", truncate=truncate),
+            lambda truncate: retrieval[2].embed_texts("a red 3", truncate=truncate),
+        ):
+            with pytest.raises(ValueError, match="truncate is .*; it must be a whole number of"):
+                call(truncate)
 
 
 def test_prompts_that_are_too_long_or_empty(opt):
@@ -308,8 +523,16 @@ def test_weights_that_are_not_numbers(opt):
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0 .greedy"),
         ({"num_return_sequences": 9}, "9 of 5 beams"),
         ({"do_sample": True, "num_beams": 3}, "not supported"),
-        ({"length_counts": "all"}, "generated or prompt"),
+        ({"length_counts": "all"}, "generated or prompt or text"),
         ({"min_new_tokens": 99}, "from 0 to max_new_tokens"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1; it must be at least 0"),
+        ({"num_beams": 2.5}, "num_beams is 2.5; it must be a whole number"),
+        ({"num_beams": True}, "num_beams is True; it must be a whole number"),
+        ({"num_beams": "5"}, "num_beams is '5'; it must be a whole number"),
+        ({"max_new_tokens": float("inf")}, "max_new_tokens is inf; it must be a whole number"),
+        ({"temperature": float("nan")}, "temperature is nan; it must be a finite number"),
+        ({"length_penalty": "1"}, "length_penalty is '1'; it must be a finite number"),
+        ({"do_sample": "yes"}, "do_sample is 'yes'; it must be True or False"),
     ],
 )
 def test_decoding_that_cannot_be(opt, wrong, said):
@@ -317,6 +540,41 @@ def test_decoding_that_cannot_be(opt, wrong, said):
         opt[1].caption(pictures(1), **wrong)
 
 
-def test_an_unknown_option_is_named(opt):
-    with pytest.raises(TypeError, match="No option num_beam; there are .*num_beams"):
-        opt[1].caption(pictures(1), num_beam=3)
+@pytest.mark.parametrize(
+    "options, meant",
+    [
+        ({"num_beam": 3}, "num_beam. Did you mean num_beams"),
+        ({"max_length": 9}, "max_length. Did you mean max_new_tokens"),
+        ({"max_len": 9}, "max_len. Did you mean max_new_tokens"),
+        ({"min_length": 1}, "min_length. Did you mean min_new_tokens"),
+        ({"num_captions": 2}, "num_captions. Did you mean num_return_sequences"),
+        ({"use_nucleus_sampling": True}, "use_nucleus_sampling. Did you mean do_sample"),
+        ({"skip_unreadables": True}, "skip_unreadables. Did you mean skip_unreadable"),
+        ({"output_scores": True}, "output_scores. Did you mean return_scores"),
+        ({"zzz": True}, "zzz. There are max_new_tokens, .*truncate"),
+    ],
+)
+def test_an_unknown_option_names_the_one_that_was_meant(opt, options, meant):
+    calls = {
+        "caption": lambda: opt[1].caption(pictures(1), **options),
+        "answer": lambda: opt[1].answer(pictures(1), "how many?", **options),
+        "generate": lambda: opt[1].generate(pictures(1), **options),
+    }
+    for call in calls.values():
+        with pytest.raises(TypeError, match=f"No option {meant}"):
+            call()
+
+
+def test_numbers_of_any_library_are_taken_and_none_is_the_default(opt):
+    _, ours = opt
+    how = {"num_beams": 2.0, "max_new_tokens": np.int64(5), "length_penalty": np.float32(1)}
+    how |= {
+        "top_k": None,
+        "temperature": None,
+        "early_stopping": 0,
+        "min_new_tokens": torch.tensor(0),
+    }
+    plain = {"num_beams": 2, "max_new_tokens": 5, "length_penalty": 1.0, "min_new_tokens": 0}
+    assert ours.settings("generate", **how) == ours.settings("generate", **plain)
+    assert ours.settings("generate", **dict.fromkeys(how)) == ours.settings("generate")
+    assert ours.generate(pictures(1), **how) == ours.generate(pictures(1), **plain)
