@@ -62,11 +62,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(config: ConfigDict, workdir: Path) -> int:
     """Runs a recipe to its end; returns the exit code."""
-    distributed.initialize(
-        config.distributed,
-        start_timeout=config.faults.start_timeout,
-        peer_timeout=config.faults.peer_timeout,
-    )
+    with cli.mistakes_in_config():
+        distributed.initialize(
+            config.distributed,
+            start_timeout=config.faults.start_timeout,
+            peer_timeout=config.faults.peer_timeout,
+        )
     distributed.setup_compilation_cache()
     with (
         distributed.Preemption() as preemption,  # from here on, SIGTERM ends no run unsaved

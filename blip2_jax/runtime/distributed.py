@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 ENABLE = "BLIP2_DISTRIBUTED"
 POLL = 0.1  # seconds between two questions to the coordination service
+ADDRESSES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PREEMPTED = 42  # exit code of a run that saved itself on SIGTERM: start it again to go on
 
 
@@ -35,20 +36,43 @@ def initialize(enabled: bool = False, *, start_timeout: int = 300, peer_timeout:
       start_timeout: seconds in which all processes must have come; else those that have end.
       peer_timeout: seconds without a sign of life from a process, killed or stopped, after which
         JAX ends all others with a message.
+
+    Raises:
+      ValueError: the environment does not say who the hosts are.
     """
     value = os.environ.get(ENABLE, "0")
     if value not in ("0", "1"):
         raise ValueError(f"{ENABLE} is {value!r}; it must be 0 or 1.")
     if (enabled or value == "1") and not jax.distributed.is_initialized():
         # JAX reads the address from the environment by itself, but not these two.
-        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-        jax.distributed.initialize(
-            num_processes=None if count is None else int(count),
-            process_id=None if index is None else int(index),
-            initialization_timeout=start_timeout,
-            heartbeat_timeout_seconds=peer_timeout,
-            shutdown_timeout_seconds=peer_timeout,
-        )
+        count, index = (_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        try:
+            jax.distributed.initialize(
+                num_processes=count,
+                process_id=index,
+                initialization_timeout=start_timeout,
+                heartbeat_timeout_seconds=peer_timeout,
+                shutdown_timeout_seconds=peer_timeout,
+            )
+        except (ValueError, LookupError, RuntimeError) as error:
+            known = {name: os.environ[name] for name in ADDRESSES if name in os.environ}
+            said = ", ".join(f"{name}={value}" for name, value in known.items()) or "none of them"
+            raise ValueError(
+                f"{ENABLE}=1 or config.distributed asks for several hosts, and JAX cannot tell who "
+                f"they are ({type(error).__name__}: {error}). On Cloud TPU, GKE and under srun it "
+                f"finds out by itself; elsewhere set {', '.join(ADDRESSES)} (here: {said}), or "
+                f"{ENABLE}=0 to run on this host alone."
+            ) from error
+
+
+def _number(name: str) -> int | None:
+    """An environment variable that holds a whole number; None where it is not set."""
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not text.strip().isdecimal():
+        raise ValueError(f"{name} is {text!r}; it must be a whole number.")
+    return int(text)
 
 
 def process_index() -> int:
@@ -109,6 +133,9 @@ def setup_compilation_cache(directory: str | None = None) -> str:
         directory = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(default)
     if "://" not in directory:
         Path(directory).mkdir(parents=True, exist_ok=True)
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            # Dozens of small programs are a second or two of a short command's start.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_compilation_cache_dir", directory)
     return directory
 

@@ -21,6 +21,60 @@ def test_one_machine_never_waits_for_others(monkeypatch):
     assert (distributed.process_index(), distributed.process_count()) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        (
+            {},
+            "cannot tell who they are .*JAX_COORDINATOR_ADDRESS.*none of them.*BLIP2_DISTRIBUTED=0",
+        ),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:1"}, "here: JAX_COORDINATOR_ADDRESS=localhost:1"),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "localhost",
+                "JAX_NUM_PROCESSES": "1",
+                "JAX_PROCESS_ID": "0",
+            },
+            "IndexError",
+        ),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "localhost:1",
+                "JAX_NUM_PROCESSES": "1",
+                "JAX_PROCESS_ID": "7",
+            },
+            "process_id",
+        ),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'; it must be a whole number"),
+        ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID is '-1'; it must be a whole number"),
+        ({"SLURM_JOB_ID": "3"}, "cannot tell who they are"),
+        (
+            {"SLURM_JOB_ID": "3", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NTASKS": "2"},
+            "cannot tell",
+        ),
+        (
+            {
+                "SLURM_JOB_ID": "3",
+                "SLURM_STEP_NODELIST": "a[1-2]",
+                "SLURM_NTASKS": "x",
+                "SLURM_PROCID": "0",
+                "SLURM_LOCALID": "0",
+            },
+            "cannot tell",
+        ),
+    ],
+)
+def test_hosts_that_are_asked_for_and_not_named_are_one_message(monkeypatch, environment, said):
+    for name in os.environ:
+        if name.startswith(("SLURM_", "JAX_COORD", "JAX_NUM_P", "JAX_PROCESS", "OMPI_")):
+            monkeypatch.delenv(name)
+    for name, value in {distributed.ENABLE: "1", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        distributed.initialize()
+    assert not jax.distributed.is_initialized()
+
+
 def test_the_environment_must_say_0_or_1(monkeypatch):
     monkeypatch.setenv(distributed.ENABLE, "yes")
     with pytest.raises(ValueError, match="BLIP2_DISTRIBUTED is 'yes'; it must be 0 or 1"):
