@@ -26,6 +26,9 @@ RESUMABLE = ("train", "evaluate")  # which leave with 42 when they are told to s
 PREEMPTED = 42  # as in runtime.distributed, which takes seconds to import
 
 
+TEXTS = ("train", "evaluate", "generate")  # commands that read tokenizers
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     words = sys.argv[1:] if argv is None else argv
@@ -45,7 +48,26 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if words[0] in RESUMABLE:  # until it hears the signal itself: there is nothing to save yet
         signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
+    if words[0] in TEXTS:
+        _hide_torch_from_transformers()
     return importlib.import_module(f"blip2_jax.{words[0]}").main(words[1:])
+
+
+def _hide_torch_from_transformers() -> None:
+    """Spares a command the import of PyTorch, two seconds of its start.
+
+    transformers imports it wherever it is installed, and remembers whether it is; its tokenizers
+    need none. What reads PyTorch's files imports it itself.
+    """
+    if "torch" in sys.modules or "transformers" in sys.modules:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # to importlib: there is none
+    try:
+        from transformers.utils.import_utils import is_torch_available
+
+        is_torch_available()
+    finally:
+        del sys.modules["torch"]
 
 
 if __name__ == "__main__":

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from blip2_jax import recipe
 from blip2_jax.data import tokenizers
-from blip2_jax.inference.pipeline import Blip2
+from blip2_jax.inference.pipeline import Blip2, check_batch_size
 from blip2_jax.models.blip2 import AXES
-from blip2_jax.runtime import distributed, run_dir
+from blip2_jax.runtime import distributed, dtypes, run_dir
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.weights import checkpoint
 from blip2_jax.weights.checkpoint import Checkpoint
@@ -38,7 +36,8 @@ def load(
       source: a Hugging Face folder or hub name, a LAVIS `.pth`, a native folder, the workdir of a
         run, finished or not, which stands for its newest checkpoint, or one of its checkpoints
         (WORKDIR/checkpoints/STEP).
-      dtype: what parameters are kept in and computed with, e.g. "bfloat16"; None: as stored.
+      dtype: what parameters are kept in and computed with, by name ("bfloat16", "fp16", ...) or as
+        a type of NumPy, JAX or PyTorch; None: as stored.
       mesh: a mesh, or sizes of one as in a config ({"data": 1, "fsdp": -1, "tensor": 1}), over
         which parameters and batches are spread; None: the first device or, of a run, its own mesh.
       vit, llm: the towers' own folders or files, where the source does not hold them (LAVIS) or
@@ -49,12 +48,17 @@ def load(
     Raises:
       ValueError: everything that does not fit, before anything is read.
     """
+    if dtype is not None:
+        dtype = dtypes.parse(dtype)
+    batch_size = check_batch_size(batch_size)
     distributed.setup_compilation_cache()
     source = str(source)
     if isinstance(mesh, Mapping):
         mesh = meshes.make_mesh(mesh)
     run = run_dir.find(source)
     if run is not None:
+        from blip2_jax import recipe  # half a second of import, for runs only
+
         if run.step < run.steps:
             print(f"{run.folder}: step {run.step} of {run.steps}.", file=sys.stderr)
         return recipe.load_run(
@@ -73,7 +77,7 @@ def load(
     return Blip2(
         found.config,
         params,
-        dtype=dtype and jnp.dtype(dtype),
+        dtype=dtype,
         mesh=mesh,
         batch_size=batch_size,
         source=source,
@@ -84,7 +88,7 @@ def load(
 def _placed(abstract: Any, dtype: Any, mesh: Mesh | None) -> Any:
     """The parameters in their dtype, on their devices."""
     if dtype is not None:
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), abstract)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
     if mesh is None:
         return abstract
     places = meshes.shardings(abstract, AXES, meshes.RULES, mesh)

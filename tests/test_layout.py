@@ -58,3 +58,16 @@ def test_importing_the_package_imports_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert not {"jax", "flax", "transformers", "torch", "tensorflow_datasets"} & set(loaded)
+
+
+def test_a_command_and_a_model_import_no_more_than_they_need():
+    """Seconds of every start: PyTorch for tokenizers, Orbax where no run is read."""
+    code = (
+        "import sys; from blip2_jax import __main__; __main__._hide_torch_from_transformers()\n"
+        "from blip2_jax.data import tokenizers; from blip2_jax import pretrained\n"
+        "assert tokenizers.load('package:digits-opt')('a')['input_ids']; print(*sys.modules)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "transformers" in loaded and not {"torch", "blip2_jax.recipe"} & set(loaded)

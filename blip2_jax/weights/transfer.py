@@ -25,6 +25,9 @@ from blip2_jax.weights.tables import KINDS, Row, Table
 Leaves = Mapping[str, Any]
 
 
+SMALL = 32 * 2**20  # bytes of a leaf that the host may hold as a whole
+
+
 class Piece(NamedTuple):
     """Where one parameter's values stand: in `names`, one a layer, from row `start` on."""
 
@@ -190,12 +193,30 @@ def _fill(leaf: jax.ShapeDtypeStruct, piece: Piece, tensors: Tensors) -> jax.Arr
     if not stack:
         return _array(leaf.shape, leaf.dtype, sharding, piece, piece.names[0], tensors)
     inner = _without_stack(sharding, stack)
+    if leaf.size * leaf.dtype.itemsize <= SMALL:
+        return _small_stack(leaf, sharding, piece, tensors)
     stacked = _empty(leaf.shape, leaf.dtype, sharding)
     for number, name in enumerate(piece.names):
         layer = _array(leaf.shape[stack:], leaf.dtype, inner, piece, name, tensors)
         where = np.unravel_index(number, leaf.shape[:stack])
         stacked = _put(sharding)(stacked, layer, [np.int32(w) for w in where])
     return stacked
+
+
+def _small_stack(
+    leaf: jax.ShapeDtypeStruct, sharding: Sharding, piece: Piece, tensors: Tensors
+) -> jax.Array:
+    """Layers put together on the host; to compile a program that does it would take longer."""
+    depth = leaf.shape[: piece.row.stack]
+    shape = leaf.shape[len(depth) :]
+
+    def part(index: Any) -> np.ndarray:  # a slice for each axis
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index[len(depth) :], shape, strict=True))
+        layers = [_read(tensors, name, piece, bounds, shape) for name in piece.names]
+        stacked = np.stack(layers).astype(leaf.dtype, order="C")
+        return stacked.reshape(*depth, *stacked.shape[1:])
+
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 
 def _without_stack(sharding: Sharding, stack: int) -> Sharding:
