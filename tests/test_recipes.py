@@ -8,7 +8,7 @@ import jax
 import pytest
 
 import tests.tiny as tiny
-from blip2_jax import cli, recipe
+from blip2_jax import cli, recipe, train
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.checkpoint import Checkpointer, saved_shapes
 
@@ -116,3 +116,11 @@ def test_a_checkpoint_of_the_full_size_holds_what_is_trained_and_no_tower(mesh, 
     assert not [path for path in found if "vit/" in path]
     size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert size < 1.02 * 3 * 4 * 186_705_470  # float32; noise does not compress
+
+
+def test_a_run_shows_how_its_texts_end():
+    """White space is made visible, as it may be another than was meant in a shell."""
+    config = tiny.config("stage2", **{"data.end_of_text": "\\n", "data.prompt": "a\tb"})
+    (line,) = train._texts_of(config)
+    assert r"prompt 'a\tb'" in line and r"end of text '\\n'" in line
+    assert train._texts_of(tiny.config("stage1")) == []
