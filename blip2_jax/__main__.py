@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if words[0] in RESUMABLE:  # until it hears the signal itself: there is nothing to save yet
         signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
-    if words[0] in TEXTS:
+    if argv is None and words[0] in TEXTS:  # this process is the command's own
         _hide_torch_from_transformers()
     return importlib.import_module(f"blip2_jax.{words[0]}").main(words[1:])
 
