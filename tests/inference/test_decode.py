@@ -183,9 +183,9 @@ def test_tokens_and_scores_equal_those_of_transformers(models, how):
         pytest.skip("its decoder is given no embeddings")
     ids, mask = prompts(left=not theirs.config.is_encoder_decoder)
     got = ours_of(ours, ids, mask, how)
-    if how.penalties_include_prompt:
+    if how.penalties_include_prompt and not how.no_repeat_ngram_size:
         tokens, log_probs = theirs_of(theirs, ids, mask, how)
-    else:  # given embeddings, transformers takes a row's padding for tokens that it wrote
+    else:  # transformers takes a row's padding for tokens that may not be repeated, or were written
         rows = [theirs_of(theirs, i[None, m > 0], m[None, m > 0], how) for i, m in zip(ids, mask)]  # noqa: B905
         tokens, log_probs = (np.concatenate(each) for each in zip(*rows, strict=True))
     np.testing.assert_array_equal(got.tokens, tokens)
