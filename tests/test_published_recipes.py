@@ -76,7 +76,6 @@ ALL = {
     "data.max_prompt_length": 64,  # ours; there is no prompt that long where it is not set
     "data.llm_special_tokens": {},
     "data.prompt": "",
-    "data.end_of_text": "\n",
     "data.task": "caption",
     "data.form": "image",
     "data.mixture_by": "weight",
@@ -99,11 +98,12 @@ WEB = ("coco", "vg", "cc3m", "cc12m", "sbu", "laion")
 
 ROWS = [
     # --------------------------------------------------------------- language models, any recipe
-    ("*flant5*", {"data.end_of_text": ""}),  # blip2_t5.py: its tokenizer's </s>
+    ("*opt?.7b*", {"end of text": "\n"}),  # blip2_opt.py
+    ("*flant5*", {"end of text": "its own"}),  # blip2_t5.py: its tokenizer's </s>
     (
         "*vicuna*",  # blip2_vicuna_instruct.py
         {
-            "data.end_of_text": "",
+            "end of text": "its own",
             "data.llm_special_tokens": {
                 "bos_token": "</s>",
                 "eos_token": "</s>",
@@ -287,7 +287,7 @@ OPERATION = {
     ),
     *("data.mixture", "data.qformer_tokenizer", "data.llm_tokenizer", "data.threads"),
     *("data.workers", "data.most_skipped", "data.story_warmup", "stage.labels"),
-    "model.qformer.remat",
+    *("model.qformer.remat", "data.end_of_text"),  # the latter is looked at by itself
 }
 
 
@@ -314,6 +314,10 @@ def test_a_recipe_is_what_is_published(name):
     want = expected(name)
     mixture = want.pop("mixture")
     assert sorted(config.data.mixture) == sorted(mixture)
+    llm = config.model.llm.source
+    if llm:
+        own = "\n" if "opt" in llm else "its own"
+        assert want.pop("end of text") == (flat["data.end_of_text"] or own)
     for key, value in want.items():
         got = flat.pop(key) if key in flat else plain(_at(config, key))
         assert got == value, key
