@@ -270,7 +270,8 @@ STAND_INS = {"BLIP2_VENV": "../stands/environment"}
 @command("./launch/test.sh", run=with_stand_ins, environment=STAND_INS)
 def _(ran):
     lint, layout, *_, tests = ran.out.splitlines()
-    assert (lint, layout, tests) == ("ruff check .", "ruff format --check .", "python -m pytest")
+    assert (lint, layout) == ("ruff check .", "ruff format --check .")
+    assert tests.startswith("python -m pytest ")
     assert "mypy" in ran.out and ".ci/run" in ran.out
 
 
@@ -906,6 +907,7 @@ MADE = {
     "runs/quickstart/metrics.json": (QUICKSTART, "runs/quickstart/metrics.json"),
     "tensorboard/": (STAGE1, "runs/mine/stage1/tensorboard"),
     "checkpoints/": (STAGE1, "runs/mine/stage1/checkpoints"),
+    "WORKDIR/checkpoints/STEP": (STAGE1, "runs/mine/stage1/checkpoints/2"),
     "predictions/vqav2_test_dev.json": (EVALUATE, "{dir}/predictions/vqav2_test_dev.json"),
 }
 
