@@ -510,7 +510,7 @@ def _finish(
     first = stops & (jnp.arange(stops.shape[1]) < width)
     length = _length(state, how, state.step + 1)[:, None]
     if how.length_counts != "generated":
-        length = length - ended
+        length = jnp.maximum(length - ended, 1)  # of an empty text
     score = total / length**how.length_penalty
     closed = ~state.open[:, None]
     if how.early_stopping:
