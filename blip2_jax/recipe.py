@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from blip2_jax import cli
 from blip2_jax.data import tokenizers
-from blip2_jax.data.examples import llm_lengths
+from blip2_jax.data.examples import is_instruction, llm_lengths
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.models import blip2, lora, opt, t5, vit
 from blip2_jax.models.qformer import QFormerConfig
@@ -356,12 +356,15 @@ def _check_lengths(recipe: Recipe) -> None:
         if room is None or f"{name}_ids" not in batch:
             continue
         length = batch[f"{name}_ids"].shape[1]  # with a prompt, where that has its own
-        asked = recipe.config.data[f"{name}_length"]
+        key = f"{name}_length"
+        if name == "llm" and is_instruction(recipe.config):  # then prompts have their own
+            key = max(key, "max_prompt_length", key=recipe.config.data.get)
+        asked = recipe.config.data[key]
         if before + length > room:
             what = f", after {before} queries," if before else ""
             raise ValueError(
                 f"Texts are {length} tokens long{what} and the model has positions for {room}: "
-                f"--config.data.{name}_length={asked - (before + length - room)}, or less "
+                f"--config.data.{key}={asked - (before + length - room)}, or less "
                 f"(it is {asked})."
             )
 

@@ -32,6 +32,7 @@ def config(stage: str = "stage1", **changes) -> ConfigDict:
     )  # fmt: skip
     c.model.projection_dim = 8
     c.data.batch_size, c.data.text_length, c.data.llm_length = 8, 6, 6
+    c.data.max_prompt_length = 6
     c.optim.update(dict(peak_lr=3e-3, warmup_start_lr=3e-4, warmup_steps=2))
     for key, value in changes.items():
         section, name = c, key

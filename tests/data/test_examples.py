@@ -70,6 +70,15 @@ def test_arrays_have_the_shapes_that_the_step_is_compiled_for(task, reads_prompt
     assert (example["llm_labels"] >= 0).any()
 
 
+def test_a_prompt_that_the_model_has_no_positions_for_is_refused():
+    config = make_config(**{"data.max_prompt_length": 64})
+    message = r"68 tokens long, after 4 queries, .* for 32: --config\.data\.max_prompt_length=24,"
+    with pytest.raises(ValueError, match=message):
+        recipe.build(config)
+    config.data.max_prompt_length = 24
+    recipe.build(config)
+
+
 def test_a_prompt_that_leaves_no_room_for_captions_is_refused():
     config = make_config(
         **{
