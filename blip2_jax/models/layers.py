@@ -16,12 +16,20 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, get_abstract_mesh
 
+# By the names that transformers has for them.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # erf: what BERT, EVA and FlanT5 here use
+    "gelu_python": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),  # tanh: stock FlanT5
+    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's CLIP
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
 }
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -322,12 +330,13 @@ class MLP(nnx.Module):
         hidden: int,
         *,
         activation: str,
+        bias: bool = True,
         std: float = 0.02,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
-        self.fc1 = linear(width, hidden, std=std, dtype=dtype, rngs=rngs)
-        self.fc2 = linear(hidden, width, std=std, dtype=dtype, rngs=rngs)
+        self.fc1 = linear(width, hidden, bias=bias, std=std, dtype=dtype, rngs=rngs)
+        self.fc2 = linear(hidden, width, bias=bias, std=std, dtype=dtype, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ feed-forward. Offers what `opt.OPT` does, so everything above it takes either.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +28,27 @@ from blip2_jax.models.layers import (
     vocabulary_scores,
 )
 
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """Rotary positions (Su et al. 2021) and how they are stretched beyond the trained length.
 
     Attributes:
-      kind: "default"; "linear" divides all frequencies by `factor`; "llama3" only those whose
-        wavelength is long against `original_length`, with a smooth passage (Llama 3.1's rule).
+      theta: base of the frequencies.
+      kind: "default"; "linear" divides all frequencies by `factor`; "dynamic" would change them for
+        texts beyond the longest, which are not read; "llama3" divides only those whose wavelength
+        is long against `original_length`, with a smooth passage (Llama 3.1's rule); "yarn" does so
+        by channel (Peng et al. 2023); "longrope" divides each by its own number (Ding et al. 2024).
+      factor: how much longer texts may be.
+      low_freq_factor, high_freq_factor: turns within `original_length` between which the passage
+        lies; YaRN calls them beta_slow and beta_fast.
+      original_length: the trained length.
+      truncate: whether YaRN's passage begins and ends at whole channels.
+      divisors: longrope's, for texts up to `original_length`; there are none longer.
+      long_divisors: longrope's for longer ones; kept for writing.
+      magnitude: factor on queries and keys.
     """
 
     theta: float = 10000.0
@@ -44,11 +57,18 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
+    truncate: bool = True
+    divisors: tuple[float, ...] = ()
+    long_divisors: tuple[float, ...] = ()
+    magnitude: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """Sizes of a Llama; the defaults are those of 7B and of Vicuna-7B."""
+
+    is_encoder_decoder: ClassVar[bool] = False
+    end_of_text: ClassVar[str] = ""  # ends in its own end token
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -63,6 +83,15 @@ class LlamaConfig:
     rope: RopeConfig = RopeConfig()
     remat: str = "none"
     scan: bool = True  # see `layers.Stack`
+    max_position_embeddings: int = 2048
+    bos_token_id: int | None = 1
+    eos_token_ids: tuple[int, ...] = (2,)
+    pad_token_id: int | None = None
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest row that can be read, in tokens; None: any."""
+        return self.max_position_embeddings if self.rope.kind in ("dynamic", "longrope") else None
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -75,21 +104,40 @@ def frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
         low, high = rope.low_freq_factor, rope.high_freq_factor
         smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
         rates = (1 - smooth) * rates / rope.factor + smooth * rates
-    elif rope.kind != "default":
-        raise ValueError(f"Unknown rotary scaling {rope.kind!r}; known: default, linear, llama3.")
+    elif rope.kind == "yarn":
+        # The channels that make so many turns within the trained length.
+        first, last = (
+            head_dim
+            * math.log(rope.original_length / (turns * 2 * math.pi))
+            / (2 * math.log(rope.theta))
+            for turns in (rope.high_freq_factor, rope.low_freq_factor)
+        )
+        if rope.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        last += 1e-3 if first == last else 0
+        stretched = np.clip((np.arange(head_dim // 2) - first) / (last - first), 0.0, 1.0)
+        rates = stretched * rates / rope.factor + (1 - stretched) * rates
+    elif rope.kind == "longrope":
+        rates = rates / np.array(rope.divisors)
+    elif rope.kind not in ROPE_KINDS:
+        raise ValueError(f"Rotary scaling {rope.kind!r}; known: {', '.join(ROPE_KINDS)}.")
     return rates.astype(np.float32)
 
 
-def rotate(x: jax.Array, positions: jax.Array, rates: np.ndarray) -> jax.Array:
+def rotate(
+    x: jax.Array, positions: jax.Array, rates: np.ndarray, magnitude: float = 1.0
+) -> jax.Array:
     """Turns each pair of channels (i, i + K / 2) by position times rate.
 
     Args:
       x: float[B, H, T, K], queries or keys.
       positions: int32[B, T].
       rates: see `frequencies`.
+      magnitude: factor on the result.
     """
     angles = positions[:, None, :, None].astype(jnp.float32) * rates
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
@@ -182,7 +230,7 @@ class Llama(DecoderOnly):
         positions = jnp.maximum(positions, 0)
 
         def turn(x: jax.Array) -> jax.Array:
-            return rotate(x, positions, rates)
+            return rotate(x, positions, rates, self.config.rope.magnitude)
 
         def step(block: LlamaBlock, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             x, keys_values = block(x, turn, mask, segments(layer[0], memory, seen))

@@ -6,7 +6,7 @@ counted over the attention mask, so padding on either side changes nothing.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from blip2_jax.models.layers import (
     Stack,
     dropout,
     layer_norm,
+    linear,
     normal,
     split_key,
     vocabulary_scores,
@@ -34,6 +35,9 @@ POSITION_OFFSET = 2  # the first two rows of the position table are unused (fair
 @dataclasses.dataclass(frozen=True)
 class OPTConfig:
     """Sizes of an OPT; the defaults are OPT-2.7B's."""
+
+    is_encoder_decoder: ClassVar[bool] = False
+    end_of_text: ClassVar[str] = "\n"  # of BLIP-2's texts (LAVIS `blip2_opt.py`), not its own </s>
 
     vocab_size: int = 50272
     hidden_size: int = 2560
@@ -48,6 +52,16 @@ class OPTConfig:
     sinusoid: float = 0.0
     remat: str = "none"
     scan: bool = True  # see `layers.Stack`
+    bias: bool = True  # of attention and feed-forward
+    tied_head: bool = True
+    bos_token_id: int | None = 2
+    eos_token_ids: tuple[int, ...] = ()  # none: `end_of_text`
+    pad_token_id: int | None = 1
+
+    @property
+    def max_length(self) -> int:
+        """The longest row that can be read, in tokens."""
+        return self.max_position_embeddings
 
 
 class OPTBlock(nnx.Module):
@@ -57,9 +71,22 @@ class OPTBlock(nnx.Module):
         width = config.hidden_size
         norm = lambda: layer_norm(width, eps=LAYER_NORM_EPS, dtype=dtype, rngs=rngs)  # noqa: E731
         self.self_attn_layer_norm = norm()
-        self.self_attn = Attention(width, config.num_heads, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(
+            width,
+            config.num_heads,
+            bias="qkvo" if config.bias else "",
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.final_layer_norm = norm()
-        self.mlp = MLP(width, config.ffn_dim, activation=config.activation, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(
+            width,
+            config.ffn_dim,
+            activation=config.activation,
+            bias=config.bias,
+            dtype=dtype,
+            rngs=rngs,
+        )
         self.dropout = config.dropout
 
     def __call__(
@@ -113,6 +140,10 @@ class OPT(DecoderOnly):
         self.final_layer_norm = layer_norm(
             config.hidden_size, eps=LAYER_NORM_EPS, dtype=dtype, rngs=rngs
         )
+        if not config.tied_head:
+            self.lm_head = linear(
+                config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs
+            )
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Token embeddings: int32[B, T] -> float[B, T, D]."""
@@ -148,8 +179,13 @@ class OPT(DecoderOnly):
         return self.final_layer_norm(x), keys_values
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Next-token scores through the tied head: float[B, T, D] -> float32[B, T, V]."""
-        return vocabulary_scores(hidden, self.embed_tokens.embedding[...].T)
+        """Next-token scores: float[B, T, D] -> float32[B, T, V]."""
+        table = (
+            self.embed_tokens.embedding[...].T
+            if self.config.tied_head
+            else self.lm_head.kernel[...]
+        )
+        return vocabulary_scores(hidden, table)
 
 
 class OPTAlone(nnx.Module):

@@ -9,7 +9,7 @@ overrides it and the published checkpoints' configs say so.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,11 @@ from blip2_jax.models.layers import (
 class T5Config:
     """Sizes of a T5 v1.1; the defaults are FlanT5-XL's, as BLIP-2 uses it."""
 
+    is_encoder_decoder: ClassVar[bool] = True
+    end_of_text: ClassVar[str] = ""  # ends in its own end token
+    bos_token_id: ClassVar[None] = None
+    max_length: ClassVar[None] = None  # relative positions have no end
+
     vocab_size: int = 32128
     hidden_size: int = 2048
     num_layers: int = 24
@@ -56,6 +61,8 @@ class T5Config:
     decoder_start_id: int = 0
     remat: str = "none"
     scan: bool = True  # see `layers.Stack`
+    eos_token_ids: tuple[int, ...] = (1,)
+    pad_token_id: int | None = 0
 
 
 def relative_buckets(

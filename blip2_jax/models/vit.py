@@ -6,6 +6,7 @@ trains, stands outside (LAVIS `eva_vit.py`, `clip_vit.py`; the paper's section 3
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,8 +18,8 @@ from blip2_jax.models import layers
 from blip2_jax.models.layers import MLP, Attention, Stack, layer_norm, linear, normal, split_key
 
 # Mean and standard deviation of RGB in 0..1: CLIP's, used by BLIP-2 with both encoders.
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 AXES = (
     *layers.AXES,
@@ -46,10 +47,17 @@ class ViTConfig:
     align_corners: bool = False  # how positions are resampled for another image size; CLIP: True
     drop_path: float = 0.0  # share of branches left out in training, in the last block
     remat: str = "none"
+    # How pixels become numbers: value / 255, less the mean, over the deviation, by channel.
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+    resample: str = "bicubic"  # how images are resized; see `data.transforms`
+    # Resize the shorter side to so many pixels, and cut out the middle; 0: squeeze the whole image
+    # into the square, as BLIP-2 does.
+    shortest_edge: int = 0
 
     @property
     def grid(self) -> int:
-        """Patches along one side."""
+        """Patches along one side; pixels beyond the last whole one are not read."""
         return self.image_size // self.patch_size
 
     @property
@@ -58,10 +66,12 @@ class ViTConfig:
         return self.grid**2 + 1
 
 
-def normalize_images(images: jax.Array) -> jax.Array:
-    """uint8[B, H, W, 3] in 0..255 -> float32[B, H, W, 3] of zero mean and unit variance."""
-    mean, std = jnp.array(IMAGE_MEAN, jnp.float32), jnp.array(IMAGE_STD, jnp.float32)
-    return (images.astype(jnp.float32) / 255.0 - mean) / std
+def normalize_images(
+    images: jax.Array, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> jax.Array:
+    """uint8[B, H, W, 3] in 0..255 -> float32[B, H, W, 3], less the mean, over the deviation."""
+    center, scale = jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32)
+    return (images.astype(jnp.float32) / 255.0 - center) / scale
 
 
 class ViTBlock(nnx.Module):
@@ -98,10 +108,9 @@ class ViT(nnx.Module):
     """Images in, one vector a patch (and a class token) out."""
 
     def __init__(self, config: ViTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
-        if config.image_size % config.patch_size:
+        if config.image_size < config.patch_size:
             raise ValueError(
-                f"image_size {config.image_size} is not a multiple of patch_size "
-                f"{config.patch_size}."
+                f"image_size {config.image_size} is less than patch_size {config.patch_size}."
             )
         self.config = config
         width = config.hidden_size
@@ -133,7 +142,9 @@ class ViT(nnx.Module):
         size, patch, grid = self.config.image_size, self.config.patch_size, self.config.grid
         if images.shape[1:] != (size, size, 3):
             raise ValueError(f"Images are {images.shape[1:]}; the encoder reads {(size, size, 3)}.")
-        x = normalize_images(images).reshape(-1, grid, patch, grid, patch, 3)
+        images = images[:, : grid * patch, : grid * patch]
+        x = normalize_images(images, self.config.image_mean, self.config.image_std)
+        x = x.reshape(-1, grid, patch, grid, patch, 3)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid**2, 3 * patch**2)
         x = self.patch_embed(x)
         cls = jnp.broadcast_to(self.cls_token[...], (len(x), 1, x.shape[-1]))

@@ -143,7 +143,7 @@ def _qkv(ours: str, leaf: str, without: str = "") -> tuple[str | None, ...]:
 # ----------------------------------------------------------------------------- language models
 
 
-def opt() -> Table:
+def opt(tied_head: bool = True, bias: bool = True) -> Table:
     """`OPTForCausalLM`."""
     ours, theirs = "layers/blocks", "model.decoder.layers.{i}"
     rows = [
@@ -152,12 +152,14 @@ def opt() -> Table:
         *_norm("final_layer_norm", "model.decoder.final_layer_norm"),
     ]
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        rows += _linear(f"{ours}/self_attn/{name}", f"{theirs}.self_attn.{name}", 1)
+        rows += _linear(f"{ours}/self_attn/{name}", f"{theirs}.self_attn.{name}", 1, bias)
     for name in ("self_attn_layer_norm", "final_layer_norm"):
         rows += _norm(f"{ours}/{name}", f"{theirs}.{name}", 1)
     for name in ("fc1", "fc2"):
-        rows += _linear(f"{ours}/mlp/{name}", f"{theirs}.{name}", 1)
-    return Table(tuple(rows), {"lm_head.weight": "model.decoder.embed_tokens.weight"})
+        rows += _linear(f"{ours}/mlp/{name}", f"{theirs}.{name}", 1, bias)
+    if tied_head:
+        return Table(tuple(rows), {"lm_head.weight": "model.decoder.embed_tokens.weight"})
+    return Table((*rows, *_linear("lm_head", "lm_head", bias=False)))
 
 
 def llama(tied_head: bool = False) -> Table:
@@ -269,7 +271,7 @@ def eva() -> Table:
     for number in (1, 2):
         rows += _norm(f"{ours}/norm{number}", f"{theirs}.layer_norm{number}", 1)
         rows += _linear(f"{ours}/mlp/fc{number}", f"{theirs}.mlp.fc{number}", 1)
-    return Table(tuple(rows))
+    return Table(tuple(rows), ignored=(r"post_layernorm\..*",))
 
 
 def lavis_eva() -> Table:

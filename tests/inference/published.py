@@ -1,4 +1,7 @@
-"""Published-shaped folders with random weights and the embedded world's tokenizers."""
+"""Folders as the hub has them, with random weights and the embedded world's tokenizers.
+
+Their `config.json` says what differs from the class's defaults, and no more.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +54,7 @@ def generation_folder(
         theirs.language_projection.weight *= 3
         theirs.language_model.get_input_embeddings().weight *= 3
     theirs.save_pretrained(folder)
+    models.hub_form(folder)
     processor.save_pretrained(folder)
     return theirs
 
@@ -84,6 +88,7 @@ def retrieval_folder(
     config.image_token_index = None
     theirs = models.randomize(transformers.Blip2ForImageTextRetrieval(config))
     theirs.save_pretrained(folder)
+    models.hub_form(folder)
     tokenizer.save_pretrained(folder)
     return theirs
 
@@ -109,6 +114,7 @@ def instruct_folder(folder: Path) -> torch.nn.Module:
         theirs.language_projection.weight *= 3
         theirs.language_model.get_input_embeddings().weight *= 3
     theirs.save_pretrained(folder)
+    models.hub_form(folder)
     words.save_pretrained(folder)
     bert.save_pretrained(folder / "qformer_tokenizer")
     return theirs

@@ -18,10 +18,10 @@ from blip2_jax.models.t5 import T5, T5Config
 from blip2_jax.weights import huggingface
 
 
-def load(kind, theirs, folder):
-    """Our model with transformers' weights, by way of a folder."""
+def load(kind, theirs, folder, **sizes):
+    """Our model with transformers' weights, by way of a folder; `sizes` are changed."""
     theirs.save_pretrained(folder)
-    sizes = huggingface.llm_config(str(folder))
+    sizes = huggingface.llm_config(str(folder), **sizes)
     make = lambda: kind(sizes, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
     abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make)))
     params = huggingface.load(str(folder), sizes, abstract)
@@ -93,7 +93,7 @@ def test_t5_logits_equal_transformers(activation, tied, tmp_path):
     if not tied:  # transformers 5 ties at construction whatever the config says
         theirs.lm_head.weight = torch.nn.Parameter(torch.randn(61, 48) * 0.5)
     theirs = shake(theirs)
-    ours = load(T5, theirs, tmp_path)
+    ours = load(T5, theirs, tmp_path, activation=activation)
     rng = np.random.default_rng(0)
     ids, mask = rng.integers(3, 61, (2, 150)), np.ones((2, 150), int)
     mask[1, 100:] = 0

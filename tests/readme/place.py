@@ -139,9 +139,9 @@ def write_models(home: Path) -> None:
     )
     # Towers: those of a whole model serve, but for an encoder of CLIP's depth.
     vision = models.VISION | {"num_hidden_layers": 24, "hidden_size": 32, "intermediate_size": 32}
-    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vision)).save_pretrained(
-        home / "my-clip"
-    )
+    clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vision))
+    clip.save_pretrained(home / "my-clip")
+    models.hub_form(home / "my-clip")
     (home / "my-llm").symlink_to(hub / "blip2-opt-2.7b")
     (home / "facebook").mkdir()
     (home / "facebook/opt-2.7b").symlink_to(hub / "blip2-opt-2.7b")

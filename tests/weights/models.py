@@ -1,5 +1,9 @@
 """Small random models of transformers, one of every published form, saved as users find them."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
 import transformers
 
@@ -127,3 +131,41 @@ FORMS = {
     "retrieval": retrieval,
     "instruct": instruct,
 }
+
+
+def differences(config: transformers.PreTrainedConfig) -> dict[str, Any]:
+    """What transformers 4.36 to 4.48 wrote, and so the hub has: what is not the class's default.
+
+    A default that follows from others (T5's decoder layers) is none.
+    """
+    fields = vars(type(config))
+    defaults = {k: v for k, v in type(config)().to_dict().items() if fields.get(k, v) is not None}
+    document = {
+        key: value
+        for key, value in config.to_dict().items()
+        if key == "model_type" or value not in (None, defaults.get(key))
+    }
+    for key in ("vision_config", "qformer_config", "text_config"):
+        if key in document:
+            document[key] = differences(getattr(config, key))
+    return earlier(json.loads(json.dumps(document)))
+
+
+def earlier(document: dict[str, Any]) -> dict[str, Any]:
+    """A parsed config with the names of before transformers 5; the document itself is changed."""
+    rope = dict(document.pop("rope_parameters", None) or {})
+    if rope:
+        document["rope_theta"] = rope.pop("rope_theta", 10000.0)
+        kind = rope.pop("rope_type", "default")
+        document["rope_scaling"] = {**rope, "type": kind} if kind != "default" else None
+    if document["model_type"] == "t5":  # tied or not was what said whether logits are scaled
+        document["tie_word_embeddings"] = document.pop("scale_decoder_outputs", True)
+    return document
+
+
+def hub_form(folder: Path) -> None:
+    """Rewrites a saved folder's `config.json` as the hub has it."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    architectures = json.loads((folder / "config.json").read_text())["architectures"]
+    document = {**differences(config), "architectures": architectures}
+    (folder / "config.json").write_text(json.dumps(document, indent=2))

@@ -1,10 +1,14 @@
 """Every public checkpoint's names, shapes and parameter counts, on abstract models: no weights.
 
-Configs are those of the hub; counts those of the published files, and of LAVIS's training logs.
+Configs are in the hub's form, which leaves out what is the class's default; one of them is stored
+as it is there (`hub/`). Counts are those of the published files, and of LAVIS's training logs.
 """
 
 import dataclasses
+import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,32 +18,30 @@ from blip2_jax.models.opt import OPTConfig
 from blip2_jax.models.t5 import T5Config
 from blip2_jax.weights import checkpoint, configs, huggingface, lavis, transfer
 
+STORED = json.loads((Path(__file__).parent / "hub/blip2-opt-2.7b.json").read_text())
+
 
 def opt(width, ffn):
-    return {
-        "model_type": "opt", "vocab_size": 50304, "hidden_size": width, "ffn_dim": ffn,
-        "word_embed_proj_dim": width, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "max_position_embeddings": 2048,
-    }  # fmt: skip
+    sizes = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": ffn}
+    return {**STORED["text_config"], **sizes}
 
 
 def t5(width, ffn, heads):
     return {
-        "model_type": "t5", "vocab_size": 32128, "d_model": width, "d_ff": ffn, "d_kv": 64,
-        "num_heads": heads, "num_layers": 24, "num_decoder_layers": 24,
-        "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "is_gated_act": True,
-        "tie_word_embeddings": False, "bos_token_id": 1,
+        "model_type": "t5", "d_model": width, "d_ff": ffn, "num_heads": heads, "num_layers": 24,
+        "num_decoder_layers": 24, "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu",
+        "is_gated_act": True, "tie_word_embeddings": False, "bos_token_id": 1,
+        "decoder_start_token_id": 0,
     }  # fmt: skip
 
 
-def vicuna(width, ffn, layers, heads):
-    return {
-        "model_type": "llama", "vocab_size": 32064, "hidden_size": width,
-        "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "rms_norm_eps": 1e-6,
-    }  # fmt: skip
+def vicuna(**sizes):
+    return {"model_type": "llama", "vocab_size": 32064, **sizes}
 
 
+VICUNA_13B = vicuna(
+    hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
+)
 OPT_2B, OPT_6B = opt(2560, 10240), opt(4096, 16384)
 T5_XL, T5_XXL = t5(2048, 5120, 32), t5(4096, 10240, 64)
 AT_364 = (677 - 257) * 1408  # more position embeddings
@@ -58,10 +60,10 @@ HUB = {
     "instructblip-flan-t5-xl": (configs.INSTRUCT, T5_XL, 224, 4_022_969_088),
     "instructblip-flan-t5-xxl": (configs.INSTRUCT, T5_XXL, 224, 12_310_119_168),
     "instructblip-vicuna-7b": (
-        configs.INSTRUCT, vicuna(4096, 11008, 32, 32), 224, 7_913_726_720,
+        configs.INSTRUCT, vicuna(), 224, 7_913_726_720,
     ),
     "instructblip-vicuna-13b": (
-        configs.INSTRUCT, vicuna(5120, 13824, 40, 40), 224, 14_192_093_952,
+        configs.INSTRUCT, VICUNA_13B, 224, 14_192_093_952,
     ),
 }  # fmt: skip
 
@@ -72,6 +74,7 @@ class Headers:
     def __init__(self, state_dict):
         self.source = "meta"
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        self.dtypes = dict.fromkeys(self.shapes, np.dtype(np.float32))
 
 
 def count(tree, *keys):
@@ -83,16 +86,17 @@ def count(tree, *keys):
 def test_a_public_checkpoint_has_our_names_shapes_and_count(name):
     kind, text, size, published = HUB[name]
     instruct, matching = kind == configs.INSTRUCT, kind == configs.RETRIEVAL
-    qformer = {"vocab_size": 30523 if instruct or matching else 30522}
+    qformer = {"vocab_size": 30523} if instruct or matching else {}
     document = {
+        **{key: STORED[key] for key in ("num_query_tokens", "image_text_hidden_size")},
         "architectures": [kind],
         "model_type": "instructblip" if instruct else "blip-2",
-        "num_query_tokens": 32,
-        "image_text_hidden_size": 256,
-        "vision_config": {"image_size": size},
+        "vision_config": {} if size == 224 else {"image_size": size},
         "qformer_config": qformer | ({"use_qformer_text_input": True} if matching else {}),
         "text_config": text or {"model_type": "opt"},
     }
+    if name == "blip2-opt-2.7b":
+        document = STORED
     config = configs.parse_blip2(document, name)
     of = transformers.InstructBlipConfig if instruct else transformers.Blip2Config
     with torch.device("meta"):
