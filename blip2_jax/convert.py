@@ -12,6 +12,9 @@ a tower's own pre-training), which stands for its newest checkpoint, or one of i
 (WORKDIR/checkpoints/STEP). What SRC does not hold (a LAVIS file has no language model and often no
 image encoder) is named beside it. Nothing is lost on the way: values keep their
 bits unless --dtype asks otherwise, and what a format has no place for is said.
+
+DST is new, or empty. What this command wrote before is replaced with --overwrite, in one step: a
+killed conversion leaves the old one whole. Anything else is left alone.
 """
 
 import argparse
@@ -28,7 +31,7 @@ from blip2_jax import cli, recipe
 from blip2_jax.data import tokenizers
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.vit import ViTConfig
-from blip2_jax.runtime import run_dir
+from blip2_jax.runtime import outputs, run_dir
 from blip2_jax.runtime import state as states
 from blip2_jax.weights import checkpoint, files, huggingface, lavis, transfer
 from blip2_jax.weights.files import WeightsError
@@ -54,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="--to=lavis: leave the image encoder out, as official pre-trained files do",
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what this command wrote to DST before"
+    )
     parser.add_argument("--dry_run", action="store_true", help="say what would go where, and stop")
 
 
@@ -69,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 def convert(args: argparse.Namespace) -> int:
     """Converts; returns the exit code."""
     target, dtype = Path(args.target), args.dtype
+    check_target(args)
     run = run_dir.find(args.source)
     if run is not None:
         print(f"{run.folder}: step {run.step} of {run.steps}.")
@@ -90,16 +97,38 @@ def convert(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     if args.to == "lavis":
-        lavis.save(target, config, params, with_vit=not args.without_vit)
+        lavis.save(target, config, params, with_vit=not args.without_vit, overwrite=args.overwrite)
         if "llm" in params:
             print(f"The language model is not in {target}: LAVIS loads it from its own folder.")
     else:
         save = huggingface.save_blip2 if args.to == "huggingface" else checkpoint.save_native
         with _with_special_tokens(companions, special_tokens) as folder:
-            save(target, config, params, companions=folder)
+            save(target, config, params, companions=folder, overwrite=args.overwrite)
     size = transfer.num_bytes(params) / 1e9
     print(f"{target}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {size:.2f} GB.")
     return 0
+
+
+def check_target(args: argparse.Namespace) -> None:
+    """Refuses a DST that holds what was not written here, or what is to be read.
+
+    Raises:
+      WeightsError: naming what is there, before anything is read.
+    """
+    target = Path(args.target).resolve()
+    for given in filter(None, (args.source, args.vit, args.llm)):
+        source = Path(given).resolve()
+        if source.exists() and (
+            source == target or source in target.parents or target in source.parents
+        ):
+            raise WeightsError(f"DST {args.target} is, holds or lies in {given}; name another.")
+    if args.to == "lavis":
+        lavis.check_target(target, overwrite=args.overwrite)
+        return
+    try:
+        outputs.check_folder(target, overwrite=args.overwrite)
+    except outputs.Taken as error:
+        raise WeightsError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -134,7 +163,7 @@ def _write_tower(args: argparse.Namespace, sizes: Any, params: Any, dtype: Any) 
     tower = jax.tree.map(lambda x: x.astype(dtype or jnp.bfloat16), params[name])
     count = sum(x.size for x in jax.tree.leaves(tower))
     if not args.dry_run:
-        huggingface.save(Path(args.target), sizes, tower)
+        huggingface.save(Path(args.target), sizes, tower, overwrite=args.overwrite)
     print(f"{args.target}: {count:,} parameters, fingerprint {states.fingerprint(tower)}.")
     return 0
 

@@ -49,9 +49,10 @@ from blip2_jax.evals import vqa
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.report import write_report
-from blip2_jax.runtime import atomic, distributed, run_dir
+from blip2_jax.runtime import distributed, run_dir
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.metrics import METRICS_FILE, read_jsonl
+from blip2_jax.runtime.outputs import Own
 from blip2_jax.tasks.task import Lines, Metrics, Rows, Task
 
 LIBRARIES = (
@@ -130,6 +131,9 @@ def _evaluate(
     host = Host.this()
     result = Result(config, workdir)
     planned = open_tasks(config, only)  # what is wrong with any of them shows here
+    if host.index == 0:
+        names = [predictions_path(task) for task in planned]
+        result.own.check("metrics.json", "report.html", *names)
     loaded: Blip2 | None = None
     sources: dict[str, str] = {}  # a run that is at work has other checkpoints from task to task
     if predictions:
@@ -275,6 +279,7 @@ class Result:
 
     def __init__(self, config: ConfigDict, workdir: Path):
         self.config, self.workdir = config, workdir
+        self.own = Own(workdir, "blip2 evaluate")
         self.metrics: dict[str, Any] = {}
         self.left_out: dict[str, str] = {}
         self.settings: dict[str, Any] = {}
@@ -289,8 +294,9 @@ class Result:
         self.settings[task.name] = task.settings()
         self.sources[task.name] = source
         self.done.append((task, rows))
-        path = task.write(self.workdir / "predictions", rows)
-        print(f"{task.name}: predictions in {path}")
+        with self.own.replacing(predictions_path(task)) as draft:
+            task.write(draft, rows)
+        print(f"{task.name}: predictions in {self.workdir / predictions_path(task)}")
 
     def finish(self, seconds: float, model: Blip2 | None) -> None:
         """Writes metrics.json and the page, and prints the table."""
@@ -304,12 +310,19 @@ class Result:
                 "versions": versions(),
             },
         }
-        atomic.write_json(self.workdir / "metrics.json", content, indent=1)
-        page(self, model)
+        with self.own.replacing("metrics.json") as draft:
+            draft.write_text(json.dumps(content, indent=1) + "\n")
+        with self.own.replacing("report.html") as draft:
+            page(self, model, draft)
         print_table(self.metrics, self.config.published.scores)
         for name, reason in self.left_out.items():
             print(f"Left out: {name}: {reason}.")
         print(f"Report: {self.workdir / 'report.html'}")
+
+
+def predictions_path(task: Task) -> str:
+    """Of a task's predictions, in the workdir."""
+    return f"predictions/{task.name}.json"
 
 
 def versions() -> dict[str, str]:
@@ -349,7 +362,7 @@ def costs(
 # ------------------------------------------------------------------------------------- the page
 
 
-def page(result: Result, model: Blip2 | None) -> None:
+def page(result: Result, model: Blip2 | None, path: Path) -> None:
     """Writes report.html."""
     config = result.config
     shown = list(pictures(result.done, config.seed))
@@ -364,7 +377,7 @@ def page(result: Result, model: Blip2 | None) -> None:
     runs = [run for run in map(run_dir.find, dict.fromkeys(result.sources.values())) if run]
     logs = {run.name: run.workdir / METRICS_FILE for run in runs if run.workdir}
     write_report(
-        result.workdir / "report.html",
+        path,
         title=config.title or f"BLIP-2: {config.name}",
         metrics=result.metrics,
         curves={name: read_jsonl(log) for name, log in logs.items() if log.is_file()},

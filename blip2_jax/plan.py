@@ -41,6 +41,7 @@ from blip2_jax import cli, recipe
 from blip2_jax.runtime import atomic, hlo, slices
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.chips import CHIPS, GIB, Chip
+from blip2_jax.runtime.outputs import Own
 from blip2_jax.stages.flops import flops_per_sample
 
 EFFICIENCY = 0.5  # share of the peak that matrix products reach in practice, as a rule
@@ -551,9 +552,10 @@ def describe(plan: Plan) -> str:
 def write(plan: Plan, workdir: Path) -> Path:
     """Keeps a plan as JSON; returns where."""
     how = re.sub(r"[^\w.]+", "-", way(plan))
-    path = workdir / f"{plan['recipe']}.{plan['topology']}.b{plan['batch_size']}.{how}.json"
-    atomic.write_json(path, plan)
-    return path
+    name = f"{plan['recipe']}.{plan['topology']}.b{plan['batch_size']}.{how}.json"
+    with Own(workdir, "blip2 plan").replacing(name) as draft:
+        draft.write_text(json.dumps(plan, indent=2) + "\n")
+    return workdir / name
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,10 @@ import numpy as np
 from blip2_jax import cli
 from blip2_jax.data import card, datasets, files, shards, sources, tars, transforms
 from blip2_jax.data.faults import RecordError, Skipped
+from blip2_jax.runtime.outputs import Own, replacing_folder
 
 DONE = "done.json"
+PAGES = ("README.md", "report.html")  # which people may have changed
 DIGITS, FILES = "digits", "files"
 
 
@@ -259,6 +260,7 @@ def _claim(plan: shards.Plan, settings: dict[str, Any]) -> None:
         if there and not any(file.endswith(".plan.json") for file in there):
             raise ValueError(f"{plan.out} is not empty and not ours; name another --out.")
     if files.is_local(plan.out):
+        Own(Path(plan.out), "blip2 prepare").check(*PAGES)
         os.makedirs(os.path.join(plan.out, "shards"), exist_ok=True)
     files.write(files.join(plan.out, name), json.dumps(wanted, indent=1).encode())
 
@@ -268,14 +270,16 @@ def _finish(plan: shards.Plan, splits: dict[str, Any], summary: dict[str, Any]) 
     splits = {**splits, plan.split: summary}
     lengths = {name: (of["lengths"], of["totals"]["bytes"]) for name, of in splits.items()}
     shards.write_metadata(plan, "Image-text pairs, prepared by blip2_jax.", lengths)
-    for name, text in {
-        "README.md": card.card(plan.name, splits),
-        "report.html": card.page(plan.name, splits),
-        DONE: json.dumps(
-            {"splits": splits, "seconds": sum(of["seconds"] for of in splits.values())}
-        ),
-    }.items():
-        files.write(files.join(plan.out, name), text.encode())
+    texts = (card.card(plan.name, splits), card.page(plan.name, splits))
+    for name, text in zip(PAGES, texts, strict=True):
+        if files.is_local(plan.out):
+            with Own(Path(plan.out), "blip2 prepare").replacing(name) as draft:
+                draft.write_text(text, encoding="utf-8")
+        else:
+            files.write(files.join(plan.out, name), text.encode())
+    seconds = sum(of["seconds"] for of in splits.values())
+    done = json.dumps({"splits": splits, "seconds": seconds})
+    files.write(files.join(plan.out, DONE), done.encode())
 
 
 def _print_rows(source: Any) -> None:
@@ -334,7 +338,7 @@ def prepare_digits(out: Path, seed: int, sizes: dict[str, int]) -> int:
             )
         print(f"{out}: prepared before.")
         return 0
-    if out.is_dir() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SystemExit(f"blip2 prepare: {out} is not empty and not ours; name another --out.")
 
     import tensorflow_datasets as tfds  # only where there is something to do: it takes a while
@@ -345,18 +349,13 @@ def prepare_digits(out: Path, seed: int, sizes: dict[str, int]) -> int:
 
     started = time.monotonic()
     # Built beside its final place and moved when whole: a kill leaves nothing half-made behind.
-    draft = out.with_name(out.name + ".partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    builder = DigitScenes(seed=seed, sizes=sizes, data_dir=draft)
-    with contextlib.redirect_stdout(io.StringIO()):  # "Downloading ...": there is nothing to
-        builder.download_and_prepare()
-    counts = {name: builder.info.splits[name].num_examples for name in sizes}
-    seconds = time.monotonic() - started
-    (draft / DONE).write_text(json.dumps({**settings, "seconds": seconds}, indent=2) + "\n")
-    if out.is_dir():
-        out.rmdir()
-    os.replace(draft, out)
+    with replacing_folder(out) as draft:
+        builder = DigitScenes(seed=seed, sizes=sizes, data_dir=draft)
+        with contextlib.redirect_stdout(io.StringIO()):  # "Downloading ...": there is nothing to
+            builder.download_and_prepare()
+        counts = {name: builder.info.splits[name].num_examples for name in sizes}
+        seconds = time.monotonic() - started
+        (draft / DONE).write_text(json.dumps({**settings, "seconds": seconds}, indent=2) + "\n")
     written = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(f"{out}: {written} scenes in {seconds:.0f} s")
     return 0

@@ -43,9 +43,10 @@ from blip2_jax.report import write_sweep_report
 from blip2_jax.runtime import atomic, compare, jobs, run_dir, values
 from blip2_jax.runtime.distributed import PREEMPTED
 from blip2_jax.runtime.metrics import METRICS_FILE, read_jsonl
+from blip2_jax.runtime.outputs import Own, Taken
 
 BACKENDS = ("print", "local", "slurm", "tpu", "gke")
-SWEEP_FILE = "sweep.json"
+SWEEP_FILE, RESULTS, PAGE = "sweep.json", "results.csv", "results.html"
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 _LONGEST_NAME = 100  # characters; file systems end at 255
 
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     common = [word for word in words if word.startswith(cli.OVERRIDE)]
     try:
         return sweep(args.config_path, Path(args.workdir), common, args.backend, args.workers)
-    except (cli.ConfigError, jobs.Busy, atomic.DamagedFile) as error:
+    except (cli.ConfigError, jobs.Busy, atomic.DamagedFile, Taken) as error:
         print(f"blip2 sweep: {error}", file=sys.stderr)
         return 2
 
@@ -85,6 +86,8 @@ def sweep(path: str, workdir: Path, common: Sequence[str], backend: str, workers
     base = cli.load_config(path, common)
     runs = make_runs(path, workdir, common)
     identity = {"recipe": base.name, "config": json.loads(cli.config_to_json(base))}
+    own = Own(workdir, "blip2 sweep")
+    own.check(SWEEP_FILE, RESULTS, PAGE)
     check_workdir(workdir, identity)
     left = [run for run in runs if not run.is_finished()]
     dry_run = os.environ.get("DRY_RUN") == "1"
@@ -92,7 +95,7 @@ def sweep(path: str, workdir: Path, common: Sequence[str], backend: str, workers
         for run in runs:
             print(shlex.join(["blip2", "train", *run.flags]) + ("" if run in left else "  # done"))
         if (workdir / SWEEP_FILE).is_file():
-            write_results(workdir, base.name, runs)
+            write_results(own, base.name, runs)
         return 0
     if backend != "local":
         check_launcher(backend)
@@ -106,7 +109,7 @@ def sweep(path: str, workdir: Path, common: Sequence[str], backend: str, workers
 
     cli.make_workdir(workdir)
     with jobs.only_one(workdir / "sweep.lock", f"Another blip2 sweep is at work in {workdir}."):
-        remember(workdir, identity, runs)
+        remember(own, identity, runs)
         if backend in ("slurm", "gke"):
             failed, stopped = submit(left, backend), False
         else:
@@ -115,7 +118,7 @@ def sweep(path: str, workdir: Path, common: Sequence[str], backend: str, workers
             )
             if backend == "tpu" and not stopped and os.environ.get("KEEP") != "1":
                 give_back(min(workers, len(left)), workers)
-        write_results(workdir, base.name, runs, failed)
+        write_results(own, base.name, runs, failed)
     if failed:
         print(f"\n{len(failed)} of {len(runs)} runs failed; the same command tries them again:")
         for name, code in failed.items():
@@ -314,15 +317,16 @@ def _read(file: Path) -> dict[str, Any]:
     )
 
 
-def remember(workdir: Path, identity: Mapping[str, Any], runs: Sequence[Run]) -> None:
+def remember(own: Own, identity: Mapping[str, Any], runs: Sequence[Run]) -> None:
     """Writes down whose workdir this is, and says which runs are no longer in the sweep."""
-    file = workdir / SWEEP_FILE
+    file = own.folder / SWEEP_FILE
     known = _read(file)["runs"] if file.is_file() else {}
     gone = known.keys() - {run.name for run in runs}
     if gone:
         print(f"No longer in the sweep, and left as they are: {', '.join(sorted(gone))}.")
     content = {**identity, "runs": {**known, **{run.name: run.point for run in runs}}}
-    atomic.write_json(file, content)
+    with own.replacing(SWEEP_FILE) as draft:
+        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------- running
@@ -394,7 +398,7 @@ def submit(runs: Sequence[Run], backend: str) -> dict[str, int]:
 
 
 def write_results(
-    workdir: Path, title: str, runs: Sequence[Run], failed: Mapping[str, int] | None = None
+    own: Own, title: str, runs: Sequence[Run], failed: Mapping[str, int] | None = None
 ) -> None:
     """Writes results.csv and results.html, and prints the table."""
     keys = list(dict.fromkeys(key for run in runs for key in run.point))
@@ -418,28 +422,27 @@ def write_results(
         rows.append({"run": run.name, "status": status, **run.point, **last, **costs})
 
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with (
-        atomic.replacing(workdir / "results.csv") as draft,
-        open(draft, "w", newline="", encoding="utf-8") as file,
-    ):
+    table, page = (own.folder / name for name in (RESULTS, PAGE))
+    with own.replacing(RESULTS) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
     finished = sum(row["status"] == "finished" for row in rows)
-    write_sweep_report(
-        workdir / "results.html",
-        title=f"Sweep of {title}",
-        summary=f"{finished} of {len(runs)} runs finished.",
-        keys=keys,
-        runs=found,
-    )
+    with own.replacing(PAGE) as draft:
+        write_sweep_report(
+            draft,
+            title=f"Sweep of {title}",
+            summary=f"{finished} of {len(runs)} runs finished.",
+            keys=keys,
+            runs=found,
+        )
     width = max(len(run.name) for run in runs)
     shown = [name for name in ("loss", "eval/loss") if name in columns]
     print(f"{'':<{width}}  {'status':<14}{'step':>8}" + "".join(f"{name:>12}" for name in shown))
     for row in rows:
         numbers = "".join(f"{row[name]:>12.4g}" if name in row else " " * 12 for name in shown)
         print(f"{row['run']:<{width}}  {row['status']:<14}{row['step']:>8}{numbers}")
-    print(f"Results: {workdir / 'results.csv'}, {workdir / 'results.html'}")
+    print(f"Results: {table}, {page}")
 
 
 def last_words(log: Path) -> str:

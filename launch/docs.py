@@ -1,6 +1,6 @@
 """Builds the API reference from the docstrings, as static HTML; `docs.sh` calls it.
 
-python launch/docs.py --out=DIR
+python launch/docs.py --out=DIR [--overwrite]
 """
 
 import argparse
@@ -10,6 +10,8 @@ import warnings
 from pathlib import Path
 
 import pdoc
+
+from blip2_jax.runtime import outputs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,8 +77,13 @@ def _words(name: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the pages")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier pages")
     args = parser.parse_args()
-    build(args.out)
+    try:
+        with outputs.replacing_folder(args.out, overwrite=args.overwrite) as draft:
+            build(draft)
+    except outputs.Taken as error:
+        raise SystemExit(f"docs.py: {error}") from error
     print(f"API reference: {args.out / 'index.html'}")
     return 0
 

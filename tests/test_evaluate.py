@@ -366,6 +366,18 @@ def test_answers_are_those_of_the_model_one_by_one(tmp_path, models, monkeypatch
     assert {"val/accuracy_blind", "val/other_blind"} <= metrics.keys()
 
 
+@pytest.mark.parametrize("name", ["metrics.json", "report.html", "predictions/dev.json"])
+def test_files_of_others_in_the_workdir_are_left_alone(name, tmp_path, models):
+    write_vqa(tmp_path / "data", "val2014")
+    tasks = f'"dev": task("vqa", "vqav2", "val", "{tmp_path / "data"}", {DECODING})'
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(SystemExit, match=rf"blip2 evaluate would write, .*{name}"):
+        run(config(tmp_path, tasks), tmp_path / "out", f"--model={models}/opt")
+    assert path.read_text() == "mine" and not (tmp_path / "out/lines").exists()
+
+
 def test_a_split_without_public_answers_gives_a_file_and_a_note(tmp_path, models):
     folder = tmp_path / "data"
     write_vqa(folder, "test2015", answers=False)

@@ -147,6 +147,11 @@ def test_folders_with_something_else_are_not_touched(web, tmp_path):
     with pytest.raises(SystemExit, match="other data"):
         pairs(web, tmp_path / "d")
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
+    pairs(web, tmp_path / "out")
+    (tmp_path / "out/README.md").write_text("what I found out about this data")
+    with pytest.raises(SystemExit, match=r"blip2 prepare would write, .*README\.md"):
+        pairs(web, tmp_path / "out", "--split=test")
+    assert (tmp_path / "out/README.md").read_text() == "what I found out about this data"
 
 
 def test_checking_writes_nothing(web, tmp_path, capsys):

@@ -370,6 +370,12 @@ def test_a_workdir_of_another_sweep_or_of_a_run_is_refused(recipe, tmp_path, cap
     recipe("def sweep(add):\n    add(seed=2)\n    add(seed=3)\n")
     assert sweep.main(list(words)) == 0
     assert "No longer in the sweep, and left as they are: seed=1." in capsys.readouterr().out
+    for name in ("sweep.json", "results.csv", "results.html"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        said = refused(capsys, f"--config={path}", f"--workdir={tmp_path / name}")
+        assert "blip2 sweep would write" in said and name in said
+        assert (tmp_path / name / name).read_text() == "mine"
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     said = refused(capsys, f"--config={path}", f"--workdir={tmp_path / 'run'}")
     assert "holds a run, not a sweep" in said

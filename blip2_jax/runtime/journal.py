@@ -26,9 +26,12 @@ def read(path: Path, request: Mapping[str, Any], command: str) -> list[dict[str,
     Raises:
       ValueError: the file answers another request, or is something else.
     """
-    if not path.exists() or not path.stat().st_size:
+    if not path.exists() or path.is_file() and not path.stat().st_size:
         return []
-    whole = path.read_bytes()
+    try:
+        whole = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); name another.") from error
     kept = whole[: whole.rfind(b"\n") + 1]
     if not kept and HEAD.startswith(whole[: len(HEAD)]):  # its first line was cut
         path.unlink()

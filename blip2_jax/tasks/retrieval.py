@@ -159,7 +159,7 @@ class Retrieval(Task):
             metrics["candidate_texts"] = found["candidate_texts"]
         return metrics, left_out
 
-    def write(self, folder: Path, rows: Rows) -> Path:
+    def write(self, path: Path, rows: Rows) -> None:
         """The best texts of each image and the best images of each text, with their scores."""
         answers: dict[str, list[Row]] = {"image_to_text": [], "text_to_image": []}
         for group in self.groups:
@@ -177,9 +177,7 @@ class Retrieval(Task):
                     best = order[starts[q] : starts[q + 1]][: self.TOP]
                     scored = [[found[other[i]], round(float(final[i]), 4)] for i in best]
                     answers[way].append({"query": name, "best": scored})
-        path = folder / f"{self.name}.json"
         atomic.write_json(path, answers, indent=None)
-        return path
 
 
 def _covers(row: Row | None, wanted: np.ndarray) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from blip2_jax.data import transforms
 from blip2_jax.data.containers import Row
 from blip2_jax.data.heldout import Heldout
 from blip2_jax.data.loader import Host
@@ -163,10 +164,13 @@ class Task:
     def _batches(
         self, share: Sequence[int]
     ) -> Iterator[tuple[list[int], list[np.ndarray], list[tuple[int, str]]]]:
-        size, batch = self._reader.config.vit.image_size, self._reader.batch_size
+        encoder, batch = self._reader.config.vit, self._reader.batch_size
+        how = transforms.resizing_of(encoder)
         self.between_batches()
         if share:
-            for found in self.dataset.batches(share, size, batch, self.threads):
+            for found in self.dataset.batches(
+                share, encoder.image_size, batch, self.threads, **how
+            ):
                 self.between_batches()
                 yield found
 
@@ -229,11 +233,9 @@ class Task:
         """Lines from texts by official id."""
         raise NotImplementedError
 
-    def write(self, folder: Path, rows: Rows) -> Path:
+    def write(self, path: Path, rows: Rows) -> None:
         """Writes what was said, in a server's form where there is one."""
-        path = folder / f"{self.name}.json"
         submissions.write(path, self.submission, self.predictions(rows))
-        return path
 
     def predictions(self, rows: Rows) -> dict[Any, str]:
         """Texts by official id."""

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -80,10 +83,14 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(folder, 
 
 def test_a_killed_preparation_is_made_anew(folder, tmp_path):
     """What a kill leaves behind is a draft folder beside the place, never half of the place."""
-    shutil.copytree(folder, tmp_path / "d.partial")
-    (tmp_path / "d.partial" / prepare.DONE).unlink()
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                          capture_output=True, text=True).stdout.strip()  # fmt: skip
+    left = tmp_path / f".d.{dead}@{socket.gethostname()}.partial"
+    shutil.copytree(folder, left)
+    (left / prepare.DONE).unlink()
+    (tmp_path / "d.partial").mkdir()  # somebody's
     assert prepare.prepare_digits(tmp_path / "d", 0, SIZES) == 0
-    assert not (tmp_path / "d.partial").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "d.partial"]
     assert len(sources.TfdsSource(tmp_path / "d", "train")) == 12
 
 

@@ -98,10 +98,26 @@ def test_all_that_is_public_has_a_docstring_of_which_nothing_is_lost(path):
                 assert line.strip() in code, f"{name}: {line}"
 
 
+def test_pages_take_no_place_of_other_files(tmp_path, monkeypatch):
+    docs = cli.load_module("launch/docs.py")
+    monkeypatch.setattr(docs, "build", lambda out: (out / "index.html").write_text("pages"))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/index.html").write_text("mine")
+    for words in ([], ["--overwrite"]):
+        monkeypatch.setattr("sys.argv", ["docs.py", f"--out={tmp_path / 'site'}", *words])
+        with pytest.raises(SystemExit, match="did not write"):
+            docs.main()
+    assert (tmp_path / "site/index.html").read_text() == "mine"
+    for words in ([], ["--overwrite"]):
+        monkeypatch.setattr("sys.argv", ["docs.py", f"--out={tmp_path / 'docs'}", *words])
+        assert docs.main() == 0
+
+
 def test_the_command_explains_itself():
     run = lambda word: subprocess.run(  # noqa: E731
         [ROOT / "launch/docs.sh", word], capture_output=True, text=True
     )
     assert "--out=DIR" in run("--help").stdout
+    assert "--overwrite" in run("--help").stdout
     wrong = run("--output=x")
     assert wrong.returncode == 2 and "try --help" in wrong.stderr

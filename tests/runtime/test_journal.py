@@ -50,3 +50,9 @@ def test_another_request_or_another_file_is_refused(tmp_path):
     path.write_text('["notes"]\n')
     with pytest.raises(ValueError, match="not written by blip2 test"):
         journal.read(path, REQUEST, "blip2 test")
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not written by blip2 test"):
+        journal.read(path, REQUEST, "blip2 test")
+    assert path.read_bytes() == b"\xff\xfe\x00"
+    with pytest.raises(ValueError, match="not written by blip2 test"):
+        journal.read(tmp_path, REQUEST, "blip2 test")  # a folder
