@@ -93,6 +93,11 @@ class Recipe:
         return getattr(getattr(self.model_config, "vit", self.model_config), "image_size", 0)
 
     @property
+    def resample(self) -> str:
+        """How images are resized; see `data.transforms.resize`."""
+        return getattr(getattr(self.model_config, "vit", self.model_config), "resample", "bicubic")
+
+    @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A global batch as the loader makes it (`data/examples.py`), placed on the mesh."""
         config, sizes, data = self.config, self.model_config, self.config.data

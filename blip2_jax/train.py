@@ -289,7 +289,9 @@ def loop(
         return found
 
     with (
-        loader.train_batches(config, run.image_size, start_step=step, source=source) as batches,
+        loader.train_batches(
+            config, run.image_size, start_step=step, source=source, resample=run.resample
+        ) as batches,
         MetricsWriter(workdir, restored_step=step) as writer,
         Progress(config.steps, initial=step, label=config.name) as progress,
         Profiler(
@@ -352,7 +354,7 @@ def evaluate_losses(
     """
     totals: dict[str, float] = {}
     count = 0
-    with loader.heldout_batches(run.config, run.image_size) as batches:
+    with loader.heldout_batches(run.config, run.image_size, resample=run.resample) as batches:
         for batch in batches:
             between_batches()
             metrics = run.eval_step(params, frozen, mesh.global_batch(batch, run.mesh))

@@ -87,6 +87,11 @@ def get_config() -> ConfigDict:
             "align_corners": False,
             "drop_path": 0.0,  # share of branches left out, growing to this in the last block
             "remat": "none",
+            # How images become numbers; a source's preprocessor_config.json says its own. Mean and
+            # deviation of RGB in 0..1 are CLIP's, as published for both of BLIP-2's encoders.
+            "image_mean": (0.48145466, 0.4578275, 0.40821073),
+            "image_std": (0.26862954, 0.26130258, 0.27577711),
+            "resample": "bicubic",  # nearest, box, bilinear, hamming, bicubic or lanczos
         }
     )
     config.model.qformer_reads_prompt = False  # the question too: VQA fine-tuning, InstructBLIP

@@ -15,13 +15,16 @@ ExampleOf = Callable[[Record, int, np.random.Generator], Example]
 ImageOf = Callable[[Record, np.random.Generator], np.ndarray]
 
 
-def make_example(config: ConfigDict, image_size: int, *, train: bool) -> ExampleOf:
+def make_example(
+    config: ConfigDict, image_size: int, *, train: bool, resample: str = "bicubic"
+) -> ExampleOf:
     """The function (record, index, rng) -> arrays that a stage's batches are made of.
 
     Args:
       config: a recipe's config; its stage decides which arrays these are.
       image_size: side of the images, in pixels.
       train: whether images are cropped and augmented, and captions drawn.
+      resample: how images are resized; see `transforms.resize`.
 
     Raises:
       ValueError: `config.data.task` or `config.data.prompt` does not fit.
@@ -30,7 +33,12 @@ def make_example(config: ConfigDict, image_size: int, *, train: bool) -> Example
     texts_of = tokenizers_of(config)
     if stage == "pretrain_lm":
         return _story_example(texts_of["llm"], data.llm_length)
-    image = _image(data, image_size, train=train)
+    if train and data.resize == "fast" and resample != "bicubic":
+        raise ValueError(
+            f"config.data.resize=fast is bicubic, and this image encoder's images are {resample}; "
+            "set config.data.resize to exact."
+        )
+    image = _image(data, image_size, resample, train=train)
     if stage == "pretrain_vit":
         return _patch_example(image, image_size // config.model.vit.patch_size, config.stage.labels)
     if stage == "stage1":
@@ -101,7 +109,7 @@ def _captions(record: Record, data: ConfigDict) -> list[str]:
     return captions
 
 
-def _image(data: ConfigDict, size: int, *, train: bool) -> ImageOf:
+def _image(data: ConfigDict, size: int, resample: str, *, train: bool) -> ImageOf:
     augmented = {
         name: part["randaugment"] for name, part in data.mixture.items() if "randaugment" in part
     }
@@ -110,7 +118,7 @@ def _image(data: ConfigDict, size: int, *, train: bool) -> ImageOf:
     def image(record: Record, rng: np.random.Generator) -> np.ndarray:
         if not train:
             whole = transforms.decode_image(record["image"], data.alpha_background)
-            return transforms.resize(whole, size)
+            return transforms.resize(whole, size, resample=resample)
         return transforms.train_image(
             record["image"],
             size,
@@ -120,6 +128,7 @@ def _image(data: ConfigDict, size: int, *, train: bool) -> ImageOf:
             randaugment=augmented.get(record.get("part", ""), data.randaugment),
             resize=data.resize,
             alpha_background=data.alpha_background,
+            resample=resample,
         )
 
     return image

@@ -77,9 +77,12 @@ class Heldout:
         ]
 
     def batches(
-        self, rows: Sequence[int], size: int, batch_size: int, threads: int
+        self, rows: Sequence[int], size: int, batch_size: int, threads: int, **resizing: Any
     ) -> Iterator[tuple[list[int], list[np.ndarray], list[tuple[int, str]]]]:
-        """Numbers and images, uint8[size, size, 3], batch by batch; and what cannot be read."""
+        """Numbers and images, uint8[size, size, 3], batch by batch; and what cannot be read.
+
+        `resizing`: see `transforms.resize`.
+        """
         with loader.scored_batches(
             self.source,
             size,
@@ -87,6 +90,7 @@ class Heldout:
             rows=rows,
             threads=threads,
             alpha_background=self.data.alpha_background,
+            **resizing,
         ) as batches:
             for batch in batches:
                 real, valid = batch["index"] >= 0, batch["valid"]

@@ -20,7 +20,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
 from types import SimpleNamespace
@@ -125,6 +125,7 @@ def train_batches(
     start_step: int = 0,
     host: Host | None = None,
     source: Any = None,
+    resample: str = "bicubic",
 ) -> Batches:
     """This host's share of the global batches from `start_step` on, without end.
 
@@ -134,22 +135,28 @@ def train_batches(
       start_step: number of batches that were seen before.
       host: of how many; None: this process.
       source: what `make_source` gave for the config; None: it is asked.
+      resample: how images are resized; see `transforms.resize`.
     """
     source = make_source(config, config.data.split) if source is None else source
     skipped = _skipped(source, config)
-    read = Reader(source, make_example(config, image_size, train=True))
+    read = Reader(source, make_example(config, image_size, train=True, resample=resample))
     examples = _order(source, config).random_map(read)
     shared = (host or Host.this()).share(examples, config.data.batch_size)
     return Batches(_start(shared.slice(slice(start_step, None)), config), skipped)
 
 
-def heldout_batches(config: ConfigDict, image_size: int, *, host: Host | None = None) -> Batches:
-    """The first `eval.batches` whole batches of `eval_split` (0: all), in order, not augmented."""
+def heldout_batches(
+    config: ConfigDict, image_size: int, *, host: Host | None = None, resample: str = "bicubic"
+) -> Batches:
+    """The first `eval.batches` whole batches of `eval_split` (0: all), in order, not augmented.
+
+    Arguments as of `train_batches`.
+    """
     source = make_source(config, config.data.eval_split)
     size = min(config.eval.batch_size, len(source))
     count = len(source) // size
     count = min(count, config.eval.batches) or count
-    read = Reader(source, make_example(config, image_size, train=False))
+    read = Reader(source, make_example(config, image_size, train=False, resample=resample))
     dataset = grain.MapDataset.range(count * size).seed(0).random_map(read)
     return Batches(
         _start((host or Host.this()).share(dataset, size), config), _skipped(source, config)
@@ -164,16 +171,18 @@ def scored_batches(
     rows: Sequence[int],
     threads: int = 16,
     alpha_background: str = transforms.WHITE,
+    **resizing: Any,
 ) -> Batches:
     """The images of some records, in their order, for scores.
 
     Args:
       source: records.
-      image_size: side of the images, in pixels; resized as in the published evaluations.
+      image_size: side of the images, in pixels.
       batch_size: rows of every batch; the last is padded.
       rows: record numbers: those that are left to do, or a host's share of them.
       threads: that decode.
       alpha_background: see `transforms.to_rgb`.
+      **resizing: how images are resized; see `transforms.resize`.
 
     Returns:
       Batches of `image` uint8[B, H, W, 3], `index` int32[B], the record's number, and `valid`
@@ -181,7 +190,7 @@ def scored_batches(
     """
     rows = list(rows)
     padded = -(-len(rows) // batch_size) * batch_size
-    scored = Scored(source, image_size, rows, alpha_background)
+    scored = Scored(source, image_size, rows, resizing, alpha_background)
     dataset = grain.MapDataset.range(padded).seed(0).random_map(scored)
     return Batches(_read(dataset.batch(batch_size), threads), Skipped(len(source)))
 
@@ -409,15 +418,22 @@ class Reader:
 class Scored(Reader):
     """(number, rng) -> image of the record `rows[number]`, `index`, `valid`; replaces nothing."""
 
-    def __init__(self, source: Any, image_size: int, rows: Sequence[int], alpha_background: str):
+    def __init__(
+        self,
+        source: Any,
+        image_size: int,
+        rows: Sequence[int],
+        resizing: Mapping[str, Any],
+        alpha_background: str,
+    ):
         super().__init__(source, self._image)
-        self.image_size, self.rows = image_size, rows
+        self.image_size, self.rows, self.resizing = image_size, rows, resizing
         self.alpha_background = alpha_background
 
     def _image(self, record: Record, index: int, rng: np.random.Generator) -> Example:
         del index, rng
         image = transforms.decode_image(record["image"], self.alpha_background)
-        return {"image": transforms.resize(image, self.image_size)}
+        return {"image": transforms.resize(image, self.image_size, **self.resizing)}
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
         """What `rows[index]` holds; black, and not valid, beyond the end or if it is unreadable."""

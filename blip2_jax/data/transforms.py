@@ -3,6 +3,7 @@
 import functools
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageColor, ImageEnhance, ImageOps
@@ -13,6 +14,8 @@ MAX_PIXELS = 64_000_000  # larger images are refused before they are decoded (de
 RATIOS = (3 / 4, 4 / 3)  # width to height of a random crop, from .. to
 WHITE, DROP = "white", "drop"  # of `alpha_background`
 GRAY = (128, 128, 128)  # what RandAugment shows beyond an image's border (LAVIS)
+
+RESAMPLES = {kind.name.lower(): kind for kind in Image.Resampling}
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -127,15 +130,41 @@ def _scaled(image: Image.Image) -> Image.Image:
     return gray
 
 
-def resize(image: Image.Image, size: int) -> np.ndarray:
-    """The evaluation transform: bicubic to a square, aspect ratio not kept (LAVIS, HF)."""
-    return np.asarray(_resized(image, size))
+def resizing_of(sizes: Any) -> dict[str, Any]:
+    """The options of `resize` that an image encoder's config names."""
+    return {"resample": sizes.resample, "shortest_edge": sizes.shortest_edge}
 
 
-def _resized(image: Image.Image, size: int) -> Image.Image:
+def resize(
+    image: Image.Image, size: int, *, resample: str = "bicubic", shortest_edge: int = 0
+) -> np.ndarray:
+    """The evaluation transform.
+
+    Args:
+      image: RGB.
+      size: side of the result.
+      resample: a `RESAMPLES` name.
+      shortest_edge: 0 squeezes the whole image into the square, as published for BLIP-2 (LAVIS,
+        transformers). Otherwise the shorter side becomes so many pixels and the middle is cut out,
+        as CLIP's processor does.
+
+    Returns:
+      uint8[size, size, 3]
+    """
+    if not shortest_edge:
+        return np.asarray(_resized(image, size, resample))
+    shorter, longer = min(image.size), max(image.size)
+    scaled = int(shortest_edge * longer / shorter)
+    sides = (shortest_edge, scaled) if image.width < image.height else (scaled, shortest_edge)
+    image = image.resize(sides, RESAMPLES[resample])
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _resized(image: Image.Image, size: int, resample: str) -> Image.Image:
     if image.size == (size, size):
         return image
-    return image.resize((size, size), Image.Resampling.BICUBIC)
+    return image.resize((size, size), RESAMPLES[resample])
 
 
 def random_crop(
@@ -171,6 +200,7 @@ def random_resized_crop(
     *,
     scale: tuple[float, float] = (0.5, 1.0),
     flip: bool = True,
+    resample: str = "bicubic",
 ) -> np.ndarray:
     """The training transform (paper, section 3.4): random crop, resized, flipped half the time.
 
@@ -180,13 +210,14 @@ def random_resized_crop(
       rng: the only source of randomness.
       scale: share of the area that a crop keeps; (1, 1) keeps the whole image as it is.
       flip: mirror left and right half the time.
+      resample: a `RESAMPLES` name.
 
     Returns:
       uint8[size, size, 3]
     """
     box = random_crop(*image.size, rng, scale)
     # Cut first, as torchvision does: resize(box=...) would see pixels beyond the box.
-    image = _resized(image if box is None else image.crop(box), size)
+    image = _resized(image if box is None else image.crop(box), size, resample)
     if flip and rng.random() < 0.5:  # by Pillow: NumPy copies three bytes at a time
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image)
@@ -259,6 +290,7 @@ def train_image(
     randaugment: tuple[int, float] = (0, 0),
     resize: str = "exact",
     alpha_background: str = WHITE,
+    resample: str = "bicubic",
 ) -> np.ndarray:
     """From a file's bytes to a training image, uint8[size, size, 3].
 
@@ -272,6 +304,7 @@ def train_image(
       resize: "exact": Pillow's antialiased bicubic, as the published models were trained with;
         "fast": see `fast_image`.
       alpha_background: see `to_rgb`.
+      resample: a `RESAMPLES` name; "fast" has its own.
     """
     if resize == "fast":
         image = fast_image(
@@ -279,7 +312,7 @@ def train_image(
         )
     else:
         whole = decode_image(data, alpha_background)
-        image = random_resized_crop(whole, size, rng, scale=scale, flip=flip)
+        image = random_resized_crop(whole, size, rng, scale=scale, flip=flip, resample=resample)
     if randaugment[0]:
         image = rand_augment(image, rng, count=randaugment[0], magnitude=randaugment[1])
     return image

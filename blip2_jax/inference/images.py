@@ -115,7 +115,12 @@ def as_list(images: Any) -> Sequence[Any]:
 
 
 def load_batch(
-    images: Sequence[Any], size: int, *, first: int = 0, skip: dict[int, str] | None = None
+    images: Sequence[Any],
+    size: int,
+    *,
+    first: int = 0,
+    skip: dict[int, str] | None = None,
+    **resizing: Any,
 ) -> np.ndarray:
     """Opens and resizes images, as in the evaluation transform: uint8[N, size, size, 3].
 
@@ -125,6 +130,7 @@ def load_batch(
       first: number of the first one, for messages.
       skip: if given, what cannot be read becomes a black image, and its number and the reason
         are put in here.
+      **resizing: how; see `transforms.resize`.
 
     Raises:
       ImageError: with the number of the image that cannot be read, and why.
@@ -132,7 +138,7 @@ def load_batch(
     rows = []
     for number, image in enumerate(images, first):
         try:
-            rows.append(transforms.resize(open_image(image), size))
+            rows.append(transforms.resize(open_image(image), size, **resizing))
         except ImageError as error:
             where = f" ({image})" if isinstance(image, (str, os.PathLike)) else ""
             if skip is None:

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from blip2_jax.data import prompting, tokenizers
+from blip2_jax.data import prompting, tokenizers, transforms
 from blip2_jax.data.prompting import TextPrompt
 from blip2_jax.inference import decode, images
 from blip2_jax.inference.decode import Decoding, Prompt
@@ -477,6 +477,10 @@ class Blip2:
 
     # ------------------------------------------------------------------------------- inside
 
+    @property
+    def _resizing(self) -> dict[str, Any]:
+        return transforms.resizing_of(self.config.vit)
+
     def _need_stage1(self, method: str) -> None:
         if self.config.llm is not None or not self._has_match:
             raise ValueError(
@@ -556,7 +560,7 @@ class Blip2:
         side = "right" if isinstance(self.config.llm, T5Config) else "left"
         rows = prompting.tokenize(tokenizer, prompts, _check_truncate(truncate))
         queries = self.config.qformer.num_query_tokens
-        room = getattr(self.config.llm, "max_position_embeddings", None)
+        room = getattr(self.config.llm, "max_length", None)
         for number, row in enumerate(rows):
             needed = queries + len(row) + how.max_new_tokens
             if room is not None and needed > room:
@@ -583,7 +587,7 @@ class Blip2:
         """Reader of rows of a ranking: ids, mask and labels as in training, and what is seen."""
         seen = self._visual_prompts(pictures, prompts, None, None)
         tokenizer = self.llm_tokenizer
-        room = getattr(self.config.llm, "max_position_embeddings", None) or MOST_RANKED
+        room = getattr(self.config.llm, "max_length", None) or MOST_RANKED
         room = min(room - self.config.qformer.num_query_tokens, MOST_RANKED)
 
         def encode(row: int) -> tuple[np.ndarray, ...]:
@@ -632,7 +636,7 @@ class Blip2:
             size = self.config.vit.image_size
             faults: dict[int, str] | None = None if skipped is None else {}
             shown = [
-                images.load_batch([some[i]], size, first=start + i, skip=faults)
+                images.load_batch([some[i]], size, first=start + i, skip=faults, **self._resizing)
                 for i in first.values()
             ]
             if faults and skipped is not None:
@@ -654,7 +658,8 @@ class Blip2:
         size = self.config.vit.image_size
 
         def read(start: int, stop: int) -> list[np.ndarray]:
-            return [images.load_batch(pictures[start:stop], size, first=start, skip=skipped)]
+            some = pictures[start:stop]
+            return [images.load_batch(some, size, first=start, skip=skipped, **self._resizing)]
 
         return read
 

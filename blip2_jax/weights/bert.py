@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.runtime.mesh import nested
 from blip2_jax.weights import huggingface, tables, transfer
-from blip2_jax.weights.files import Tensors, WeightsError, open_folder
+from blip2_jax.weights.files import Renamed, Tensors, WeightsError, open_folder
 
 WORDS = "word_embeddings/embedding"
 
 
-def _modern_names(tensors: Tensors) -> huggingface.Renamed:
+def _modern_names(tensors: Tensors) -> Renamed:
     """`bert-base-uncased` under the names of a bare model of today.
 
     Its file is of TensorFlow's time: gamma and beta for weight and bias, all under `bert.`.
@@ -25,7 +25,7 @@ def _modern_names(tensors: Tensors) -> huggingface.Renamed:
             continue  # the heads of its pre-training
         new = new.replace("LayerNorm.gamma", "LayerNorm.weight")
         names[new.replace("LayerNorm.beta", "LayerNorm.bias")] = old
-    return huggingface.Renamed(tensors, names)
+    return Renamed(tensors, names)
 
 
 def initialize(qformer: dict[str, Any], config: QFormerConfig, source: str) -> dict[str, Any]:

@@ -246,15 +246,20 @@ def config_from_json(text: str) -> Blip2Config:
     kind = document.pop("llm_type")
     llm = document.pop("llm")
     if llm and "rope" in llm:
-        llm["rope"] = RopeConfig(**llm["rope"])
+        llm["rope"] = RopeConfig(**_tuples(llm["rope"]))
     return Blip2Config(
         **{
             **document,
-            "vit": ViTConfig(**document["vit"]),
+            "vit": ViTConfig(**_tuples(document["vit"])),
             "qformer": QFormerConfig(**document["qformer"]),
-            "llm": kinds[kind](**llm) if llm else None,
+            "llm": kinds[kind](**_tuples(llm)) if llm else None,
         }
     )
+
+
+def _tuples(document: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
 
 
 def _native_dtypes(folder: Path) -> dict[str, Any]:
@@ -263,10 +268,18 @@ def _native_dtypes(folder: Path) -> dict[str, Any]:
 
 
 def save_native(
-    folder: Path, config: Blip2Config, params: Any, *, companions: Path | None = None
+    folder: Path,
+    config: Blip2Config,
+    params: Any,
+    *,
+    companions: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Writes a native folder: sharded arrays (Orbax), sizes, tokenizer and processor files."""
-    with files.writing(folder, transfer.num_bytes(params)) as draft:
+    """Writes a native folder: sharded arrays (Orbax), sizes, tokenizer and processor files.
+
+    See `files.writing` for `folder` and `overwrite`.
+    """
+    with files.writing(folder, transfer.num_bytes(params), overwrite=overwrite) as draft:
         with Checkpointer(draft / "checkpoints") as checkpointer:
             checkpointer.save(0, {"params": params}, {})
         (draft / NATIVE).write_text(config_to_json(config))

@@ -8,8 +8,10 @@ are read with `weights_only=True`.
 
 import contextlib
 import json
+import logging
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,10 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from blip2_jax.runtime import outputs
+
+log = logging.getLogger(__name__)
 
 
 class WeightsError(ValueError):
@@ -42,6 +48,106 @@ class Tensors(Protocol):
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """One tensor, or a rectangular piece of it, in the file's own dtype."""
+
+
+class Renamed:
+    """Tensors under other names; those without a new name are hidden.
+
+    Args:
+      tensors: the file.
+      names: new name -> name in the file.
+    """
+
+    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
+        self._tensors, self._names = tensors, names
+        self.source = tensors.source
+        self.shapes = {new: tensors.shapes[old] for new, old in names.items()}
+        self.dtypes = {new: tensors.dtypes[old] for new, old in names.items()}
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """See `files.Tensors.read`; `name` is the new one."""
+        return self._tensors.read(self._names[name], index)
+
+
+# What trainers wrap modules in: torch.compile, FSDP and checkpointing, at any depth; DDP and PEFT
+# around the whole.
+INNER = re.compile(r"(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+OUTER = ("module.", "base_model.model.")
+
+
+def unwrapped(tensors: Tensors) -> Tensors:
+    """The tensors under the names that they have in the bare model; says what was left out.
+
+    Raises:
+      WeightsError: two tensors get one name; low-rank adapters are not merged.
+    """
+    names = {name: INNER.sub("", name) for name in tensors.shapes}
+    found = {part for name in tensors.shapes for part in INNER.findall(name)}
+    lora = next((name for name in names if ".lora_A." in name or ".base_layer." in name), None)
+    if lora is not None:
+        raise WeightsError(
+            f"{tensors.source} holds low-rank adapters beside its weights ({lora}); merge them "
+            "(peft: merge_and_unload()) and save the model again."
+        )
+    while outer := next((p for p in OUTER if names and all(map(_starts(p), names.values()))), None):
+        names = {name: short.removeprefix(outer) for name, short in names.items()}
+        found.add(outer.rstrip("."))
+    if not found:
+        return tensors
+    short = {new: old for old, new in names.items()}
+    if len(short) < len(names):
+        raise WeightsError(f"{tensors.source} holds tensors twice, with and without {found}.")
+    log.warning("%s: read without %s in its names.", tensors.source, ", ".join(sorted(found)))
+    return Renamed(tensors, short)
+
+
+def _starts(prefix: str) -> Callable[[str], bool]:
+    return lambda name: name.startswith(prefix)
+
+
+def check_pointer(path: Path) -> None:
+    """Refuses what Git LFS leaves in a file's place when it is cloned without it."""
+    if path.is_file() and path.stat().st_size < 1024:
+        with path.open("rb") as file:
+            if file.read(64).startswith(b"version https://git-lfs"):
+                raise WeightsError(
+                    f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in "
+                    f"{path.parent}, or download the file."
+                )
+
+
+def what_is(folder: Path) -> str:
+    """What a folder is that is no model as transformers saves it, and what to do; "" if unknown."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        try:
+            base = json.loads(adapter.read_text()).get("base_model_name_or_path") or "its model"
+        except ValueError:
+            base = "its model"
+        return (
+            f"It is a PEFT adapter of {base}: merge it into that (peft: merge_and_unload()), and "
+            "save the result."
+        )
+    for pattern, said in FOREIGN_FOLDERS.items():
+        if any(folder.glob(pattern)):
+            return said
+    inner = sorted(path.parent for path in folder.glob("snapshots/*/config.json"))
+    return f"It is a cache of the hub; the model is in {inner[-1]}." if inner else ""
+
+
+FOREIGN_FOLDERS = {
+    "model_index.json": "It is a pipeline of diffusers, which holds no BLIP-2.",
+    "open_clip_config.json": "It is of open_clip; take the same model in transformers' form.",
+    "modules.json": "It is of sentence-transformers, which holds no BLIP-2.",
+    "*.gguf": "GGUF files are quantized; take the original weights.",
+    "consolidated.*.pth": "It is in Meta's own form; convert it with transformers' script.",
+    "zero_to_fp32.py": "It is a checkpoint of DeepSpeed; run its zero_to_fp32.py first.",
+    "*.distcp": "It is a checkpoint of FSDP in pieces; consolidate it first.",
+    "tf_model.h5": "It has weights of TensorFlow only; save it from PyTorch.",
+    "flax_model.msgpack": "It has weights of transformers' Flax only; save it from PyTorch.",
+    "*.safetensors": "It has weights but no config.json; download the folder again.",
+    "*.bin": "It has weights but no config.json; download the folder again.",
+}
 
 
 class SafetensorsFiles:
@@ -106,6 +212,7 @@ def _dtype(code: str, name: str, path: Path) -> np.dtype:
 
 
 def _open(path: Path) -> Any:
+    check_pointer(path)
     try:
         return safe_open(path, "np")
     except Exception as error:  # the library's own error names no file
@@ -122,9 +229,7 @@ class TorchFiles:
             self._tensors |= _load_torch(path)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.dtypes = {
-            name: np.dtype(str(tensor.dtype).removeprefix("torch."))
-            if str(tensor.dtype) != "torch.bfloat16"
-            else np.dtype(ml_dtypes.bfloat16)
+            name: _torch_dtype(str(tensor.dtype).removeprefix("torch."), name, source)
             for name, tensor in self._tensors.items()
         }
 
@@ -137,6 +242,16 @@ class TorchFiles:
         if tensor.dtype == torch.bfloat16:  # numpy has no such type of its own
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
+
+
+def _torch_dtype(code: str, name: str, source: str) -> np.dtype:
+    known = {np.dtype(kind).name: np.dtype(kind) for kind in (*DTYPES.values(), np.int16)}
+    if code not in known:
+        raise WeightsError(
+            f"Tensor {name} in {source} is of type {code}; known: {', '.join(known)}. Quantized "
+            "checkpoints are not read; take the original."
+        )
+    return known[code]
 
 
 def to_torch(array: np.ndarray) -> Any:
@@ -161,6 +276,7 @@ def import_torch(path: Path) -> Any:
 
 def _load_torch(path: Path) -> dict[str, Any]:
     torch = import_torch(path)
+    check_pointer(path)
     try:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -194,11 +310,11 @@ def open_folder(folder: Path) -> Tensors:
         else:
             continue
         if suffix == "safetensors":
-            return SafetensorsFiles(files, str(folder))
-        return TorchFiles(sorted(set(files.values())) or [single], str(folder))
+            return unwrapped(SafetensorsFiles(files, str(folder)))
+        return unwrapped(TorchFiles(sorted(set(files.values())) or [single], str(folder)))
     raise WeightsError(
-        f"Neither model.safetensors nor pytorch_model.bin, whole or with an index, in {folder}; "
-        "download the folder again."
+        f"Neither model.safetensors nor pytorch_model.bin, whole or with an index, in {folder}. "
+        + (what_is(folder) or "Download the folder again.")
     )
 
 
@@ -211,7 +327,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def check_space(folder: Path, num_bytes: int) -> None:
     """Refuses to begin writing what the disk cannot hold."""
-    place = folder
+    place = folder.absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
@@ -269,35 +385,25 @@ def open_safetensors(path: Path) -> SafetensorsFiles:
 
 
 @contextlib.contextmanager
-def writing(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """A draft folder that becomes `folder` when all went well, and vanishes otherwise.
-
-    Files of `folder` that the draft does not have (a model card) stay.
+def writing(folder: Path, num_bytes: int, *, overwrite: bool = False) -> Iterator[Path]:
+    """A draft folder that becomes `folder` in one step when all went well, and vanishes otherwise.
 
     Args:
-      folder: what is to be written; made if need be.
+      folder: what is to be written; see `outputs.check_folder`.
       num_bytes: space that it takes, checked to be there.
+      overwrite: whether what was written here before may be replaced.
+
+    Raises:
+      WeightsError: there is no room, or the folder holds what was not written here.
     """
     check_space(folder, num_bytes)
-    draft = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     try:
-        yield draft
-        if not folder.exists():
-            draft.rename(folder)
-            return
-        for old in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
-            old.unlink()  # shards of an earlier writing
-        for path in draft.iterdir():
-            target = folder / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            path.rename(target)
+        with outputs.replacing_folder(folder, overwrite=overwrite) as draft:
+            yield draft
+    except outputs.Taken as error:
+        raise WeightsError(str(error)) from error
     except OSError as error:
         raise WeightsError(f"{folder} could not be written: {error}.") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 # Files that belong to a model's texts and images rather than to its weights.

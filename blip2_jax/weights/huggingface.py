@@ -7,7 +7,6 @@ A tower may also be taken out of a whole model's folder.
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from safetensors.numpy import save_file
 from blip2_jax.models.blip2 import Blip2Config, LLMConfig
 from blip2_jax.models.llama import LlamaConfig
 from blip2_jax.models.opt import OPTConfig
+from blip2_jax.models.t5 import T5Config
 from blip2_jax.models.vit import ViTConfig
-from blip2_jax.weights import configs, files, published, tables, transfer
+from blip2_jax.weights import configs, files, images, published, tables, transfer
 from blip2_jax.weights.files import Tensors, WeightsError
 from blip2_jax.weights.positions import Resized
 from blip2_jax.weights.tables import Table
@@ -43,6 +43,7 @@ def find(source: str) -> Path:
         if not folder.exists() and HUB_NAME.fullmatch(source):
             folder = _from_hub(source)
     if not (folder / "config.json").is_file():
+        hint = files.what_is(folder) or hint
         raise WeightsError(f"No config.json in {folder} (from {source!r}). {hint}")
     return folder
 
@@ -67,37 +68,75 @@ def read_config(source: str) -> dict[str, Any]:
     """The parsed `config.json` of a source; that of a published tower needs no folder."""
     if source in published.CONFIGS and not Path(source).exists():
         return dict(published.CONFIGS[source])
-    path = find(source) / "config.json"
+    return _read_json(find(source) / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    files.check_pointer(path)
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        document = json.loads(path.read_text())
+    except ValueError as error:
         raise WeightsError(f"{path} is not JSON ({error}); download the folder again.") from error
+    if not isinstance(document, dict):
+        raise WeightsError(f"{path} is no JSON object; download the folder again.")
+    return document
 
 
 # -------------------------------------------------------------------------------------- towers
 
 
 def llm_config(source: str, **overrides: Any) -> LLMConfig:
-    """The language model's sizes, from its (or a whole model's) `config.json`."""
+    """The language model's sizes, from its (or a whole BLIP-2's) `config.json`.
+
+    A language model's own folder does not know of BLIP-2, whose rules hold then (LAVIS): an OPT's
+    texts end by a newline, and a T5's tanh GELU is computed exactly.
+
+    Args:
+      source: see `find`.
+      **overrides: fields to set whatever the file says; those that the family lacks (Llama has
+        no dropout) are left out.
+    """
     config = read_config(source)
     if config.get("model_type") in COMPOSITES:
-        config = config.get("text_config") or {}
-    return configs.parse(config, configs.LLMS, source, **overrides)
+        sizes = _with_ends(source, configs.parse_text(config, source))
+    else:
+        sizes = _with_ends(source, configs.parse(config, configs.LLMS, source))
+        if isinstance(sizes, OPTConfig):
+            sizes = dataclasses.replace(sizes, eos_token_ids=())
+        if isinstance(sizes, T5Config) and sizes.activation == "gelu_new":
+            sizes = dataclasses.replace(sizes, activation="gelu")
+    names = {field.name for field in dataclasses.fields(sizes)}
+    return dataclasses.replace(sizes, **{k: v for k, v in overrides.items() if k in names})
+
+
+def _with_ends(source: str, sizes: LLMConfig) -> LLMConfig:
+    """The same, with the end tokens of `generation_config.json` where it names any."""
+    path = None if source in published.CONFIGS else find(source) / "generation_config.json"
+    if path is None or not path.is_file():
+        return sizes
+    document = _read_json(path)
+    if document.get("eos_token_id") is None:
+        return sizes
+    said = configs.Fields(document, configs.FAMILIES[type(sizes)], str(path))
+    return dataclasses.replace(sizes, eos_token_ids=said.tokens("eos_token_id"))
 
 
 def vit_config(source: str, **overrides: Any) -> ViTConfig:
-    """The image encoder's sizes, from its (or a whole model's) `config.json`."""
+    """The image encoder's sizes, from its (or a whole model's) `config.json`; see `images`."""
     config = read_config(source)
     if config.get("model_type") in (*COMPOSITES, "clip"):
         kind = "clip_vision_model" if config["model_type"] == "clip" else "blip_2_vision_model"
-        config = {**(config.get("vision_config") or {}), "model_type": kind}
-    return configs.parse(config, configs.VITS, source, **overrides)
+        config = {"model_type": kind, **(config.get("vision_config") or {})}
+    sizes = configs.parse(config, configs.VITS, source)
+    if source not in published.CONFIGS or Path(source).exists():
+        sizes = images.settings(find(source), sizes, config["model_type"], whole=False)
+    return dataclasses.replace(sizes, **overrides)
 
 
 def llm_table(sizes: LLMConfig) -> Table:
     """The name table of a language model with these sizes."""
     if isinstance(sizes, OPTConfig):
-        return tables.opt()
+        return tables.opt(sizes.tied_head, sizes.bias)
     if isinstance(sizes, LlamaConfig):
         return tables.llama(sizes.tied_head)
     return tables.t5(sizes.tied_head)
@@ -110,25 +149,6 @@ def tower_table(sizes: Any) -> Table:
     return llm_table(sizes)
 
 
-class Renamed:
-    """Tensors under other names; those without a new name are hidden.
-
-    Args:
-      tensors: the file.
-      names: new name -> name in the file.
-    """
-
-    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
-        self._tensors, self._names = tensors, names
-        self.source = tensors.source
-        self.shapes = {new: tensors.shapes[old] for new, old in names.items()}
-        self.dtypes = {new: tensors.dtypes[old] for new, old in names.items()}
-
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """See `files.Tensors.read`; `name` is the new one."""
-        return self._tensors.read(self._names[name], index)
-
-
 def tower(source: str, sizes: Any) -> tuple[Table, Tensors]:
     """The name table of a tower, and its tensors under the table's names.
 
@@ -139,9 +159,7 @@ def tower(source: str, sizes: Any) -> tuple[Table, Tensors]:
     if read_config(source).get("model_type") in COMPOSITES:
         prefix = "vision_model." if isinstance(sizes, ViTConfig) else "language_model."
         inside = {n.removeprefix(prefix): n for n in tensors.shapes if n.startswith(prefix)}
-        # The norm that closes the encoder is `ln_vision`, which is not a part of it here.
-        inside = {new: old for new, old in inside.items() if "post_layernorm" not in new}
-        return table, Renamed(tensors, inside)
+        return table, files.Renamed(tensors, inside)
     return table, _fit(table, tensors)
 
 
@@ -158,7 +176,7 @@ def _fit(table: Table, tensors: Tensors) -> Tensors:
                 missing + n.removeprefix(prefix): n for n in tensors.shapes if n.startswith(prefix)
             }
             heads = {n: n for n in tensors.shapes if n.startswith("lm_head")}  # never prefixed
-            return Renamed(tensors, names | heads)
+            return files.Renamed(tensors, names | heads)
     return tensors  # nothing fits; `transfer.plan` says what is missing
 
 
@@ -180,12 +198,17 @@ def load(source: str, sizes: Any, abstract: Any, *, progress: str = "") -> Any:
     return transfer.load(table, abstract, tensors, progress=progress)
 
 
-def save(folder: Path, sizes: Any, params: Any) -> None:
-    """Writes a tower as `config.json` and safetensors, in the parameters' dtype."""
+def save(folder: Path, sizes: Any, params: Any, *, overwrite: bool = False) -> None:
+    """Writes a tower as `config.json` and safetensors, in the parameters' dtype.
+
+    See `files.writing` for `folder` and `overwrite`.
+    """
     dtype = str(jax.tree.leaves(params)[0].dtype)
-    with files.writing(folder, transfer.num_bytes(params)) as draft:
+    with files.writing(folder, transfer.num_bytes(params), overwrite=overwrite) as draft:
         files.write_shards(draft, transfer.tensors_of(tower_table(sizes), params))
         _write_json(draft / "config.json", {**configs.write(sizes), "dtype": dtype})
+        if isinstance(sizes, ViTConfig):
+            images.write(draft, sizes)
 
 
 def _write_json(path: Path, document: Any) -> None:
@@ -197,7 +220,10 @@ def _write_json(path: Path, document: Any) -> None:
 
 def blip2_config(source: str) -> Blip2Config:
     """The sizes of a BLIP-2 or InstructBLIP folder."""
-    return configs.parse_blip2(read_config(source), source)
+    config = configs.parse_blip2(read_config(source), source)
+    vision = images.settings(find(source), config.vit, "blip_2_vision_model", whole=True)
+    llm = config.llm and _with_ends(source, config.llm)
+    return dataclasses.replace(config, vit=vision, llm=llm)
 
 
 def blip2_table(config: Blip2Config) -> Table:
@@ -226,6 +252,7 @@ def save_blip2(
     *,
     companions: Path | None = None,
     dtype: Any = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes a folder that transformers loads: `Blip2ForConditionalGeneration` and its siblings.
 
@@ -233,7 +260,7 @@ def save_blip2(
     into a file beside it that transformers does not read and `blip2_parts` does.
 
     Args:
-      folder: made, or refused if it holds something.
+      folder, overwrite: see `files.writing`.
       config: the model's sizes.
       params: all its parameters.
       companions: a folder whose tokenizer and processor files go along.
@@ -242,10 +269,12 @@ def save_blip2(
     extra_keys = ("temp", "itg_head")
     main = {key: part for key, part in params.items() if key not in extra_keys}
     extra = {key: part for key, part in params.items() if key in extra_keys}
-    with files.writing(folder, transfer.num_bytes(params, dtype)) as draft:
+    with files.writing(folder, transfer.num_bytes(params, dtype), overwrite=overwrite) as draft:
         if companions is not None:
             files.copy_companions(companions, draft)
-        index = _image_token_index(config, companions, draft)
+        has_processor = any(draft.glob("*processor_config.json"))
+        images.write(draft, config.vit)
+        index = _image_token_index(config, companions, draft, has_processor)
         config, main = _with_row(config, main, index)
         document = configs.write_blip2(config, index)  # first: it says what transformers lacks
         document["dtype"] = str(np.dtype(dtype or main["query_tokens"].dtype))
@@ -256,10 +285,12 @@ def save_blip2(
         _write_json(draft / "config.json", document)
 
 
-def _image_token_index(config: Blip2Config, companions: Path | None, draft: Path) -> int | None:
+def _image_token_index(
+    config: Blip2Config, companions: Path | None, draft: Path, has_processor: bool
+) -> int | None:
     """Id of the `<image>` placeholder, and a processor that writes it where there was none."""
     if companions is not None and (companions / "config.json").is_file():
-        known = json.loads((companions / "config.json").read_text()).get("image_token_index")
+        known = _read_json(companions / "config.json").get("image_token_index")
         if known is not None:
             return known
     if config.llm is None:
@@ -268,7 +299,7 @@ def _image_token_index(config: Blip2Config, companions: Path | None, draft: Path
         from transformers import AutoTokenizer  # seconds of import
 
         tokenizer = AutoTokenizer.from_pretrained(draft)
-        if not any(draft.glob("*processor_config.json")) and not config.qformer_reads_prompt:
+        if not has_processor and not config.qformer_reads_prompt:
             _write_processor(draft, config, tokenizer)
         known = tokenizer.get_vocab().get("<image>")
         if known is not None:
@@ -279,14 +310,15 @@ def _image_token_index(config: Blip2Config, companions: Path | None, draft: Path
 
 
 def _write_processor(draft: Path, config: Blip2Config, tokenizer: Any) -> None:
-    """Resizing and normalization as published, and the tokenizer with `<image>`."""
+    """The tokenizer with `<image>`, beside what `images.write` has written."""
     from transformers import Blip2Processor
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    side = config.vit.image_size
-    images = BlipImageProcessorPil(size={"height": side, "width": side})
+    kind = CLIPImageProcessorPil if config.vit.shortest_edge else BlipImageProcessorPil
     number = config.qformer.num_query_tokens
-    Blip2Processor(images, tokenizer, num_query_tokens=number).save_pretrained(draft)
+    processor = Blip2Processor(kind.from_pretrained(draft), tokenizer, num_query_tokens=number)
+    processor.save_pretrained(draft)
 
 
 def _with_row(

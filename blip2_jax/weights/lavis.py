@@ -13,6 +13,7 @@ from blip2_jax.models.opt import OPTConfig
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.models.t5 import T5Config
 from blip2_jax.models.vit import ViTConfig
+from blip2_jax.runtime import outputs
 from blip2_jax.weights import configs, files, tables, transfer
 from blip2_jax.weights.files import Tensors, TorchFiles, WeightsError
 from blip2_jax.weights.positions import Resized
@@ -46,11 +47,11 @@ def is_file(source: str) -> bool:
     return Path(source).suffix == ".pth"
 
 
-def open_file(source: str) -> TorchFiles:
+def open_file(source: str) -> Tensors:
     """The tensors of a LAVIS file."""
     if not Path(source).is_file():
         raise WeightsError(f"There is no file {source}.")
-    return TorchFiles([Path(source)], source)
+    return files.unwrapped(TorchFiles([Path(source)], source))
 
 
 def _depth(names: Any, prefix: str) -> int:
@@ -179,36 +180,69 @@ def vit_part(source: str, config: ViTConfig) -> tuple[Table, Tensors]:
     return _vit_table(config), Resized(open_file(source), config)
 
 
+WRITER = "blip2 convert"  # in files that were written here, beside LAVIS's "model"
+
+
+def check_target(path: Path, *, overwrite: bool = False) -> None:
+    """Refuses to write over a file that was not written here.
+
+    Args:
+      path: the `.pth` file; need not be there.
+      overwrite: whether one that was written here may be replaced.
+
+    Raises:
+      WeightsError: it holds something else, may not be replaced, or has another ending.
+    """
+    if path.suffix != ".pth":
+        raise WeightsError(f"{path}: LAVIS's files end in .pth.")
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise WeightsError(f"{path} is a folder, and a file is to be written; name another.")
+    torch = files.import_torch(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        own = isinstance(loaded, dict) and "written_by" in loaded
+    except Exception:  # whatever it is, it is not ours
+        own = False
+    if not own:
+        raise WeightsError(f"{path} holds what this command did not write; name a new file.")
+    if not overwrite:
+        raise WeightsError(f"{path} was written before; name a new one, or give --overwrite.")
+
+
 def save(
-    path: Path, config: Blip2Config, params: Any, *, with_vit: bool, dtype: Any = None
+    path: Path,
+    config: Blip2Config,
+    params: Any,
+    *,
+    with_vit: bool,
+    dtype: Any = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes a file that LAVIS loads: all but the LLM, under the key "model".
 
     Args:
-      path: the `.pth` file.
+      path: the `.pth` file; see `check_target`.
       config: the model's sizes.
       params: its parameters.
       with_vit: whether to write the image encoder too, as in fine-tuned checkpoints.
       dtype: of the tensors; by default the parameters' own.
+      overwrite: whether a file that was written here may be replaced.
     """
-    if path.suffix != ".pth":
-        raise WeightsError(f"{path}: LAVIS's files end in .pth.")
     torch = files.import_torch(path)
+    check_target(path, overwrite=overwrite)
     kept = {k: v for k, v in params.items() if k != "llm" and (with_vit or k != "vit")}
     files.check_space(path, transfer.num_bytes(kept, dtype))
     state = {
         name: files.to_torch(array)
         for name, array in transfer.tensors_of(table(config, head_name(config)), kept, dtype)
     }
-    draft = path.with_name(f"{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch.save({"model": state}, draft)
-        draft.rename(path)
+        with outputs.replacing_file(path) as draft:
+            torch.save({"model": state, "written_by": WRITER}, draft)
     except OSError as error:
         raise WeightsError(f"{path} could not be written: {error}.") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def head_name(config: Blip2Config) -> str:

@@ -9,7 +9,7 @@ each process reads only what its own devices hold.
 import collections
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +50,24 @@ class Plan(NamedTuple):
     left_out: tuple[str, ...]
 
 
+class Problem(NamedTuple):
+    """What does not fit: a text with {} in place of a tensor's name, and the name."""
+
+    text: str
+    name: str
+
+
+def _lines(problems: Iterable[Problem]) -> list[str]:
+    """One line a kind of tensor: those of all layers are one kind, with a count."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for text, name in problems:
+        kinds.setdefault((text, re.sub(r"(?<=\.)\d+(?=\.)", "*", name)), []).append(name)
+    return sorted(
+        text.format(names[0]) if len(names) == 1 else f"{text.format(kind)} ({len(names)} tensors)"
+        for (text, kind), names in kinds.items()
+    )
+
+
 def leaves_of(tree: Any) -> dict[str, Any]:
     """The leaves of nested dicts by path, "a/b/c"."""
     return dict(flatten_with_names(tree))
@@ -83,7 +101,7 @@ def plan(table: Table, abstract: Any, tensors: Tensors, *, partial: bool = False
     """
     leaves = leaves_of(abstract)
     pieces: dict[str, Piece] = {}
-    problems: list[str] = []
+    problems: list[Problem] = []
     used: set[str] = set()
     for row in table.rows:
         present = [p for p in row.ours if p is not None]
@@ -94,26 +112,35 @@ def plan(table: Table, abstract: Any, tensors: Tensors, *, partial: bool = False
         if absent:
             # A part of a fused tensor may be missing (no key bias); a whole one has no place here.
             if len(absent) < len(present):
-                problems.append(f"{', '.join(absent)}: the model lacks it, {row.theirs} holds it")
+                problems.append(
+                    Problem(
+                        f"{', '.join(absent)}: the model lacks it, tensor {{}} holds it", row.theirs
+                    )
+                )
             continue
         parts = _stored_shapes(row, leaves)
         want = (sum(s[0] for s in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
         names = _names(row, leaves[present[0]])
         for name in names:
             used.add(name)
+            ours = ", ".join(present)
             if name not in tensors.shapes:
-                problems.append(f"{', '.join(present)}: no tensor {name}")
+                problems.append(Problem(f"{ours}: no tensor {{}}", name))
             elif tensors.shapes[name] != want:
-                problems.append(
-                    f"{', '.join(present)}: tensor {name} is {list(tensors.shapes[name])}, the "
-                    f"model needs {list(want)}"
+                found = f"is {list(tensors.shapes[name])}, the model needs {list(want)}"
+                problems.append(Problem(f"{ours}: tensor {{}} {found}", name))
+            elif not jnp.issubdtype(tensors.dtypes[name], np.floating):
+                found = (
+                    f"is {tensors.dtypes[name]}; quantized weights are not read, take the original"
                 )
+                problems.append(Problem(f"{ours}: tensor {{}} {found}", name))
         start = 0
         for path, shape in zip(row.ours, parts, strict=True):
             if path is not None:
                 pieces[path] = Piece(row, names, start)
             start += shape[0] if shape else 0
-    problems += [f"{path}: the name table has no row for it" for path in leaves.keys() - pieces]
+    missing = leaves.keys() - pieces
+    problems += [Problem("{}: the name table has no row for it", path) for path in missing]
     rest = tensors.shapes.keys() - used - table.copies.keys()
     beyond = [_beyond(row, leaves) for row in table.rows if row.stack]
     ignored = [re.compile(p) for p in table.ignored]
@@ -122,10 +149,12 @@ def plan(table: Table, abstract: Any, tensors: Tensors, *, partial: bool = False
         for name in rest
         if any(p.fullmatch(name) for p in ignored) or any(f(name) for f in beyond)
     }
-    problems += [f"tensor {name}: the model has no parameter for it" for name in rest - left_out]
+    problems += [
+        Problem("tensor {}: the model has no parameter for it", name) for name in rest - left_out
+    ]
     if problems:
         raise WeightsError(
-            f"{tensors.source} does not fit the model:\n  " + "\n  ".join(sorted(problems))
+            f"{tensors.source} does not fit the model:\n  " + "\n  ".join(_lines(problems))
         )
     copies = {name: other for name, other in table.copies.items() if name in tensors.shapes}
     return Plan(pieces, copies, tuple(sorted(left_out)))

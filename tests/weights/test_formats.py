@@ -425,3 +425,163 @@ def test_training_starts_from_a_published_checkpoint(opt_folder):
     got, taken, fresh = found.load_into(ours)
     assert fresh == ["itm_head/bias"] and taken == len(jax.tree.leaves(ours)) - 1
     jax.tree.map(np.testing.assert_array_equal, got["qformer"], params["qformer"])
+
+
+# ------------------------------------------------------------------ what people have on their disks
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda n: f"_orig_mod.{n}",
+        lambda n: f"module.{n}",
+        lambda n: f"module._orig_mod.{n}",
+        lambda n: f"base_model.model.{n}",
+        lambda n: n.replace("language_model.model", "language_model._orig_mod.model"),
+    ],
+)
+def test_names_that_trainers_put_in_front_are_left_out_and_said(wrap, opt_folder, tmp_path, caplog):
+    shutil.copy(opt_folder / "config.json", tmp_path)
+    tensors = load_file(opt_folder / "model.safetensors")
+    wrapped = {wrap(name): tensor for name, tensor in tensors.items()}
+    save_file(wrapped, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    jax.tree.map(np.testing.assert_array_equal, read(tmp_path)[1], read(opt_folder)[1])
+    assert "read without" in caplog.text
+    torch.save({"model": {k: torch.tensor(v) for k, v in wrapped.items()}}, tmp_path / "x.pth")
+    assert set(lavis.open_file(str(tmp_path / "x.pth")).shapes) == set(tensors)
+
+
+def test_adapters_that_are_not_merged_are_named(opt_folder, tmp_path):
+    shutil.copy(opt_folder / "config.json", tmp_path)
+    tensors = load_file(opt_folder / "model.safetensors")
+    tensors["language_model.model.decoder.layers.0.fc1.lora_A.default.weight"] = np.zeros((2, 2))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"low-rank adapters .*merge_and_unload"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("adapter_config.json", '{"base_model_name_or_path": "a/b"}', "a PEFT adapter of a/b"),
+        ("model_index.json", "{}", "a pipeline of diffusers"),
+        ("model.Q4.gguf", "", "GGUF files are quantized"),
+        ("zero_to_fp32.py", "", "DeepSpeed"),
+        ("pytorch_model.bin", "", "weights but no config.json"),
+        ("snapshots/0a1b/config.json", "{}", r"the model is in .*snapshots/0a1b"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_called_what_it_is(file, text, said, tmp_path):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(WeightsError, match=f"No config.json in .*{said}"):
+        checkpoint.open_checkpoint(str(tmp_path))
+
+
+def test_a_pointer_of_git_lfs_is_called_one(opt_folder, tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    for name in ("model.safetensors", "pytorch_model.bin", "config.json"):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        shutil.copy(opt_folder / "config.json", folder)
+        (folder / name).write_text(pointer)
+        with pytest.raises(WeightsError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+            read(folder)
+    (tmp_path / "x.pth").write_text(pointer)
+    with pytest.raises(WeightsError, match="Git LFS pointer"):
+        checkpoint.open_checkpoint(str(tmp_path / "x.pth"))
+
+
+def test_quantized_tensors_are_refused_in_either_kind_of_file(opt_folder, tmp_path):
+    shutil.copy(opt_folder / "config.json", tmp_path)
+    tensors = load_file(opt_folder / "model.safetensors")
+    name = "language_model.model.decoder.layers.0.fc1.weight"
+    eight = {**tensors, name: tensors[name].astype(np.int8)}  # without scales
+    save_file(eight, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"fc1.weight is int8; quantized weights are not read"):
+        read(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = {key: torch.tensor(value) for key, value in tensors.items()}
+    state[name] = state[name].to(torch.float8_e4m3fn)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"fc1.weight .* of type float8_e4m3fn; known: "):
+        read(tmp_path)
+
+
+def test_what_lacks_in_every_layer_is_one_line_a_kind(opt_folder, tmp_path):
+    shutil.copy(opt_folder / "config.json", tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text())
+    document["text_config"]["num_hidden_layers"] = 34
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    shutil.copy(opt_folder / "model.safetensors", tmp_path)
+    with pytest.raises(WeightsError) as error:
+        read(tmp_path)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 1 + 16
+    assert any(
+        line.endswith("no tensor language_model.model.decoder.layers.*.fc1.weight (32 tensors)")
+        for line in lines
+    )
+
+
+def test_an_image_encoder_saved_alone_is_one(tmp_path):
+    """`Blip2VisionModel`, with the last norm that is `ln_vision` inside BLIP-2."""
+    theirs = models.randomize(
+        transformers.Blip2VisionModel(transformers.Blip2VisionConfig(**models.VISION))
+    )
+    theirs.save_pretrained(tmp_path)
+    sizes = huggingface.vit_config(str(tmp_path))
+    abstract = checkpoint.abstract_params(Blip2Config(vit=sizes))["vit"]
+    params = huggingface.load(str(tmp_path), sizes, abstract)
+    want = theirs.embeddings.position_embedding.detach().numpy()
+    np.testing.assert_array_equal(params["pos_embed"], want)
+
+
+# -------------------------------------------------------------------------------- destinations
+
+
+def convert(*words):
+    from blip2_jax import convert
+
+    return convert.main([str(word) for word in words])
+
+
+def test_conversion_replaces_what_it_wrote_when_asked_and_nothing_else(opt_folder, tmp_path):
+    for to, name in (("huggingface", "hf"), ("native", "native"), ("lavis", "x.pth")):
+        target = tmp_path / name
+        assert convert(opt_folder, target, f"--to={to}") == 0
+        with pytest.raises(SystemExit, match="--overwrite"):
+            convert(opt_folder, target, f"--to={to}")
+        assert convert(opt_folder, target, f"--to={to}", "--overwrite") == 0
+    (tmp_path / "hf/README.md").write_text("mine")
+    with pytest.raises(SystemExit, match=r"did not write \(README.md\)"):
+        convert(opt_folder, tmp_path / "hf", "--to=huggingface", "--overwrite")
+    found = checkpoint.open_checkpoint(str(tmp_path / "hf"))
+    jax.tree.map(np.testing.assert_array_equal, found.load(found.abstract()), read(opt_folder)[1])
+
+
+def test_conversion_leaves_other_files_and_its_source_alone(opt_folder, tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    save_file({"x": np.zeros(1)}, tmp_path / "other/other.safetensors")
+    torch.save({"model": {}}, tmp_path / "other/theirs.pth")
+    source = shutil.copytree(opt_folder, tmp_path / "source")
+    monkeypatch.chdir(tmp_path / "other")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for target, to, said in (
+        (tmp_path / "other", "huggingface", "did not write|command runs"),
+        (tmp_path / "other/theirs.pth", "lavis", "did not write"),
+        (tmp_path / "other/theirs.pth", "native", "is a file"),
+        (tmp_path / "source", "native", "is, holds or lies in"),
+        (tmp_path / "source/inside", "native", "is, holds or lies in"),
+        (tmp_path, "huggingface", "is, holds or lies in"),
+        (".", "native", "where this command runs"),
+        (tmp_path / "folder.pth", "lavis", "is a folder"),
+        (tmp_path / "file.bin", "lavis", "end in .pth"),
+    ):
+        if to == "lavis" and target.name == "folder.pth":
+            target.mkdir()
+        for words in ([], ["--overwrite"], ["--dry_run"]):
+            with pytest.raises(SystemExit, match=said):
+                convert(source, target, f"--to={to}", *words)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
