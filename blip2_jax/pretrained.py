@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from blip2_jax.data import tokenizers
+from blip2_jax.data.language import check_vocabulary
 from blip2_jax.inference.pipeline import Blip2, check_batch_size
 from blip2_jax.models.blip2 import AXES
 from blip2_jax.runtime import distributed, dtypes, run_dir
@@ -109,10 +110,12 @@ def _tokenizers(found: Checkpoint, llm: str, qformer: str, language: str) -> dic
                 f"{found.source} has no tokenizer for its language model. Name the folder of one "
                 "with llm_tokenizer=."
             )
-        chosen["llm_tokenizer"] = tokenizers.load(own, found.llm_special_tokens)
+        words = chosen["llm_tokenizer"] = tokenizers.load(own, found.llm_special_tokens)
+        check_vocabulary(words, config.llm.vocab_size, "language model")
     if config.llm is None or config.qformer_reads_prompt:
         folder = beside / "qformer_tokenizer" if config.llm is not None and beside else beside
         if not qformer and folder is not None and any(folder.glob("tokenizer*")):
             qformer = str(folder)
-        chosen["qformer_tokenizer"] = tokenizers.load(qformer or BERT)
+        words = chosen["qformer_tokenizer"] = tokenizers.load(qformer or BERT)
+        check_vocabulary(words, config.qformer.vocab_size, "Q-Former")
     return chosen

@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from blip2_jax import cli
-from blip2_jax.data import tokenizers
-from blip2_jax.data.examples import is_instruction, llm_lengths
+from blip2_jax.data import language, tokenizers
+from blip2_jax.data.examples import is_instruction, llm_lengths, llm_tokenizer
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.models import blip2, lora, opt, t5, vit
 from blip2_jax.models.qformer import QFormerConfig
@@ -96,6 +96,11 @@ class Recipe:
     def resample(self) -> str:
         """How images are resized; see `data.transforms.resize`."""
         return getattr(getattr(self.model_config, "vit", self.model_config), "resample", "bicubic")
+
+    @property
+    def llm(self) -> Any:
+        """The language model's config; None without one."""
+        return getattr(self.model_config, "llm", None)
 
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -220,6 +225,39 @@ def model_config(config: ConfigDict) -> Any:
     )
 
 
+def _at_hand(config: ConfigDict, sizes: Any) -> Any:
+    """A BLIP-2's sizes, held to those of its tokenizers that are on this machine.
+
+    Those that have yet to come from the hub are held to them when batches are made.
+    """
+    if not isinstance(sizes, blip2.Blip2Config):
+        return sizes
+    reads = sizes.llm is None or sizes.qformer_reads_prompt
+    return _with_texts(
+        config,
+        sizes,
+        tokenizers.at_hand(config.data.qformer_tokenizer) if reads else None,
+        None if sizes.llm is None else llm_tokenizer(config, at_hand=True),
+    )
+
+
+def _with_texts(
+    config: ConfigDict, sizes: blip2.Blip2Config, qformer_tokenizer: Any, llm_tokenizer: Any
+) -> blip2.Blip2Config:
+    """A BLIP-2's sizes with the end of its texts, held to its tokenizers, as far as they are given.
+
+    Raises:
+      ValueError: a tokenizer has more tokens than there are embeddings; an end that is no token.
+    """
+    if qformer_tokenizer is not None and (sizes.llm is None or sizes.qformer_reads_prompt):
+        language.check_vocabulary(qformer_tokenizer, sizes.qformer.vocab_size, "Q-Former")
+    if llm_tokenizer is None or sizes.llm is None:
+        return sizes
+    language.check_vocabulary(llm_tokenizer, sizes.llm.vocab_size, "language model")
+    llm = language.with_end(llm_tokenizer, sizes.llm, config.data.end_of_text)
+    return dataclasses.replace(sizes, llm=llm)
+
+
 def make_module(config: ConfigDict, sizes: Any, *, rngs: nnx.Rngs) -> nnx.Module:
     """The model of a config, with freshly initialized parameters."""
     dtype = dtypes.parse(config.dtype, "config.dtype")
@@ -266,7 +304,7 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
             f"{devices} devices of the mesh's data and fsdp axes{many}; take a multiple of "
             f"{devices * parts}: --config.data.batch_size={_near(config, devices * parts)}."
         )
-    sizes = model_config(config)
+    sizes = _at_hand(config, model_config(config))
     if (lora.PART in config.trainable) != bool(config.model.llm.lora.rank):
         raise ValueError(
             f"Low-rank adaptation takes both: `{lora.PART}` in config.trainable and a rank "
@@ -505,13 +543,17 @@ def _blip2(
 ) -> Blip2:
     data, llm = run.config.data, run.config.model.llm
     words = llm_tokenizer or data.llm_tokenizer or llm.source
+    texts = (
+        tokenizers.load(qformer_tokenizer or data.qformer_tokenizer),
+        tokenizers.load(words, data.llm_special_tokens.to_dict()) if words else None,
+    )
     return Blip2(
-        run.model_config,
+        _with_texts(run.config, run.model_config, *texts),
         params,
         dtype=dtypes.parse(run.config.dtype if dtype is None else dtype),
         mesh=run.mesh,
-        qformer_tokenizer=tokenizers.load(qformer_tokenizer or data.qformer_tokenizer),
-        llm_tokenizer=tokenizers.load(words, data.llm_special_tokens.to_dict()) if words else None,
+        qformer_tokenizer=texts[0],
+        llm_tokenizer=texts[1],
         batch_size=batch_size,
         source=source,
     )

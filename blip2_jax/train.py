@@ -290,7 +290,12 @@ def loop(
 
     with (
         loader.train_batches(
-            config, run.image_size, start_step=step, source=source, resample=run.resample
+            config,
+            run.image_size,
+            start_step=step,
+            source=source,
+            resample=run.resample,
+            llm=run.llm,
         ) as batches,
         MetricsWriter(workdir, restored_step=step) as writer,
         Progress(config.steps, initial=step, label=config.name) as progress,
@@ -354,7 +359,9 @@ def evaluate_losses(
     """
     totals: dict[str, float] = {}
     count = 0
-    with loader.heldout_batches(run.config, run.image_size, resample=run.resample) as batches:
+    with loader.heldout_batches(
+        run.config, run.image_size, resample=run.resample, llm=run.llm
+    ) as batches:
         for batch in batches:
             between_batches()
             metrics = run.eval_step(params, frozen, mesh.global_batch(batch, run.mesh))

@@ -180,8 +180,9 @@ def get_config() -> ConfigDict:
             "llm_special_tokens": ConfigDict(),
             # Stage 2: stands before every text and is not learned; {} stands for the question.
             "prompt": "",
-            # Ends what a decoder-only LLM is taught: a newline for OPT; "": its own end token.
-            "end_of_text": "\n",
+            # The token that ends what a decoder-only LLM is taught, and that it is stopped at; "":
+            # the model's own, which is a newline for OPT and its end token for all others.
+            "end_of_text": "",
             "task": "caption",  # stage 2: caption, or answer (records with questions)
             # Share of the training images that have the captions of another: noise as the web has
             # it, and at 1 a control that nothing about images can be learned from.

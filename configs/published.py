@@ -51,7 +51,6 @@ def get_config(vit: str, llm: str = "") -> ConfigDict:
     if llm:
         config.model.llm.source = LLMS[llm]
         config.model.llm.remat = "full"  # activations of a frozen LLM are cheap to make again
-        config.data.end_of_text = "\n" if llm.startswith("opt") else ""
         if llm.startswith("vicuna"):  # LAVIS alone has published BLIP-2 with it
             config.data.llm_special_tokens = ConfigDict(LLAMA_TOKENS)
     return config

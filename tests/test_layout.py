@@ -17,7 +17,7 @@ ALLOWED = {
     "data": {"runtime"},
     "evals": {"runtime"},
     "stages": {"models", "data", "runtime"},
-    "weights": {"models", "runtime"},
+    "weights": {"models", "data", "runtime"},
     "inference": {"models", "data", "runtime"},
     "tasks": {"inference", "data", "evals", "runtime"},
     "cli": {"runtime"},

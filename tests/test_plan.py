@@ -46,7 +46,7 @@ def test_the_planned_batch_is_the_loaders(stage):
     else:
         record = scenes.record(0, "train", 0)
         record["image"] = record["image"].getvalue()
-    make = make_example(config, run.image_size, train=True)
+    make = make_example(config, run.image_size, train=True, llm=run.llm)
     example = make(record, 0, np.random.default_rng(0))
     planned = {k: (x.shape[1:], x.dtype) for k, x in run.abstract_batch.items()}
     assert planned == {k: (np.shape(x), np.asarray(x).dtype) for k, x in example.items()}

@@ -9,6 +9,7 @@ import pytest
 
 import tests.tiny as tiny
 from blip2_jax import cli, recipe, train
+from blip2_jax.data import language, tokenizers
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.checkpoint import Checkpointer, saved_shapes
 
@@ -83,6 +84,27 @@ def test_a_recipe_builds_with_the_published_number_of_parameters(name, published
     )
     size = config.model.vit.resolution or 224
     assert run.image_size == size
+
+
+def test_tokenizers_are_held_to_the_embeddings_when_a_recipe_is_built(mesh, tmp_path):
+    def build(stage, **data):
+        words = [f"--config.data.{key}={value}" for key, value in data.items()]
+        return recipe.build(cli.load_config(f"configs/digits/{stage}.py", words), mesh)
+
+    newline = language.token_of(tokenizers.load("package:digits-opt"), "\n")
+    assert build("stage2").llm.eos_token_ids == (newline,)
+    assert build("stage2", end_of_text="</s>").llm.eos_token_ids == (2,)
+    with pytest.raises(ValueError, match="'the end', is no token of this tokenizer"):
+        build("stage2", end_of_text="the end")
+    for stage, key, name in (
+        ("stage1", "qformer_tokenizer", "Q-Former"),
+        ("stage2", "llm_tokenizer", "language model"),
+    ):
+        grown = tokenizers.load("package:digits-opt")
+        grown.add_tokens([f"<extra {i}>" for i in range(30)])
+        grown.save_pretrained(tmp_path / key)
+        with pytest.raises(ValueError, match=f"The {name}'s embeddings have .* rows"):
+            build(stage, **{key: tmp_path / key})
 
 
 def test_an_unknown_variant_says_what_there_is():

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from blip2_jax.data import digits, prompting, texts, tokenizers, transforms, world
 from blip2_jax.data.faults import RecordError
+from blip2_jax.data.language import IMAGE_TOKEN, LanguageConfig, check_vocabulary, with_end
 
 Record = dict[str, Any]  # see `sources`
 Example = dict[str, np.ndarray | np.generic]
@@ -16,7 +17,12 @@ ImageOf = Callable[[Record, np.random.Generator], np.ndarray]
 
 
 def make_example(
-    config: ConfigDict, image_size: int, *, train: bool, resample: str = "bicubic"
+    config: ConfigDict,
+    image_size: int,
+    *,
+    train: bool,
+    resample: str = "bicubic",
+    llm: LanguageConfig | None = None,
 ) -> ExampleOf:
     """The function (record, index, rng) -> arrays that a stage's batches are made of.
 
@@ -25,9 +31,10 @@ def make_example(
       image_size: side of the images, in pixels.
       train: whether images are cropped and augmented, and captions drawn.
       resample: how images are resized; see `transforms.resize`.
+      llm: the language model's config; needed by stage 2.
 
     Raises:
-      ValueError: `config.data.task` or `config.data.prompt` does not fit.
+      ValueError: `config.data.task`, `prompt` or `end_of_text` does not fit, or a tokenizer.
     """
     data, stage = config.data, config.stage.name
     texts_of = tokenizers_of(config)
@@ -44,10 +51,15 @@ def make_example(
     if stage == "stage1":
         encode = _qformer_text(texts_of["qformer"], data.text_length)
     else:
+        if llm is None:
+            raise ValueError("Stage 2's texts need the language model's config.")
+        tokenizer = texts_of["llm"]
+        check_vocabulary(tokenizer, llm.vocab_size, "language model")
+        llm = with_end(tokenizer, llm, data.end_of_text)
         queries = config.model.qformer.num_query_tokens
         prompt = prompting.strip_image_token(data.prompt, queries)
         reads_prompt = texts_of.get("qformer")
-        encode = _llm_text(texts_of["llm"], data, prompt, reads_prompt, is_instruction(config))
+        encode = _llm_text(tokenizer, llm, data, prompt, reads_prompt, is_instruction(config))
         if data.task == "answer":
             return _answer_example(image, encode, prompt, queries, data, train=train)
         if data.task != "caption":
@@ -62,12 +74,14 @@ def make_example(
     return example
 
 
-def llm_tokenizer(config: ConfigDict) -> Any:
-    """The tokenizer of a config's language model, with the config's special tokens."""
+def llm_tokenizer(config: ConfigDict, *, at_hand: bool = False) -> Any:
+    """The tokenizer of a config's language model, with the config's special tokens.
+
+    With `at_hand` nothing is fetched from the hub: None where there is none on this machine.
+    """
     data = config.data
-    return tokenizers.load(
-        data.llm_tokenizer or config.model.llm.source, data.llm_special_tokens.to_dict()
-    )
+    load = tokenizers.at_hand if at_hand else tokenizers.load
+    return load(data.llm_tokenizer or config.model.llm.source, data.llm_special_tokens.to_dict())
 
 
 def llm_lengths(config: ConfigDict, *, encoder_decoder: bool) -> tuple[int, int]:
@@ -144,22 +158,28 @@ def _qformer_text(tokenizer: Any, length: int) -> Callable[..., Example]:
 
 
 def _llm_text(
-    tokenizer: Any, data: ConfigDict, own_prompt: str, reads_prompt: Any, instruction: bool
+    tokenizer: Any,
+    llm: LanguageConfig,
+    data: ConfigDict,
+    own_prompt: str,
+    reads_prompt: Any,
+    instruction: bool,
 ) -> Callable[..., Example]:
     """A decoder-only LLM reads the whole text; an encoder-decoder its prefix or the prompt (T5).
 
     Args:
       tokenizer: the LLM's.
+      llm: its config.
       data: the config's section.
       own_prompt: stands before a text that comes without a prompt.
       reads_prompt: the Q-Former's tokenizer, if it reads the prompt too.
       instruction: see `is_instruction`.
     """
-    whole = not tokenizers.is_encoder_decoder(tokenizer)
+    whole = not llm.is_encoder_decoder
     side = "left" if instruction else "right"
     prompt_length = data.max_prompt_length if instruction else data.llm_length
     if whole and not instruction:
-        taken = len(tokenizers.tokenize(tokenizer, [own_prompt])[0])
+        taken = len(tokenizers.tokenize(tokenizer, [own_prompt], llm=llm)[0])
         if taken >= data.llm_length:
             raise ValueError(
                 f"config.data.prompt has {taken} tokens, and config.data.llm_length is "
@@ -174,11 +194,9 @@ def _llm_text(
             )
         if instruction:
             return tokenizers.encode_answers(
-                tokenizer, [prompt], [text], prompt_length, data.llm_length, data.end_of_text
+                tokenizer, llm, [prompt], [text], prompt_length, data.llm_length
             )
-        return tokenizers.encode_captions(
-            tokenizer, [text], data.llm_length, prompt, data.end_of_text
-        )
+        return tokenizers.encode_captions(tokenizer, llm, [text], data.llm_length, prompt)
 
     def encode(text: str, rng: np.random.Generator, prompt: str = own_prompt) -> Example:
         names = ("llm_ids", "llm_mask", "llm_labels")
@@ -226,7 +244,7 @@ def _answer_example(
         try:
             asked = prompting.strip_image_token(question["question"], num_query_tokens)
         except ValueError as error:
-            raise RecordError(f"{prompting.IMAGE_TOKEN} inside a question") from error
+            raise RecordError(f"{IMAGE_TOKEN} inside a question") from error
         asked = texts.clean_question(asked) if data.clean_text else asked
         number = np.int32(record.get("image_number", index))
         pixels = image(record, rng)

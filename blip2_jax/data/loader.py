@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 from blip2_jax.data import sources, transforms
 from blip2_jax.data.examples import Example, ExampleOf, Record, make_example
 from blip2_jax.data.faults import RecordError, Skipped
+from blip2_jax.data.language import LanguageConfig
 
 MOST_REPLACED = 100  # records in a row that may be unreadable
 FAULTS = "_faults"  # uint8[B, FAULTS_SIZE], on the way from where an example is made: JSON
@@ -126,6 +127,7 @@ def train_batches(
     host: Host | None = None,
     source: Any = None,
     resample: str = "bicubic",
+    llm: LanguageConfig | None = None,
 ) -> Batches:
     """This host's share of the global batches from `start_step` on, without end.
 
@@ -135,18 +137,23 @@ def train_batches(
       start_step: number of batches that were seen before.
       host: of how many; None: this process.
       source: what `make_source` gave for the config; None: it is asked.
-      resample: how images are resized; see `transforms.resize`.
+      resample, llm: see `make_example`.
     """
     source = make_source(config, config.data.split) if source is None else source
     skipped = _skipped(source, config)
-    read = Reader(source, make_example(config, image_size, train=True, resample=resample))
+    read = Reader(source, make_example(config, image_size, train=True, resample=resample, llm=llm))
     examples = _order(source, config).random_map(read)
     shared = (host or Host.this()).share(examples, config.data.batch_size)
     return Batches(_start(shared.slice(slice(start_step, None)), config), skipped)
 
 
 def heldout_batches(
-    config: ConfigDict, image_size: int, *, host: Host | None = None, resample: str = "bicubic"
+    config: ConfigDict,
+    image_size: int,
+    *,
+    host: Host | None = None,
+    resample: str = "bicubic",
+    llm: LanguageConfig | None = None,
 ) -> Batches:
     """The first `eval.batches` whole batches of `eval_split` (0: all), in order, not augmented.
 
@@ -156,7 +163,7 @@ def heldout_batches(
     size = min(config.eval.batch_size, len(source))
     count = len(source) // size
     count = min(count, config.eval.batches) or count
-    read = Reader(source, make_example(config, image_size, train=False, resample=resample))
+    read = Reader(source, make_example(config, image_size, train=False, resample=resample, llm=llm))
     dataset = grain.MapDataset.range(count * size).seed(0).random_map(read)
     return Batches(
         _start((host or Host.this()).share(dataset, size), config), _skipped(source, config)

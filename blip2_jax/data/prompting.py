@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from blip2_jax.data import tokenizers
-
-IMAGE_TOKEN = "<image>"  # the placeholder of transformers' processors
+from blip2_jax.data.language import IMAGE_TOKEN, LanguageConfig
 
 # "Question: ... Short answer:", "USER: ... ASSISTANT:": a first word with a colon, and a last one,
 # which a capitalized word may precede.
@@ -60,15 +59,17 @@ def strip_image_token(prompt: str, num_query_tokens: int) -> str:
     )
 
 
-def fit(tokenizer: Any, prompt: TextPrompt, room: int) -> str:
+def fit(tokenizer: Any, prompt: TextPrompt, room: int, *, llm: LanguageConfig | None = None) -> str:
     """The prompt, its text cut from the end until it has `room` tokens, special ones included.
+
+    See `tokenizers.tokenize` for `llm`.
 
     Raises:
       ValueError: there is no room for the form alone.
     """
 
     def count(length: int) -> int:
-        return len(tokenizers.tokenize(tokenizer, [cut(length)])[0])
+        return len(tokenizers.tokenize(tokenizer, [cut(length)], llm=llm)[0])
 
     def cut(length: int) -> str:
         return str(prompt._replace(text=prompt.text[:length].rstrip()))
@@ -83,12 +84,16 @@ def fit(tokenizer: Any, prompt: TextPrompt, room: int) -> str:
 
 
 def tokenize(
-    tokenizer: Any, texts: Sequence[str | TextPrompt], truncate: int | None = None
+    tokenizer: Any,
+    texts: Sequence[str | TextPrompt],
+    truncate: int | None = None,
+    *,
+    llm: LanguageConfig | None = None,
 ) -> list[list[int]]:
     """Ids of texts and prompts with the tokenizer's own special tokens, as `tokenizers.tokenize`.
 
     Args:
-      tokenizer: see there.
+      tokenizer, llm: see there.
       texts: any number.
       truncate: the most tokens of each, special ones included. Longer texts lose their end; of
         longer prompts only the text is cut.
@@ -96,14 +101,14 @@ def tokenize(
     Raises:
       ValueError: there is no room for a prompt's form.
     """
-    rows = tokenizers.tokenize(tokenizer, [str(text) for text in texts])
+    rows = tokenizers.tokenize(tokenizer, [str(text) for text in texts], llm=llm)
     if truncate is None:
         return rows
     room = truncate
 
     def cut(text: str | TextPrompt) -> list[int]:
         if isinstance(text, TextPrompt):
-            return tokenizers.tokenize(tokenizer, [fit(tokenizer, text, room)])[0]
-        return tokenizers.tokenize(tokenizer, [text], room)[0]
+            return tokenizers.tokenize(tokenizer, [fit(tokenizer, text, room, llm=llm)], llm=llm)[0]
+        return tokenizers.tokenize(tokenizer, [text], room, llm=llm)[0]
 
     return [row if len(row) <= room else cut(text) for row, text in zip(rows, texts, strict=True)]

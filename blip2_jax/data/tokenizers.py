@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from blip2_jax.data.language import LanguageConfig, begin_ids, end_ids, missing_begin, pad_id
 from blip2_jax.runtime import digest as hashing
 
 PACKAGE = "package:"
+TOKENIZER_CONFIG = "tokenizer_config.json"  # every tokenizer that transformers saved has one
 IGNORED = -100  # a label that no loss counts (torch's convention)
 BOS_OF_QFORMER = "[DEC]"  # begins generated text (LAVIS `blip2.py`)
 
@@ -41,9 +43,7 @@ def load(source: str, special_tokens: Mapping[str, str] | None = None) -> Any:
     """
     from transformers import AutoTokenizer  # seconds of import, only where texts are read
 
-    folder = Path(source)
-    if source.startswith(PACKAGE):
-        folder = Path(str(resources.files("blip2_jax") / "assets" / source.removeprefix(PACKAGE)))
+    folder = _folder(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=folder.is_dir())
     except (OSError, ValueError) as error:
@@ -55,6 +55,25 @@ def load(source: str, special_tokens: Mapping[str, str] | None = None) -> Any:
     if special_tokens:
         _set_special_tokens(tokenizer, special_tokens, source)
     return tokenizer
+
+
+def at_hand(source: str, special_tokens: Mapping[str, str] | None = None) -> Any | None:
+    """What `load` gives, if it is on this machine: nothing is fetched from the hub; else None."""
+    if not source:
+        return None
+    if source.startswith(PACKAGE) or Path(source).is_dir():
+        found = (_folder(source) / TOKENIZER_CONFIG).is_file()
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = isinstance(try_to_load_from_cache(source, TOKENIZER_CONFIG), str)
+    return load(source, special_tokens) if found else None
+
+
+def _folder(source: str) -> Path:
+    if source.startswith(PACKAGE):
+        return Path(str(resources.files("blip2_jax") / "assets" / source.removeprefix(PACKAGE)))
+    return Path(source)
 
 
 def _set_special_tokens(tokenizer: Any, special_tokens: Mapping[str, str], source: str) -> None:
@@ -155,11 +174,6 @@ def _pad(
     return out
 
 
-def newline_id(tokenizer: Any) -> int:
-    """The token that ends a generated text (OPT: 50118)."""
-    return tokenizer("\n", add_special_tokens=False)["input_ids"][0]
-
-
 def encode_qformer(
     tokenizer: Any, texts: Sequence[str], length: int, *, truncation_side: str = "right"
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -173,16 +187,16 @@ def encode_qformer(
 
 
 def encode_captions(
-    tokenizer: Any, texts: Sequence[str], length: int, prompt: str = "", end: str = "\n"
+    tokenizer: Any, llm: LanguageConfig, texts: Sequence[str], length: int, prompt: str = ""
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Stage 2's text for a decoder-only LLM: BOS, prompt, text, end; right-padded.
 
     Args:
       tokenizer: the LLM's.
+      llm: its config, which says how texts begin and end.
       texts: what is to be learned.
       length: S; what is longer is cut on the right (LAVIS `blip2_opt.py`).
       prompt: stands before every text, a space between them.
-      end: ends every text: a newline for OPT (LAVIS), "" for the tokenizer's own end token.
 
     Returns:
       ids, mask and labels, int32[B, length]. Labels are the ids, and -100 at padding and, where
@@ -190,21 +204,23 @@ def encode_captions(
       `blip2_opt.py`). A text that is too long loses its end, not its place.
     """
     prompt = prompt.rstrip(" ")
-    begin = _begin(tokenizer)
+    begin = begin_ids(tokenizer, llm)
     # One text, as in LAVIS; the prompt is as many of its tokens as it has alone.
     space = " " if prompt and not prompt[-1].isspace() else ""
-    bodies = _ended(tokenizer, [f"{prompt}{space}{text}" for text in texts], end)
+    bodies = _ended(tokenizer, llm, [f"{prompt}{space}{text}" for text in texts])
     hidden = len(begin) + len(_ids(tokenizer, [prompt])[0]) if prompt else 0
-    return _labelled(tokenizer, [(begin + body, hidden) for body in bodies], length)
+    return _labelled(tokenizer, llm, [(begin + body, hidden) for body in bodies], length)
 
 
 def encode_answers(
     tokenizer: Any,
+    llm: LanguageConfig,
     prompts: Sequence[str],
     answers: Sequence[str],
     prompt_length: int,
     length: int,
-    end: str | None = "\n",
+    *,
+    end: bool = True,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Questions with answers for a decoder-only LLM: BOS, prompt, answer, end; right-padded.
 
@@ -213,27 +229,29 @@ def encode_answers(
 
     Args:
       tokenizer: the LLM's.
+      llm: its config, which says how texts begin and end.
       prompts: with the question in them.
       answers: what is to be learned; their first word begins a word.
       prompt_length: tokens of a prompt, BOS included; a longer one is cut on the left, behind BOS.
       length: tokens of an answer, its end and, as LAVIS counts, one BOS included; a longer one is
         cut on the right.
-      end: see `encode_captions`; None: answers are left open, as where LAVIS ranks them.
+      end: False leaves answers open, as where LAVIS ranks them.
 
     Returns:
       ids, mask and labels, int32[B, prompt_length + length]; labels are -100 at padding, BOS and
       prompt.
     """
-    begin = _begin(tokenizer)
+    begin = begin_ids(tokenizer, llm)
     room = prompt_length - len(begin)
     heads = [begin + ids[max(0, len(ids) - room) :] for ids in _ids(tokenizer, prompts)]
     texts = [
         f"{_space(tokenizer, prompt, answer)}{answer}"
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    bodies = [ids[: length - len(begin)] for ids in _ended(tokenizer, texts, end)]
+    replies = _ended(tokenizer, llm, texts) if end else _ids(tokenizer, texts)
+    bodies = [ids[: length - len(begin)] for ids in replies]
     rows = [(head + body, len(head)) for head, body in zip(heads, bodies, strict=True)]
-    return _labelled(tokenizer, rows, prompt_length + length)
+    return _labelled(tokenizer, llm, rows, prompt_length + length)
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -248,29 +266,20 @@ def _space(tokenizer: Any, prompt: str, answer: str) -> str:
     return "" if marked or prompt[-1:].isspace() else " "
 
 
-def _begin(tokenizer: Any) -> list[int]:
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-
-
-def _ended(tokenizer: Any, texts: Sequence[str], end: str | None) -> list[list[int]]:
-    """Ids of texts with their end; see `encode_answers`."""
-    rows = _ids(tokenizer, [text + (end or "") for text in texts])
-    return rows if end != "" else [[*row, tokenizer.eos_token_id] for row in rows]
+def _ended(tokenizer: Any, llm: LanguageConfig, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts with the token that ends them."""
+    last = end_ids(tokenizer, llm)[0]
+    return [[*ids, last] for ids in _ids(tokenizer, texts)]
 
 
 def _labelled(
-    tokenizer: Any, rows: Sequence[tuple[list[int], int]], length: int
+    tokenizer: Any, llm: LanguageConfig, rows: Sequence[tuple[list[int], int]], length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows, each with the number of tokens at its start that are not learned, as arrays."""
-    ids = _pad([row for row, _ in rows], length, pad_id(tokenizer))
+    ids = _pad([row for row, _ in rows], length, pad_id(tokenizer, llm))
     mask = _pad([[1] * len(row) for row, _ in rows], length, 0)
     labels = [[IGNORED] * hidden + row[hidden:] for row, hidden in rows]
     return ids, mask, _pad(labels, length, IGNORED)
-
-
-def is_encoder_decoder(tokenizer: Any) -> bool:
-    """Whether a tokenizer is T5's kind: no begin token, `</s>` after every text."""
-    return tokenizer.bos_token_id is None
 
 
 def encode_prefix(
@@ -307,6 +316,7 @@ def tokenize(
     truncate: int | None = None,
     *,
     truncation_side: str = "right",
+    llm: LanguageConfig | None = None,
 ) -> list[list[int]]:
     """Ids of texts with the tokenizer's own special tokens.
 
@@ -316,11 +326,14 @@ def tokenize(
       truncate: the most tokens of a text, special ones included; longer ones are cut. The special
         ones stay.
       truncation_side: "left" or "right".
+      llm: the config of a language model, whose BOS is put where the tokenizer puts none.
     """
     # Not by the tokenizer: it keeps length and side as its state, which threads share.
     found = tokenizer(list(texts), return_special_tokens_mask=True, verbose=False)
     rows = zip(found["input_ids"], found["special_tokens_mask"], strict=True)
-    return [_cut(ids, special, truncate, truncation_side) for ids, special in rows]
+    begin = [] if llm is None else missing_begin(tokenizer, llm)
+    marks = [1] * len(begin)
+    return [_cut(begin + ids, marks + special, truncate, truncation_side) for ids, special in rows]
 
 
 def _cut(ids: list[int], special: list[int], length: int | None, side: str) -> list[int]:
@@ -334,7 +347,12 @@ def _cut(ids: list[int], special: list[int], length: int | None, side: str) -> l
 
 
 def pad_rows(
-    tokenizer: Any, rows: Sequence[Sequence[int]], length: int, *, side: str
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    length: int,
+    *,
+    side: str,
+    llm: LanguageConfig | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids as arrays: ids and mask, int32[B, length].
 
@@ -342,15 +360,11 @@ def pad_rows(
       tokenizer: gives the id of the padding.
       rows: see `tokenize`.
       length: of the arrays; at least that of the longest row.
-      side: of the padding: "left" for prompts of decoder-only models, "right" for all others.
+      side: of the padding; see `language.padding_side`. "right" for a Q-Former.
+      llm: the config of a language model, None for a Q-Former.
     """
     mask = _pad([[1] * len(row) for row in rows], length, 0, side=side)
-    return _pad(rows, length, pad_id(tokenizer), side=side), mask
-
-
-def pad_id(tokenizer: Any) -> int:
-    """What fills up rows; some Llamas' tokenizers name none."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return _pad(rows, length, pad_id(tokenizer, llm), side=side), mask
 
 
 def encode_stories(

@@ -19,12 +19,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from blip2_jax.data import prompting, tokenizers, transforms
+from blip2_jax.data import language, prompting, tokenizers, transforms
 from blip2_jax.data.prompting import TextPrompt
 from blip2_jax.inference import decode, images
 from blip2_jax.inference.decode import Decoding, Prompt
 from blip2_jax.inference.defaults import DEFAULTS, Task
-from blip2_jax.models.blip2 import Blip2Config, Blip2Stage1, Blip2Stage2, make_model
+from blip2_jax.models.blip2 import Blip2Config, Blip2Stage1, Blip2Stage2, LLMConfig, make_model
 from blip2_jax.models.layers import unstack
 from blip2_jax.models.opt import OPTConfig
 from blip2_jax.models.t5 import T5Config
@@ -454,15 +454,13 @@ class Blip2:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text: a newline for OPT, as BLIP-2 is trained; else the tokenizer's."""
-        if isinstance(self.config.llm, OPTConfig):
-            return (tokenizers.newline_id(self.llm_tokenizer),)
-        return (self.llm_tokenizer.eos_token_id,)
+        """Tokens that end a text, as the model's config says; see `language.end_ids`."""
+        return language.end_ids(self.llm_tokenizer, self._language)
 
     @property
     def pad_id(self) -> int:
         """What stands after a text's end."""
-        return tokenizers.pad_id(self.llm_tokenizer)
+        return language.pad_id(self.llm_tokenizer, self._language)
 
     # --------------------------------------------------------------------------- both stages
 
@@ -476,6 +474,13 @@ class Blip2:
         return self._over(self._maps, len(pictures), read, progress, skipped)
 
     # ------------------------------------------------------------------------------- inside
+
+    @property
+    def _language(self) -> LLMConfig:
+        """The language model's config, where `_need_llm` found one."""
+        if self.config.llm is None:
+            raise ValueError(f"{self.source} has no language model.")
+        return self.config.llm
 
     @property
     def _resizing(self) -> dict[str, Any]:
@@ -557,10 +562,11 @@ class Blip2:
     ) -> Reader:
         """Reader of rows of a generation: row numbers, prompts, what is seen."""
         tokenizer = self.llm_tokenizer
-        side = "right" if isinstance(self.config.llm, T5Config) else "left"
-        rows = prompting.tokenize(tokenizer, prompts, _check_truncate(truncate))
+        llm = self._language
+        side = language.padding_side(llm)
+        rows = prompting.tokenize(tokenizer, prompts, _check_truncate(truncate), llm=llm)
         queries = self.config.qformer.num_query_tokens
-        room = getattr(self.config.llm, "max_length", None)
+        room = llm.max_length
         for number, row in enumerate(rows):
             needed = queries + len(row) + how.max_new_tokens
             if room is not None and needed > room:
@@ -575,7 +581,7 @@ class Blip2:
 
         def read(start: int, stop: int) -> list[Any]:
             length = _power_of_two(max(map(len, rows[start:stop])), SHORTEST)
-            ids, mask = tokenizers.pad_rows(tokenizer, rows[start:stop], length, side=side)
+            ids, mask = tokenizers.pad_rows(tokenizer, rows[start:stop], length, side=side, llm=llm)
             arrays = [np.arange(start, stop, dtype=np.int32), ids, mask]
             return arrays if seen is None else [*arrays, seen(start, stop)]
 
@@ -587,14 +593,17 @@ class Blip2:
         """Reader of rows of a ranking: ids, mask and labels as in training, and what is seen."""
         seen = self._visual_prompts(pictures, prompts, None, None)
         tokenizer = self.llm_tokenizer
-        room = getattr(self.config.llm, "max_length", None) or MOST_RANKED
+        llm = self._language
+        room = llm.max_length or MOST_RANKED
         room = min(room - self.config.qformer.num_query_tokens, MOST_RANKED)
 
         def encode(row: int) -> tuple[np.ndarray, ...]:
             prompt, answer = str(prompts[row]), answers[row]
-            if isinstance(self.config.llm, T5Config):
+            if llm.is_encoder_decoder:
                 return tokenizers.encode_prefix(tokenizer, [prompt], [answer], room, room)
-            return tokenizers.encode_answers(tokenizer, [prompt], [answer], room, room, None)
+            return tokenizers.encode_answers(
+                tokenizer, llm, [prompt], [answer], room, room, end=False
+            )
 
         def read(start: int, stop: int) -> list[Any]:
             rows = [encode(row) for row in range(start, stop)]

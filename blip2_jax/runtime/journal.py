@@ -31,7 +31,7 @@ def read(path: Path, request: Mapping[str, Any], command: str) -> list[dict[str,
     try:
         whole = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); name another.") from error
+        raise ValueError(f"{path} was not written by {command}; name another.") from error
     kept = whole[: whole.rfind(b"\n") + 1]
     if not kept and HEAD.startswith(whole[: len(HEAD)]):  # its first line was cut
         path.unlink()

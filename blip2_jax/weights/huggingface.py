@@ -4,6 +4,7 @@ A folder is named by its path, or by `package:NAME` for the small towers that sh
 A tower may also be taken out of a whole model's folder.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from blip2_jax.data import language, tokenizers
 from blip2_jax.models.blip2 import Blip2Config, LLMConfig
 from blip2_jax.models.llama import LlamaConfig
 from blip2_jax.models.opt import OPTConfig
@@ -274,7 +276,15 @@ def save_blip2(
             files.copy_companions(companions, draft)
         has_processor = any(draft.glob("*processor_config.json"))
         images.write(draft, config.vit)
-        index = _image_token_index(config, companions, draft, has_processor)
+        tokenizer = None
+        if config.llm is not None and any(draft.glob("tokenizer*")):
+            tokenizer = tokenizers.load(str(draft))
+            with contextlib.suppress(ValueError):  # a tokenizer without such a token
+                llm = language.with_end(tokenizer, config.llm, "")  # said, where it was a rule
+                config = dataclasses.replace(config, llm=llm)
+        if tokenizer is not None and not has_processor and not config.qformer_reads_prompt:
+            _write_processor(draft, config, tokenizer)
+        index = _image_token_index(config, companions, tokenizer)
         config, main = _with_row(config, main, index)
         document = configs.write_blip2(config, index)  # first: it says what transformers lacks
         document["dtype"] = str(np.dtype(dtype or main["query_tokens"].dtype))
@@ -285,23 +295,16 @@ def save_blip2(
         _write_json(draft / "config.json", document)
 
 
-def _image_token_index(
-    config: Blip2Config, companions: Path | None, draft: Path, has_processor: bool
-) -> int | None:
-    """Id of the `<image>` placeholder, and a processor that writes it where there was none."""
+def _image_token_index(config: Blip2Config, companions: Path | None, tokenizer: Any) -> int | None:
+    """Id of the `<image>` placeholder; None where no language model has a row for it."""
     if companions is not None and (companions / "config.json").is_file():
         known = _read_json(companions / "config.json").get("image_token_index")
         if known is not None:
             return known
     if config.llm is None:
         return None
-    if any(draft.glob("tokenizer*")):
-        from transformers import AutoTokenizer  # seconds of import
-
-        tokenizer = AutoTokenizer.from_pretrained(draft)
-        if not has_processor and not config.qformer_reads_prompt:
-            _write_processor(draft, config, tokenizer)
-        known = tokenizer.get_vocab().get("<image>")
+    if tokenizer is not None:
+        known = tokenizer.get_vocab().get(language.IMAGE_TOKEN)
         if known is not None:
             return known
     # It is a row of the embeddings that is never read.

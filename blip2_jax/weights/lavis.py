@@ -13,7 +13,7 @@ from blip2_jax.models.opt import OPTConfig
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.models.t5 import T5Config
 from blip2_jax.models.vit import ViTConfig
-from blip2_jax.runtime import outputs
+from blip2_jax.runtime import atomic
 from blip2_jax.weights import configs, files, tables, transfer
 from blip2_jax.weights.files import Tensors, TorchFiles, WeightsError
 from blip2_jax.weights.positions import Resized
@@ -239,7 +239,7 @@ def save(
         for name, array in transfer.tensors_of(table(config, head_name(config)), kept, dtype)
     }
     try:
-        with outputs.replacing_file(path) as draft:
+        with atomic.replacing(path) as draft:
             torch.save({"model": state, "written_by": WRITER}, draft)
     except OSError as error:
         raise WeightsError(f"{path} could not be written: {error}.") from error

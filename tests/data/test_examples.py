@@ -11,6 +11,9 @@ import tests.data.made as made
 import tests.tiny as tiny
 from blip2_jax import cli, recipe
 from blip2_jax.data import examples, loader, sources, tokenizers, transforms
+from blip2_jax.models.llama import LlamaConfig
+from blip2_jax.models.opt import OPTConfig
+from blip2_jax.models.t5 import T5Config
 
 LONG = "is the 3 red and " * 20 + "what color is the 7?"
 
@@ -26,14 +29,17 @@ def make_config(**changes):
         "data.max_prompt_length": 9,
         "data.llm_length": 4,
         "model.qformer_reads_prompt": True,
+        "model.qformer.vocab_size": 190,
+        "model.llm.vocab_size": 208,
         **changes,
     }
     return tiny.config("stage2", **names)
 
 
-def example_of(config, **record):
+def example_of(config, llm=OPTConfig(), **record):  # noqa: B008
     record = {"image": made.jpeg(0), "captions": ["a red 3"], **record}
-    return examples.make_example(config, 16, train=True)(record, 0, np.random.default_rng(0))
+    make = examples.make_example(config, 16, train=True, llm=llm)
+    return make(record, 0, np.random.default_rng(0))
 
 
 def test_an_instruction_that_is_too_long_loses_its_begin_and_no_answer_its_place():
@@ -106,13 +112,41 @@ def test_an_encoder_decoder_reads_the_prompt_and_learns_the_text(task, tmp_path)
             "model.qformer_reads_prompt": False,
         }
     )
-    example = example_of(config, questions=[{"question": LONG, "answers": ["red"]}])
+    example = example_of(config, T5Config(), questions=[{"question": LONG, "answers": ["red"]}])
     lengths = examples.llm_lengths(config, encoder_decoder=True)
     assert lengths == ({"answer": 9, "caption": 4}[task], 4)
     assert (len(example["llm_ids"]), len(example["llm_labels"])) == lengths
     read = tokenizers.load(str(tmp_path)).decode(example["llm_ids"], skip_special_tokens=True)
     # An instruction is cut on the left; the prompt of captions on the right (LAVIS `blip2_t5.py`).
     assert read == {"answer": "3 red and what color is the 7?", "caption": "is the 3"}[task]
+
+
+def test_a_decoder_without_a_begin_token_in_its_tokenizer_is_still_one(tmp_path):
+    """Qwen's tokenizer has none: it was taken for T5's, and texts and labels parted."""
+    import tokenizers as rust
+
+    words = {word: i for i, word in enumerate(["[UNK]", "a", "red", "blue", "<end>"])}
+    model = rust.Tokenizer(rust.models.WordLevel(words, unk_token="[UNK]"))
+    model.pre_tokenizer = rust.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="[UNK]", eos_token="<end>"
+    ).save_pretrained(tmp_path)
+    config = make_config(
+        **{
+            "data.llm_tokenizer": str(tmp_path),
+            "data.task": "caption",
+            "data.prompt": "",
+            "data.llm_length": 6,
+            "model.qformer_reads_prompt": False,
+        }
+    )
+    for bos, start in ((7, [7]), (None, [])):
+        llm = LlamaConfig(bos_token_id=bos, eos_token_ids=(4, 9))
+        example = example_of(config, llm, captions=["red a blue"])
+        text = [*start, 2, 1, 3, 4]
+        rest = 6 - len(text)
+        assert example["llm_ids"].tolist() == text + [0] * rest
+        assert example["llm_labels"].tolist() == text + [-100] * rest
 
 
 class Pictures:
@@ -141,7 +175,7 @@ def test_a_part_of_a_mixture_has_its_own_augmentation(monkeypatch):
         {"coco": {"dir": "a"}, "vg": {"dir": "b", "randaugment": (2, 5)}}
     )
     source = sources.Mixture({"coco": Pictures(), "vg": Pictures()})
-    read = loader.Reader(source, examples.make_example(config, 16, train=True))
+    read = loader.Reader(source, examples.make_example(config, 16, train=True, llm=OPTConfig()))
     for index in (0, 15, 16, 31):
         read(index, np.random.default_rng(0))
     assert asked == [(0, 0), (0, 0), (2, 5), (2, 5)]

@@ -20,6 +20,8 @@ import tests.tiny as tiny
 from blip2_jax import cli, prepare
 from blip2_jax.data import examples, loader, texts, transforms
 from blip2_jax.data.faults import RecordError
+from blip2_jax.models.opt import OPTConfig
+from blip2_jax.models.t5 import T5Config
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +45,9 @@ def make_config(folder, stage="stage1", **changes):
     return tiny.config(stage, **names)
 
 
-def take(config, n, start=0):
-    with loader.train_batches(config, 16, start_step=start) as batches:
+def take(config, n, start=0, llm=None):
+    llm = llm or OPTConfig()
+    with loader.train_batches(config, 16, start_step=start, llm=llm) as batches:
         return list(itertools.islice(batches, n))
 
 
@@ -121,9 +124,10 @@ def test_batches_of_the_embedded_world_are_what_they_were(folder, recipe):
     config.data.dir, config.data.batch_size = str(folder), 8
     config.eval.batch_size, config.eval.batches = 4, 2
     size = 0 if recipe.startswith("lm") else 64
-    with loader.train_batches(config, size, start_step=2) as batches:
+    llm = OPTConfig()
+    with loader.train_batches(config, size, start_step=2, llm=llm) as batches:
         trained = digest(itertools.islice(batches, 3))
-    with loader.heldout_batches(config, size) as batches:
+    with loader.heldout_batches(config, size, llm=llm) as batches:
         assert (trained, digest(batches)) == PINNED[recipe]
 
 
@@ -374,7 +378,7 @@ def test_line_ends_inside_a_text_are_folded_unless_kept(folder, task):
 
     def ids(record, fold=True):
         config = make_config(folder, "stage2", **changes, **{"data.fold_whitespace": fold})
-        example = examples.make_example(config, 16, train=True)
+        example = examples.make_example(config, 16, train=True, llm=OPTConfig())
         return example(record, 0, np.random.default_rng(0))["llm_ids"].tolist()
 
     assert ids(odd) == ids(even) != ids(odd, fold=False)
@@ -383,7 +387,7 @@ def test_line_ends_inside_a_text_are_folded_unless_kept(folder, task):
 
 def test_questions_without_an_answer_are_not_drawn(folder):
     config = make_config(folder, "stage2", **{"data.task": "answer", "data.prompt": "{} Answer:"})
-    example = examples.make_example(config, 16, train=True)
+    example = examples.make_example(config, 16, train=True, llm=OPTConfig())
     asked = [{"question": "a 3?", "answers": []}, {"question": "a 4?", "answers": ["yes"]}]
     record = {"image": made.jpeg(), "captions": [], "questions": asked}
     for seed in range(5):
@@ -395,7 +399,7 @@ def test_questions_without_an_answer_are_not_drawn(folder):
 def test_a_color_that_is_none_is_refused_before_anything_is_read(folder):
     config = make_config(folder, **{"data.alpha_background": "whit"})
     with pytest.raises(ValueError, match="alpha_background is 'whit'"):
-        examples.make_example(config, 16, train=True)
+        examples.make_example(config, 16, train=True, llm=OPTConfig())
 
 
 def test_lists_that_name_splits_are_held_out_by_split(tmp_path):
@@ -426,7 +430,7 @@ def test_t5_gets_a_prefix_and_a_suffix_drawn_per_sample(folder):
     config = make_config(folder, "stage2", **{"data.llm_tokenizer": str(folder.parent / "t5")})
     config.data.llm_length = 128
     cuts = set()
-    for batch in take(config, 5):
+    for batch in take(config, 5, llm=T5Config()):
         for ids, mask, labels in zip(
             batch["llm_ids"], batch["llm_mask"], batch["llm_labels"], strict=True
         ):
@@ -437,5 +441,5 @@ def test_t5_gets_a_prefix_and_a_suffix_drawn_per_sample(folder):
             cuts.add(len(prefix))
     assert len(cuts) > 2
     config.data.prompt = "a photo of"
-    ids = take(config, 1)[0]["llm_ids"]
+    ids = take(config, 1, llm=T5Config())[0]["llm_ids"]
     assert (ids == ids[0]).all()

@@ -5,6 +5,7 @@ import pytest
 
 from blip2_jax.data import examples, prompting, tokenizers
 from blip2_jax.data.faults import RecordError
+from blip2_jax.models.opt import OPTConfig
 from tests import tiny
 from tests.inference import published
 
@@ -96,6 +97,7 @@ def answer_config(llm: str, **changes):
             "data.qformer_tokenizer": BERT,
             "data.task": "answer",
             "data.prompt": "Question: {} Answer:",
+            "data.max_prompt_length": 24,
             "data.llm_length": 24,
             "data.text_length": 14,
             "model.qformer_reads_prompt": True,
@@ -117,7 +119,7 @@ def record():
 
 
 def test_training_counts_questions_with_a_placeholder_inside(record):
-    make = examples.make_example(answer_config(OPT), 16, train=False)
+    make = examples.make_example(answer_config(OPT), 16, train=False, llm=OPTConfig())
     record["questions"][0]["question"] = "<image>\nhow many?"
     example = make(record, 0, np.random.default_rng(0))
     text = tokenizers.load(OPT).decode(example["llm_ids"], skip_special_tokens=True)
@@ -129,4 +131,5 @@ def test_training_counts_questions_with_a_placeholder_inside(record):
 
 def test_a_recipe_with_a_placeholder_inside_its_prompt_is_refused():
     with pytest.raises(ValueError, match="write <image> once, in front"):
-        examples.make_example(answer_config(OPT, **{"data.prompt": "{}<image>"}), 16, train=False)
+        config = answer_config(OPT, **{"data.prompt": "{}<image>"})
+        examples.make_example(config, 16, train=False, llm=OPTConfig())

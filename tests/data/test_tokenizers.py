@@ -8,7 +8,9 @@ import pytest
 import transformers
 
 import tests.data.made as made
-from blip2_jax.data import tokenizers, world
+from blip2_jax.data import language, tokenizers, world
+from blip2_jax.models.llama import LlamaConfig
+from blip2_jax.models.opt import OPTConfig
 from blip2_jax.weights import lavis
 
 
@@ -39,7 +41,7 @@ def test_special_tokens(bert, opt):
     assert bert.pad_token_id == 0
     assert bert.bos_token == "[DEC]" and bert.bos_token_id == len(bert) - 1
     assert (opt.pad_token_id, opt.bos_token_id, opt.eos_token_id) == (1, 2, 2)
-    assert opt.decode([tokenizers.newline_id(opt)]) == "\n"
+    assert opt.decode([language.token_of(opt, "\n")]) == "\n"
 
 
 def test_training_them_again_gives_working_ones(tmp_path):
@@ -61,8 +63,8 @@ def test_qformer_text_is_framed_cut_and_padded(bert):
 
 
 def test_caption_labels(opt):
-    ids, mask, labels = tokenizers.encode_captions(opt, ["a red 3"], 8)
-    newline = tokenizers.newline_id(opt)
+    ids, mask, labels = tokenizers.encode_captions(opt, OPTConfig(), ["a red 3"], 8)
+    newline = language.token_of(opt, "\n")
     assert ids[0, 0] == opt.bos_token_id and ids[0, 4] == newline
     assert mask[0].tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
     assert labels[0, :5].tolist() == ids[0, :5].tolist()  # BOS included, as in LAVIS
@@ -70,13 +72,15 @@ def test_caption_labels(opt):
 
 
 def test_a_prompt_is_not_learned(opt):
-    ids, _, labels = tokenizers.encode_captions(opt, ["red 3"], 8, prompt="a picture of a")
+    ids, _, labels = tokenizers.encode_captions(
+        opt, OPTConfig(), ["red 3"], 8, prompt="a picture of a"
+    )
     learned = opt.decode(ids[0][labels[0] != tokenizers.IGNORED])
     assert learned == " red 3\n"
 
 
-def test_the_end_may_be_the_tokenizers_own(opt):
-    ids, _, labels = tokenizers.encode_captions(opt, ["red 3"], 8, end="")
+def test_the_end_is_the_models(opt):
+    ids, _, labels = tokenizers.encode_captions(opt, LlamaConfig(), ["red 3"], 8)
     assert opt.decode(ids[0][labels[0] != tokenizers.IGNORED]) == "</s>red 3</s>"
 
 
@@ -87,7 +91,7 @@ def test_a_caption_and_its_prompt_are_one_text_that_loses_its_end(opt):
     for prompt in ("a picture of", "a picture of "):
         for length in (6, 20):
             ids, mask, labels = tokenizers.encode_captions(
-                opt, ["a red 3 and a blue 7"], length, prompt
+                opt, OPTConfig(), ["a red 3 and a blue 7"], length, prompt
             )
             assert ids[0][mask[0] > 0].tolist() == whole[:length]
             assert labels[0][mask[0] > 0].tolist() == [-100] * 4 + whole[4:length]
@@ -148,7 +152,7 @@ def test_an_answer_has_lavis_ids(kind, answer, prompt_length, length):
     prompt = cut_by_itself(tokenizer, QUESTION, prompt_length, "left")
     reply = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id][:length][1:]
     ids, mask, labels = tokenizers.encode_answers(
-        tokenizer, [QUESTION], [answer], prompt_length, length, end=""
+        tokenizer, LlamaConfig(), [QUESTION], [answer], prompt_length, length
     )
     assert ids.shape == mask.shape == labels.shape == (1, prompt_length + length)
     assert ids[0][mask[0] > 0].tolist() == prompt + reply
@@ -162,7 +166,7 @@ def test_an_answer_begins_a_word_whatever_the_tokenizer(kind, space, opt):
     """Its tokens are those that it has within the whole text."""
     tokenizer = opt if kind == "opt" else made.llama_tokenizer(kind)
     prompt, answer = (f"the 3 is{space}", "blue 7")
-    ids, _, labels = tokenizers.encode_answers(tokenizer, [prompt], [answer], 20, 20)
+    ids, _, labels = tokenizers.encode_answers(tokenizer, OPTConfig(), [prompt], [answer], 20, 20)
     learned = ids[0][labels[0] != tokenizers.IGNORED]
     pieces = "".join(tokenizer.convert_ids_to_tokens(learned))
     text = pieces.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
@@ -172,7 +176,7 @@ def test_an_answer_begins_a_word_whatever_the_tokenizer(kind, space, opt):
 
 def test_a_long_question_does_not_take_its_answers_place(opt):
     asked = "Question: " + "is the 3 red and " * 30 + "is the 7 blue? Answer:"
-    ids, mask, labels = tokenizers.encode_answers(opt, [asked], ["yes"], 8, 4)
+    ids, mask, labels = tokenizers.encode_answers(opt, OPTConfig(), [asked], ["yes"], 8, 4)
     assert opt.decode(ids[0][labels[0] != tokenizers.IGNORED]) == " yes\n"
     assert opt.decode(ids[0][mask[0] > 0]) == "</s> is the 7 blue? Answer: yes\n"
     t5 = t5_tokenizer()

@@ -1,6 +1,8 @@
 """The object users hold: equal to transformers end to end, and the same whatever the batch."""
 
+import copy
 import io
+import shutil
 
 import jax
 import numpy as np
@@ -68,6 +70,22 @@ def test_texts_equal_those_of_transformers(both, beams):
     got = ours.generate(pictures(), PROMPTS, num_beams=beams, **EXACT)
     assert got == want
     assert len(set(got)) > 1  # the weights are loud enough for pictures and prompts to matter
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(opt, retrieval, tmp_path):
+    """Before weights are read; it gave NaN."""
+    for folder, rows, name, words in (
+        (opt[0], 256, "language model", opt[1].llm_tokenizer),
+        (retrieval[1], 190, "Q-Former", retrieval[2].qformer_tokenizer),
+    ):
+        shutil.copytree(folder, tmp_path / name)
+        grown = copy.deepcopy(words)
+        grown.add_tokens([f"<extra {i}>" for i in range(rows)])
+        grown.save_pretrained(tmp_path / name)
+        with pytest.raises(
+            ValueError, match=rf"The {name}'s embeddings have {rows} rows, .*resize"
+        ):
+            blip2_jax.load(tmp_path / name)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -112,12 +112,13 @@ def retrieval(**vision) -> torch.nn.Module:
     return randomize(transformers.Blip2ForImageTextRetrieval(config))
 
 
-def instruct(llm: str = "llama", **vision) -> torch.nn.Module:
-    """`InstructBlipForConditionalGeneration`."""
+def instruct(llm: str = "llama", vocab_size: int = 0, **vision) -> torch.nn.Module:
+    """`InstructBlipForConditionalGeneration`; `vocab_size`: of both vocabularies."""
+    words = {"vocab_size": vocab_size} if vocab_size else {}
     config = transformers.InstructBlipConfig(
         vision_config=VISION | vision,
-        qformer_config=QFORMER,
-        text_config=TEXT[llm],
+        qformer_config=QFORMER | words,
+        text_config=TEXT[llm] | words,
         num_query_tokens=5,
         image_token_index=69,
     )

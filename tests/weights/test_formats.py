@@ -383,7 +383,7 @@ def test_a_llama_of_a_lavis_file_has_lavis_special_tokens(tmp_path):
     from blip2_jax import convert, pretrained
     from blip2_jax.data import tokenizers
 
-    models.instruct("llama").save_pretrained(tmp_path / "hf")
+    models.instruct("llama", vocab_size=190).save_pretrained(tmp_path / "hf")
     found, params = read(tmp_path / "hf")
     lavis.save(tmp_path / "model.pth", found.config, params, with_vit=True)
     huggingface.save(tmp_path / "vicuna", found.config.llm, params["llm"])
@@ -585,3 +585,84 @@ def test_conversion_leaves_other_files_and_its_source_alone(opt_folder, tmp_path
                 convert(source, target, f"--to={to}", *words)
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert after == before
+
+
+# ------------------------------------------------------------- what a language model is, and says
+
+
+def edited(folder, target, **documents):
+    """A copy of a folder's JSON files, some of them changed; None removes one."""
+    target.mkdir()
+    for path in folder.glob("*.json"):
+        shutil.copy(path, target)
+    for name, change in documents.items():
+        path = target / f"{name}.json"
+        if change is None:
+            path.unlink(missing_ok=True)
+        else:
+            before = json.loads(path.read_text()) if path.is_file() else {}
+            path.write_text(json.dumps({**before, **change}))
+    return str(target)
+
+
+def test_the_end_of_texts_is_read_from_the_folder(opt_folder, tmp_path):
+    """generation_config.json, then text_config; nothing said is nothing said."""
+    text = json.loads((opt_folder / "config.json").read_text())["text_config"]
+    silent = {key: value for key, value in text.items() if key != "eos_token_id"}
+    cases = {
+        "both": ({"eos_token_id": [5, 7]}, {**text, "eos_token_id": 9}, (5, 7)),
+        "config": ({"eos_token_id": None}, {**text, "eos_token_id": 9}, (9,)),
+        "alone": (None, {**text, "eos_token_id": [9, 8]}, (9, 8)),
+        "neither": (None, silent, ()),
+    }
+    for name, (generation, text_config, ends) in cases.items():
+        source = edited(
+            opt_folder, tmp_path / name,
+            generation_config=generation, config={"text_config": text_config},
+        )  # fmt: skip
+        assert huggingface.blip2_config(source).llm.eos_token_ids == ends, name
+        assert huggingface.llm_config(source).eos_token_ids == ends, name
+    source = edited(opt_folder, tmp_path / "bad", generation_config={"eos_token_id": "</s>"})
+    with pytest.raises(WeightsError, match=r"generation_config.json.*eos_token_id is '</s>'"):
+        huggingface.blip2_config(source)
+
+
+def test_a_language_models_own_folder_follows_the_rules_of_blip2(tmp_path):
+    """LAVIS: an OPT ends by a newline, a T5 computes the exact GELU; a BLIP-2 speaks for itself."""
+    flan = {
+        **models.T5,
+        "dense_act_fn": "gelu_new",
+        "architectures": ["T5ForConditionalGeneration"],
+    }
+    opt, llama = {**models.OPT, "eos_token_id": 2}, {**models.LLAMA, "eos_token_id": 2}
+    for name, document in (("t5", flan), ("opt", opt), ("llama", llama)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(document))
+    (tmp_path / "llama/generation_config.json").write_text('{"eos_token_id": [2, 9]}')
+    assert huggingface.llm_config(str(tmp_path / "t5")).activation == "gelu"
+    by_name = huggingface.llm_config("google/flan-t5-xl")
+    assert by_name.activation == "gelu"
+    assert huggingface.llm_config(str(tmp_path / "opt")).eos_token_ids == ()
+    assert huggingface.llm_config(str(tmp_path / "llama")).eos_token_ids == (2, 9)
+    whole = {"model_type": "blip-2", "vision_config": models.VISION,
+             "qformer_config": models.QFORMER, "text_config": flan}  # fmt: skip
+    (tmp_path / "blip2").mkdir()
+    (tmp_path / "blip2/config.json").write_text(json.dumps(whole))
+    assert huggingface.llm_config(str(tmp_path / "blip2")).activation == "gelu_new"
+    assert huggingface.blip2_config(str(tmp_path / "blip2")).llm.activation == "gelu_new"
+
+
+def test_an_exported_model_says_what_ends_its_texts(opt_folder, tmp_path):
+    from blip2_jax.data import language, tokenizers
+
+    words = tokenizers.load("package:digits-opt")
+    found, params = read(opt_folder)
+    for ends, said in (((), language.token_of(words, "\n")), ((5, 7), [5, 7])):
+        llm = dataclasses.replace(found.config.llm, eos_token_ids=ends)
+        config = dataclasses.replace(found.config, llm=llm)
+        folder = tmp_path / f"out{len(ends)}"
+        huggingface.save_blip2(
+            folder, config, params, companions=huggingface.find("package:digits-opt")
+        )
+        text = json.loads((folder / "config.json").read_text())["text_config"]
+        assert text["eos_token_id"] == said
