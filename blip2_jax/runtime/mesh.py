@@ -113,21 +113,50 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes one global array of each host's rows.
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that this process loads: those its devices hold, in order.
+
+    They follow from `batch_sharding` alone, so row k of the batch is the same record on every mesh
+    and for any number of processes. They need not stand side by side, and where a part of the
+    batch is on devices of several processes, each of these loads it.
+
+    Raises:
+      ValueError: the batch does not divide over the mesh.
+    """
+    shards = num_batch_shards(mesh)
+    if batch_size % shards:
+        raise ValueError(
+            f"A batch of {batch_size} does not divide over the {shards} devices of the mesh's data "
+            "and fsdp axes; take a multiple."
+        )
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({row for (part,) in parts.values() for row in range(batch_size)[part]})
+
+
+def global_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int
+) -> dict[str, jax.Array]:
+    """Makes one global array of each process's rows.
 
     Args:
-      batch: this host's share, `[B / hosts, ...]` each.
+      batch: this process's rows, those of `local_rows`, `[b, ...]` each.
       mesh: the mesh.
+      batch_size: rows of the global batch, B.
 
     Returns:
       The same keys with arrays `[B, ...]`, laid out as `batch_sharding`.
     """
     sharding = batch_sharding(mesh)
-    return {
-        key: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
-        for key, rows in batch.items()
-    }
+    place = {row: number for number, row in enumerate(local_rows(mesh, batch_size))}
+
+    def put(rows: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first, stop, _ = index[0].indices(batch_size)
+            return rows[place[first] : place[first] + stop - first]
+
+        return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, part)
+
+    return {key: put(np.asarray(rows)) for key, rows in batch.items()}
 
 
 def num_batch_shards(mesh: Mesh) -> int:

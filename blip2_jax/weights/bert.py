@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.runtime.mesh import nested
@@ -11,6 +12,30 @@ from blip2_jax.weights import huggingface, tables, transfer
 from blip2_jax.weights.files import Renamed, Tensors, WeightsError, open_folder
 
 WORDS = "word_embeddings/embedding"
+THEIR_WORDS = "embeddings.word_embeddings.weight"
+
+
+class _MoreWords:
+    """BERT's tensors, with rows of zeros after its words, up to the size of our vocabulary.
+
+    Args:
+      tensors: the file.
+      vocab_size: rows of the word embeddings, at least as many as the file has.
+    """
+
+    def __init__(self, tensors: Tensors, vocab_size: int):
+        self._tensors, self.source, self.dtypes = tensors, tensors.source, tensors.dtypes
+        self.shapes = dict(tensors.shapes)
+        self.shapes[THEIR_WORDS] = (vocab_size, *tensors.shapes[THEIR_WORDS][1:])
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """See `files.Tensors.read`."""
+        if name != THEIR_WORDS:
+            return self._tensors.read(name, index)
+        rows, known = self.shapes[name][0], self._tensors.shapes[name][0]
+        start, stop, _ = (index[0] if index else slice(None)).indices(rows)
+        found = self._tensors.read(name, (slice(min(start, known), min(stop, known)), *index[1:]))
+        return np.pad(found, ((0, stop - start - len(found)), (0, 0)))
 
 
 def _modern_names(tensors: Tensors) -> Renamed:
@@ -45,7 +70,7 @@ def initialize(qformer: dict[str, Any], config: QFormerConfig, source: str) -> d
       WeightsError: what does not fit.
     """
     table = tables.bert_text(config.cross_attention_frequency)
-    tensors = _modern_names(open_folder(huggingface.find(source)))
+    tensors: Tensors = _modern_names(open_folder(huggingface.find(source)))
     leaves = transfer.leaves_of(qformer)
     taken = {path for row in table.rows for path in row.ours}
     if not taken <= leaves.keys():
@@ -55,18 +80,29 @@ def initialize(qformer: dict[str, Any], config: QFormerConfig, source: str) -> d
         for p, x in leaves.items()
         if p in taken
     }
-    known = tensors.shapes.get("embeddings.word_embeddings.weight", (0, 0))
-    if known[0] > config.vocab_size:
+    known = tensors.shapes.get(THEIR_WORDS, (0, 0))[0]
+    if known > config.vocab_size:
         raise WeightsError(
-            f"{source} knows {known[0]} words, config.model.qformer.vocab_size is "
+            f"{source} knows {known} words, config.model.qformer.vocab_size is "
             f"{config.vocab_size}; it must be at least as large, and one larger for [DEC]."
         )
-    # Not sharded: fewer rows need not divide as all of them do.
-    abstract[WORDS] = jax.ShapeDtypeStruct((known[0], config.hidden_size), leaves[WORDS].dtype)
+    if known:  # else `transfer.load` says that they are missing
+        tensors = _MoreWords(tensors, config.vocab_size)
     loaded = transfer.leaves_of(transfer.load(table, nested(abstract), tensors))
-    words = jnp.concatenate([loaded[WORDS], jnp.asarray(leaves[WORDS])[known[0] :]])
-    loaded[WORDS] = jax.device_put(words, leaves[WORDS].sharding)
+    loaded[WORDS] = _first_rows(loaded[WORDS], leaves[WORDS], known)
     for path in list(loaded):
         if "/mlp_text/" in path:
-            loaded[path.replace("/mlp_text/", "/mlp_query/")] = jnp.copy(loaded[path])
+            query = path.replace("/mlp_text/", "/mlp_query/")
+            copy = jax.jit(jnp.copy, out_shardings=leaves[query].sharding)
+            loaded[query] = copy(loaded[path])
     return nested({path: loaded.get(path, leaf) for path, leaf in leaves.items()})
+
+
+def _first_rows(first: jax.Array, rest: jax.Array, count: int) -> jax.Array:
+    """Rows of `first` up to `count`, then those of `rest`: on the devices that hold them."""
+
+    def join(first: jax.Array, rest: jax.Array) -> jax.Array:
+        rows = jax.lax.broadcasted_iota(jnp.int32, rest.shape, 0)
+        return jnp.where(rows < count, first, rest)
+
+    return jax.jit(join, out_shardings=rest.sharding)(first, rest)

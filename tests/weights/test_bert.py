@@ -1,5 +1,7 @@
 """A Q-Former that starts from BERT reads text as BERT does."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,9 @@ import transformers
 from flax import nnx
 from safetensors.torch import load_file, save_file
 
+from blip2_jax.models.blip2 import AXES
 from blip2_jax.models.qformer import QFormer, QFormerConfig, key_mask
+from blip2_jax.runtime import mesh as meshes
 from blip2_jax.weights import bert
 from blip2_jax.weights.files import WeightsError
 from tests.weights import models
@@ -84,9 +88,18 @@ def test_queries_get_copies_and_the_rest_stays(folder):
     assert not np.array_equal(words(before)[:60], words(after)[:60])
 
 
-def test_a_bert_of_other_sizes_is_refused(folder):
-    import dataclasses
+@pytest.mark.parametrize("vocab_size", [60, 61, 64])  # 61 does not divide over the devices
+def test_it_is_the_same_on_a_mesh(folder, vocab_size):
+    sizes = dataclasses.replace(SIZES, vocab_size=vocab_size)
+    before, want, _ = qformer(folder[1], sizes)
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    places = meshes.shardings({"qformer": before}, AXES, meshes.RULES, mesh)["qformer"]
+    got = bert.initialize(jax.device_put(before, places), sizes, str(folder[1]))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert jax.tree.map(lambda x: x.sharding, got) == places
 
+
+def test_a_bert_of_other_sizes_is_refused(folder):
     with pytest.raises(WeightsError, match="knows 60 words"):
         qformer(folder[1], dataclasses.replace(SIZES, vocab_size=50))
     with pytest.raises(WeightsError, match="the model needs"):
