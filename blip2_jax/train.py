@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from blip2_jax import cli, identity, recipe
 from blip2_jax.data import loader
+from blip2_jax.data.faults import Skipped, TooManySkipped
 from blip2_jax.evaluate import DuringTraining
 from blip2_jax.runtime import distributed, jobs, mesh, run_dir
 from blip2_jax.runtime.bad_steps import BadSteps
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     args = cli.parse(__doc__, argv, add_arguments, prog="blip2 train")
     try:
         return train(args.config, Path(args.workdir))
-    except (cli.ConfigError, jobs.Busy, FloatingPointError, SaveError) as error:
+    except (cli.ConfigError, jobs.Busy, FloatingPointError, SaveError, TooManySkipped) as error:
         raise SystemExit(f"blip2 train: {error}") from error
 
 
@@ -128,10 +129,13 @@ def _train(
         run = recipe.build(config)
         frozen, fingerprints = run.load_frozen()
         source = loader.make_source(config, config.data.split)
+        skipped = loader.count_of(source, config)
+        losses = EvalLosses(run, frozen, between_batches) if config.eval.every else None
         scores = None
         if config.eval.tasks:
             scores = DuringTraining(run, frozen, config.eval.tasks, between_batches)
-        what |= identity.contents(config, fingerprints, source, scores=scores)
+        eval_source = None if losses is None else losses.source
+        what |= identity.contents(config, fingerprints, source, eval_source, scores)
     if done is not None and config.steps == done["config"]["steps"]:  # from other places
         cli.check_same_run(done, what, workdir)
         identity.check_start(done, config, workdir)
@@ -142,6 +146,8 @@ def _train(
     clock = Clock(examples=config.data.batch_size, flops=flops)
     if distributed.is_first_process():
         print(describe(run, fingerprints, flops), flush=True)
+        if losses is not None and losses.batch_size != config.eval.batch_size:
+            print(f"  eval.batch_size: {losses.batch_size}, what the mesh and the data allow")
 
     with Checkpointer(
         workdir / run_dir.CHECKPOINTS,
@@ -149,19 +155,21 @@ def _train(
         keep_every=config.checkpoint.keep_every,
     ) as checkpointer:
         with cli.mistakes_in_config():
-            start = first_state(run, checkpointer, what, clock, workdir)
+            start = first_state(run, checkpointer, what, clock, skipped, workdir)
         if done is not None and distributed.is_first_process():
             (workdir / run_dir.DONE).unlink(missing_ok=True)  # it goes on
 
         def save(state: State, unwritten: dict[str, Any] | None = None) -> None:
             step = int(state["step"])
-            times = {"seconds": clock.seconds, "useful_seconds": clock.useful}
+            now = {
+                "seconds": clock.seconds,
+                "useful_seconds": clock.useful,
+                "skipped": skipped.met(),
+                "step": step,
+                "unwritten": unwritten,
+            }
             with clock.aside():
-                checkpointer.save(
-                    step,
-                    state,
-                    {**what, **start.kept, **times, "step": step, "unwritten": unwritten},
-                )
+                checkpointer.save(step, state, {**what, **start.kept, **now})
 
         bad_steps = BadSteps(
             step=int(start.state["step"]),
@@ -177,8 +185,9 @@ def _train(
             save,
             preemption,
             watchdog,
-            between_batches,
             source,
+            skipped,
+            losses,
             scores,
             clock,
             bad_steps,
@@ -209,6 +218,7 @@ def first_state(
     checkpointer: Checkpointer,
     what: dict[str, Any],
     clock: Clock,
+    skipped: Skipped,
     workdir: Path,
 ) -> Start:
     """A checkpoint of this run; else another run's parameters; else fresh ones."""
@@ -218,6 +228,7 @@ def first_state(
         state, document = restored
         identity.check_start(document, config, workdir)
         clock.resume(seconds=document["seconds"], useful=document["useful_seconds"])
+        skipped.resume(document["skipped"])
         step, before = int(state["step"]), document["config"]["steps"]
         # Now, not when a buffer is full: for those who follow the log, or read a killed run's.
         print(f"Resuming at step {step} of {config.steps}.", flush=True)
@@ -254,8 +265,9 @@ def loop(
     save: Callable[..., None],
     preemption: distributed.Preemption,
     watchdog: distributed.Watchdog,
-    between_batches: Callable[[], None],
     source: Any,
+    skipped: Skipped,
+    losses: "EvalLosses | None",
     scores: DuringTraining | None,
     clock: Clock,
     bad_steps: BadSteps,
@@ -275,16 +287,18 @@ def loop(
     make_key = jax.jit(jax.random.key, static_argnums=0, out_shardings=mesh.replicated(run.mesh))
     key = make_key(config.seed)
     metrics: dict[str, Any] = {}
+    size = config.data.batch_size
+    rows = mesh.local_rows(run.mesh, size)
     train_step = run.lower_step().compile()  # the very program that `blip2 plan` looks at
     if distributed.is_first_process():
         print(_memory(train_step), flush=True)
 
-    def evaluations(losses: bool, tasks: bool) -> dict[str, float]:
+    def evaluations(losses_due: bool, tasks_due: bool) -> dict[str, float]:
         found: dict[str, float] = {}
         with clock.aside():
-            if losses:
-                found |= evaluate_losses(run, state["params"], frozen, between_batches)
-            if tasks and scores is not None:
+            if losses_due and losses is not None:
+                found |= losses(state["params"])
+            if tasks_due and scores is not None:
                 found |= scores(state["params"])
         return found
 
@@ -293,7 +307,9 @@ def loop(
             config,
             run.image_size,
             start_step=step,
+            rows=rows,
             source=source,
+            skipped=skipped,
             resample=run.resample,
             llm=run.llm,
         ) as batches,
@@ -307,7 +323,7 @@ def loop(
         late = start.unwritten
         if late is not None and distributed.from_first(str(writer.last_step)) != str(step):
             writer.write(step, late["numbers"] | evaluations(late["losses"], late["tasks"]))
-        ahead = batches.ahead(lambda batch: mesh.global_batch(batch, run.mesh))
+        ahead = batches.ahead(lambda batch: mesh.global_batch(batch, run.mesh, size))
         clock.start()
         # All hosts look at the same numbers: they leave after the same step.
         while step < config.steps and not bad_steps.too_many:
@@ -319,7 +335,7 @@ def loop(
             bad_steps.add(metrics["bad_steps"])
             progress.update(1)
             last = step == config.steps
-            losses_due = bool(config.eval.every and (last or step % config.eval.every == 0))
+            losses_due = bool(losses and (last or step % config.eval.every == 0))
             tasks_every = config.eval.tasks_every
             tasks_due = bool(scores and (last or (tasks_every and step % tasks_every == 0)))
             if last or step % config.log.every == 0 or losses_due or tasks_due:
@@ -327,9 +343,9 @@ def loop(
                 # Of a bad step; JSON has no word for them.
                 numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
                 bad_steps.look()
-                # Not among the metrics: a resumed run counts what it has met itself.
                 timing = clock.read(step - first, batches.wait_seconds)
-                timing["data/skipped"] = batches.skipped.count
+                # Not among the metrics: batches are read ahead of the step.
+                timing["data/skipped"] = batches.count_skipped(distributed.gather).count
                 if losses_due or tasks_due:
                     due = {"numbers": numbers, "losses": losses_due, "tasks": tasks_due}
                     save(state, unwritten=due)
@@ -339,36 +355,61 @@ def loop(
             if preemption.should_stop():
                 break
             if step % config.checkpoint.every == 0 and step < config.steps:
+                batches.count_skipped(distributed.gather)
                 save(state)
         bad_steps.look()
-        batches.skipped.report()
+        batches.count_skipped(distributed.gather)
+        if distributed.is_first_process():
+            skipped.report()
         return state, step < config.steps
     return state, True
 
 
-def evaluate_losses(
-    run: recipe.Recipe, params: Params, frozen: Params, between_batches: Callable[[], None]
-) -> dict[str, float]:
+class EvalLosses:
     """The stage's metrics on `data.eval_split`, averaged over whole batches.
 
     Args:
       run: the training run.
-      params: what it has trained so far.
       frozen: its towers.
       between_batches: called before each batch is computed; may raise, to leave the evaluation.
+
+    Attributes:
+      source: the split's records.
+      batch_size: of the global batches.
+
+    Raises:
+      ValueError: there is no such split, or it has too few records for one batch.
     """
-    totals: dict[str, float] = {}
-    count = 0
-    with loader.heldout_batches(
-        run.config, run.image_size, resample=run.resample, llm=run.llm
-    ) as batches:
-        for batch in batches:
-            between_batches()
-            metrics = run.eval_step(params, frozen, mesh.global_batch(batch, run.mesh))
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-            count += 1
-    return {f"eval/{name}": value / count for name, value in totals.items()}
+
+    def __init__(self, run: recipe.Recipe, frozen: Params, between_batches: Callable[[], None]):
+        self._run, self._frozen, self._between_batches = run, frozen, between_batches
+        self.source = loader.make_source(run.config, run.config.data.eval_split)
+        self.batch_size = loader.eval_batch_size(
+            run.config, self.source, mesh.num_batch_shards(run.mesh)
+        )
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """Metrics as "eval/NAME", of what the run has trained so far."""
+        run, size = self._run, self.batch_size
+        totals: dict[str, float] = {}
+        count = 0
+        with loader.heldout_batches(
+            run.config,
+            run.image_size,
+            batch_size=size,
+            rows=mesh.local_rows(run.mesh, size),
+            source=self.source,
+            resample=run.resample,
+            llm=run.llm,
+        ) as batches:
+            for batch in batches:
+                self._between_batches()
+                placed = mesh.global_batch(batch, run.mesh, size)
+                for name, value in run.eval_step(params, self._frozen, placed).items():
+                    totals[name] = totals.get(name, 0.0) + float(value)
+                count += 1
+            batches.count_skipped(distributed.gather)
+        return {f"eval/{name}": value / count for name, value in totals.items()}
 
 
 def start_from(state: State, config: ConfigDict, fingerprints: dict[str, str]) -> State:

@@ -250,7 +250,7 @@ def our_batches(folder: str, *, resize: str, threads: int):
 
     read = loader.Reader(source, example)
     order = grain.MapDataset.range(len(source)).seed(0).shuffle().repeat()
-    dataset = loader.Host(0, 1).share(order.random_map(read), BATCH)
+    dataset = loader.rows_of_batches(order.random_map(read), BATCH)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
     with loader.Batches(dataset.to_iter_dataset(options), loader.Skipped()) as batches:
         yield from batches

@@ -400,11 +400,11 @@ def bad_at_3_and_5(monkeypatch):
         spoilt = jnp.where((batch["image"] == 0).all(), jnp.nan, 1.0)
         return loss * spoilt, {**metrics, "loss": loss * spoilt}
 
-    def spoil(batch, mesh):
+    def spoil(batch, mesh, batch_size):
         spoil.step += 1
         if spoil.step in (3, 5):
             batch = {**batch, "image": np.zeros_like(batch["image"])}
-        return put(batch, mesh)
+        return put(batch, mesh, batch_size)
 
     put = train.mesh.global_batch
     spoil.step = 0

@@ -1,6 +1,8 @@
 """What cannot be read: said by reason and place, counted, and bounded."""
 
+import base64
 import collections
+import zlib
 from typing import Any
 
 
@@ -20,8 +22,12 @@ class RecordError(ValueError):
         return type(self), (self.reason, self.where)
 
 
+class TooManySkipped(ValueError):
+    """More than the bounded share of the records cannot be read."""
+
+
 class Skipped:
-    """Counts what was skipped, by reason, and stops a run that skips too much.
+    """Counts what was skipped, by reason; `check` stops a run that skips too much.
 
     Args:
       total: number of records there are.
@@ -34,7 +40,8 @@ class Skipped:
         self.total, self.most = total, most
         self.by_reason: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, list[str]] = {}
-        self._seen: set[int] = set()
+        self._met: collections.Counter[str] = collections.Counter()  # by number, in `_seen`
+        self._seen = bytearray()  # a bit for each record
 
     @property
     def count(self) -> int:
@@ -42,25 +49,23 @@ class Skipped:
         return self.by_reason.total()
 
     def add(self, reason: str, where: str = "", *, index: int | None = None) -> None:
-        """Counts one record; one of the same `index` is counted once.
-
-        Raises:
-          ValueError: more than the bounded share has been skipped.
-        """
+        """Counts one record; one of the same `index` is counted once."""
         if index is not None:
-            if index in self._seen:
+            byte, bit = index // 8, 1 << index % 8
+            self._seen.extend(bytes(max(0, byte + 1 - len(self._seen))))
+            if self._seen[byte] & bit:
                 return
-            self._seen.add(index)
+            self._seen[byte] |= bit
+            self._met[reason] += 1
         self.by_reason[reason] += 1
         places = self.examples.setdefault(reason, [])
         if len(places) < self.EXAMPLES:
             places.append(where)
-        self.check()
 
     def check(self) -> None:
-        """Raises ValueError if more than the bounded share has been skipped."""
+        """Raises TooManySkipped if more than the bounded share has been skipped."""
         if self.most is not None and self.count > max(1, self.most * self.total):
-            raise ValueError(
+            raise TooManySkipped(
                 f"{self.count} of {self.total} records cannot be read, more than the share of "
                 f"{self.most:g} that a run may skip (config.data.most_skipped). Mend the data, or "
                 "leave out what is broken with blip2 prepare.\n" + self.text()
@@ -80,6 +85,19 @@ class Skipped:
             reason: {"count": n, "examples": self.examples.get(reason, [])}
             for reason, n in self.by_reason.most_common()
         }
+
+    def met(self) -> dict[str, Any]:
+        """What was counted by `index`, as JSON holds it, for `resume`."""
+        found = self.to_json()
+        by_reason = {reason: {**found[reason], "count": n} for reason, n in self._met.items()}
+        seen = base64.b85encode(zlib.compress(self._seen)).decode()
+        return {"by_reason": by_reason, "seen": seen}
+
+    def resume(self, met: dict[str, Any]) -> None:
+        """Goes on from what another count had met; this one has met nothing yet."""
+        self._seen = bytearray(zlib.decompress(base64.b85decode(met["seen"])))
+        self._met.update({reason: of["count"] for reason, of in met["by_reason"].items()})
+        self.merge(met["by_reason"])
 
     def text(self) -> str:
         """One line a reason, with some of the places."""

@@ -1,17 +1,19 @@
 """Batches, as a pure function of the step.
 
-    numbers -> shuffle, repeat -> mix -> record, randomness -> example -> host's share -> batch
+    numbers -> shuffle, repeat -> mix -> record, randomness -> example -> this host's rows -> batch
 
-The randomness of an example comes from its place in the global order, before the hosts' shares are
-cut, so the global batch of a step is the same for any number of hosts, threads and worker
-processes, and after any restart. A record that cannot be read is replaced by another that can, the
-same one every time. What was wrong with it travels with the batch, is counted where the batch
-arrives, and a share of such records that is too large stops the run.
+The record and the randomness of an example come from its place in the global order, before a host
+takes its rows, so row k of a step's global batch is the same for any number of hosts, threads and
+worker processes, and after any restart. Which rows a host reads is not decided here: it follows
+from the mesh (`runtime.mesh.local_rows`).
+
+A record that cannot be read is replaced by another that can, the same one every time. What was
+wrong with it travels with the batch; the hosts count together (`Batches.count_skipped`), and a
+share of such records that is too large stops all of them.
 """
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -27,7 +29,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -42,13 +43,18 @@ FAULTS_SIZE = 1024
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 Batch = dict[str, np.ndarray]  # examples of one kind, [B, ...] each
+Fault = tuple[int, str, str]  # record number, reason, place
 
 
 class Batches:
     """An iterator of batches that closes its threads or processes when a `with` block ends.
 
+    Args:
+      dataset: the batches, with a note of what could not be read in each row.
+      skipped: receives what could not be read, when `count_skipped` is called.
+
     Attributes:
-      skipped: what could not be read so far, on this host.
+      skipped: what could not be read, of all hosts.
       wait_seconds: time spent waiting for data.
     """
 
@@ -59,6 +65,7 @@ class Batches:
         self._started = False
         # At this process's end too: Python would tell workers by SIGTERM, and wait for them.
         self._close = Finalize(self, self._iterator.close, exitpriority=0)
+        self._uncounted: list[Fault] = []
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -71,9 +78,28 @@ class Batches:
         self.wait_seconds += time.perf_counter() - started
         for note in batch.pop(FAULTS):
             if note[0]:
-                for index, reason, where in json.loads(note.tobytes().rstrip(b"\0")):
-                    self.skipped.add(reason, where, index=index)
+                self._uncounted += json.loads(note.tobytes().rstrip(b"\0"))
         return batch
+
+    def count_skipped(self, gather: Callable[[Any], Sequence[Any]] = lambda x: [x]) -> Skipped:
+        """Counts what could not be read since the last call, on all hosts.
+
+        Args:
+          gather: gives every host's list to every host, in one order; all hosts call at the same
+            step. As it is: there is one host.
+
+        Returns:
+          The count, the same on every host.
+
+        Raises:
+          TooManySkipped: that is more than the bounded share; on every host.
+        """
+        uncounted, self._uncounted = self._uncounted, []
+        for faults in gather(uncounted):
+            for index, reason, where in faults:
+                self.skipped.add(reason, where, index=index)
+        self.skipped.check()
+        return self.skipped
 
     def ahead(self, put: Callable[[Batch], Any], count: int = 2) -> Iterator[Any]:
         """Batches on the device, `count` of them on their way while the one before is computed.
@@ -96,27 +122,43 @@ class Batches:
         self._close()
 
 
-@dataclasses.dataclass(frozen=True)
-class Host:
-    """Which share of every global batch this process reads."""
+class _Rows:
+    """Some rows of every batch: a source for Grain.
 
-    index: int
-    count: int
+    Args:
+      examples: of all batches, in global order.
+      rows: of each batch.
+      batch_size: of the global batches.
+    """
 
-    @classmethod
-    def this(cls) -> "Host":
-        """This process, of all that JAX knows."""
-        return cls(jax.process_index(), jax.process_count())
+    def __init__(
+        self, examples: grain.MapDataset[Example], rows: Sequence[int], batch_size: int
+    ) -> None:
+        self._examples, self._rows, self._batch_size = examples, list(rows), batch_size
 
-    def share(self, dataset: grain.MapDataset[Any], batch_size: int) -> grain.MapDataset[Any]:
-        """This host's part of each batch of `batch_size`.
+    def __len__(self) -> int:
+        return len(self._examples) // self._batch_size * len(self._rows)
 
-        Raises:
-          ValueError: the batch does not divide over the hosts.
-        """
-        if batch_size % self.count:
-            raise ValueError(f"A batch of {batch_size} does not divide over {self.count} hosts.")
-        return dataset.slice(slice(self.index, None, self.count)).batch(batch_size // self.count)
+    def __getitem__(self, index: int) -> Example:
+        step, place = divmod(int(index), len(self._rows))
+        example: Any = self._examples[step * self._batch_size + self._rows[place]]
+        return example
+
+
+def rows_of_batches(
+    examples: grain.MapDataset[Example], batch_size: int, rows: Sequence[int] | None = None
+) -> grain.MapDataset[Batch]:
+    """Batches of some rows of each global batch.
+
+    Args:
+      examples: in global order: those of one batch after those of another.
+      batch_size: of the global batches; a last one that is not whole is left out.
+      rows: which of them, from 0; None: all.
+    """
+    rows = range(batch_size) if rows is None else rows
+    if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
+        raise ValueError(f"A batch of {batch_size} has no rows {list(rows)}.")
+    return grain.MapDataset.source(_Rows(examples, rows, batch_size)).batch(len(rows))
 
 
 def train_batches(
@@ -124,50 +166,81 @@ def train_batches(
     image_size: int,
     *,
     start_step: int = 0,
-    host: Host | None = None,
+    rows: Sequence[int] | None = None,
     source: Any = None,
+    skipped: Skipped | None = None,
     resample: str = "bicubic",
     llm: LanguageConfig | None = None,
 ) -> Batches:
-    """This host's share of the global batches from `start_step` on, without end.
+    """Rows of the global batches from `start_step` on, without end.
 
     Args:
       config: a recipe's config; `data` and `seed` decide.
       image_size: side of the images, from the model.
       start_step: number of batches that were seen before.
-      host: of how many; None: this process.
+      rows: of each global batch, those to load (`runtime.mesh.local_rows`); None: all.
       source: what `make_source` gave for the config; None: it is asked.
+      skipped: the count that goes on (`count_of`); None: a new one.
       resample, llm: see `make_example`.
     """
     source = make_source(config, config.data.split) if source is None else source
-    skipped = _skipped(source, config)
+    skipped = count_of(source, config) if skipped is None else skipped
     read = Reader(source, make_example(config, image_size, train=True, resample=resample, llm=llm))
     examples = _order(source, config).random_map(read)
-    shared = (host or Host.this()).share(examples, config.data.batch_size)
-    return Batches(_start(shared.slice(slice(start_step, None)), config), skipped)
+    batches = rows_of_batches(examples, config.data.batch_size, rows)
+    return Batches(_start(batches.slice(slice(start_step, None)), config), skipped)
+
+
+def eval_batch_size(config: ConfigDict, source: Any, multiple: int = 1) -> int:
+    """`eval.batch_size`, rounded up to what the mesh divides; fewer where there are fewer records.
+
+    Args:
+      config: a recipe's config.
+      source: the records of `data.eval_split`.
+      multiple: into how many parts the mesh splits a batch.
+
+    Raises:
+      ValueError: there are too few records for one batch.
+    """
+    size = -(-config.eval.batch_size // multiple) * multiple
+    size = min(size, len(source) // multiple * multiple)
+    if size < 1:
+        raise ValueError(
+            f"config.eval.batch_size is {config.eval.batch_size}, the split "
+            f"{config.data.eval_split!r} has {len(source)} records, and the mesh splits a batch "
+            f"into {multiple} parts: not one batch divides over it. Give it {multiple} records or "
+            "more, or set --config.eval.every=0."
+        )
+    return size
 
 
 def heldout_batches(
     config: ConfigDict,
     image_size: int,
     *,
-    host: Host | None = None,
+    batch_size: int | None = None,
+    rows: Sequence[int] | None = None,
+    source: Any = None,
     resample: str = "bicubic",
     llm: LanguageConfig | None = None,
 ) -> Batches:
     """The first `eval.batches` whole batches of `eval_split` (0: all), in order, not augmented.
 
-    Arguments as of `train_batches`.
+    Args:
+      config: a recipe's config.
+      image_size: side of the images, from the model.
+      batch_size: of the global batches; None: `eval_batch_size` says.
+      rows: of each global batch, those to load; None: all.
+      source: what `make_source` gave for `eval_split`; None: it is asked.
+      resample, llm: see `make_example`.
     """
-    source = make_source(config, config.data.eval_split)
-    size = min(config.eval.batch_size, len(source))
+    source = make_source(config, config.data.eval_split) if source is None else source
+    size = batch_size or eval_batch_size(config, source)
     count = len(source) // size
     count = min(count, config.eval.batches) or count
     read = Reader(source, make_example(config, image_size, train=False, resample=resample, llm=llm))
-    dataset = grain.MapDataset.range(count * size).seed(0).random_map(read)
-    return Batches(
-        _start((host or Host.this()).share(dataset, size), config), _skipped(source, config)
-    )
+    examples = grain.MapDataset.range(count * size).seed(0).random_map(read)
+    return Batches(_start(rows_of_batches(examples, size, rows), config), count_of(source, config))
 
 
 def scored_batches(
@@ -362,8 +435,12 @@ def open_source(data: Any, split: str) -> Any:
 # ------------------------------------------------------------------------------------- reading
 
 
-def _skipped(source: Any, config: ConfigDict) -> Skipped:
-    """A count that begins with what the source left out at its start."""
+def count_of(source: Any, config: ConfigDict) -> Skipped:
+    """A count that begins with what the source left out at its start.
+
+    Raises:
+      TooManySkipped: that is more than the bounded share already.
+    """
     skipped = Skipped(len(source), config.data.most_skipped)
     if hasattr(source, "faults"):
         skipped.merge(source.faults)
@@ -390,7 +467,7 @@ class Reader:
         """The example of a record, or of its replacement, with a note of what was wrong."""
         index = int(index)
         start, end = next(ends for ends in self.ranges if index < ends[1])
-        faults: list[tuple[int, str, str]] = []
+        faults: list[Fault] = []
         for _ in range(min(end - start, MOST_REPLACED)):
             # A copy of the generator's state: a replacement is drawn as its record would have been.
             state = rng.bit_generator.state
@@ -444,7 +521,7 @@ class Scored(Reader):
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
         """What `rows[index]` holds; black, and not valid, beyond the end or if it is unreadable."""
-        faults: list[tuple[int, str, str]] = []
+        faults: list[Fault] = []
         example: Example = {"image": np.zeros((self.image_size, self.image_size, 3), np.uint8)}
         row = self.rows[index] if index < len(self.rows) else -1
         valid = row >= 0
@@ -467,7 +544,7 @@ def _stride(count: int) -> int:
     return stride
 
 
-def _note(faults: list[tuple[int, str, str]]) -> np.ndarray:
+def _note(faults: list[Fault]) -> np.ndarray:
     """Faults as uint8[FAULTS_SIZE]; as many as it holds, long places cut from the left."""
     out = np.zeros(FAULTS_SIZE, np.uint8)
     if faults:

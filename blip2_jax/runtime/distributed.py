@@ -1,6 +1,8 @@
 """Several hosts, the compilation cache, being told to stop, and not waiting for ever."""
 
+import dataclasses
 import faulthandler
+import json
 import os
 import resource
 import signal
@@ -88,6 +90,34 @@ def process_count() -> int:
 def is_first_process() -> bool:
     """True on the one host that writes logs and reports."""
     return jax.process_index() == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """A process, and of how many that share work which each can do alone."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def this(cls) -> "Host":
+        """This process, of all that JAX knows."""
+        return cls(jax.process_index(), jax.process_count())
+
+
+def gather(value: Any) -> list[Any]:
+    """What all processes have, in their order; each must call.
+
+    Args:
+      value: anything that JSON can hold.
+    """
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    if jax.process_count() == 1:
+        return [json.loads(text.tobytes())]
+    sizes = multihost_utils.process_allgather(np.asarray(len(text)))
+    padded = np.pad(text, (0, int(sizes.max()) - len(text)))
+    texts = multihost_utils.process_allgather(padded)
+    return [json.loads(x[:n].tobytes()) for x, n in zip(texts, sizes, strict=True)]
 
 
 def all_agree(yes: bool) -> bool:

@@ -113,12 +113,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a global batch that this process loads: those its devices hold, in order.
+def local_rows(mesh: Mesh, batch_size: int, devices: Sequence[Any] | None = None) -> list[int]:
+    """The rows of a global batch that a process loads: those its devices hold, in order.
 
     They follow from `batch_sharding` alone, so row k of the batch is the same record on every mesh
     and for any number of processes. They need not stand side by side, and where a part of the
     batch is on devices of several processes, each of these loads it.
+
+    Args:
+      mesh: the mesh.
+      batch_size: rows of the global batch.
+      devices: the process's; None: this process's own.
 
     Raises:
       ValueError: the batch does not divide over the mesh.
@@ -129,8 +134,10 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
             f"A batch of {batch_size} does not divide over the {shards} devices of the mesh's data "
             "and fsdp axes; take a multiple."
         )
-    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    return sorted({row for (part,) in parts.values() for row in range(batch_size)[part]})
+    sharding = batch_sharding(mesh)
+    own = sharding.addressable_devices if devices is None else set(devices)
+    parts = sharding.devices_indices_map((batch_size,))
+    return sorted({row for device in own for row in range(batch_size)[parts[device][0]]})
 
 
 def global_batch(
@@ -150,7 +157,7 @@ def global_batch(
     place = {row: number for number, row in enumerate(local_rows(mesh, batch_size))}
 
     def put(rows: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:  # a slice for each axis
             first, stop, _ = index[0].indices(batch_size)
             return rows[place[first] : place[first] + stop - first]
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from blip2_jax.data import prompting, texts
 from blip2_jax.data.containers import Row
-from blip2_jax.data.loader import Host
 from blip2_jax.evals import check_ids, vqa
+from blip2_jax.runtime.distributed import Host
 from blip2_jax.tasks.task import Lines, Metrics, Rows, Task
 
 

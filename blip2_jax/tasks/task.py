@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 from blip2_jax.data import transforms
 from blip2_jax.data.containers import Row
 from blip2_jax.data.heldout import Heldout
-from blip2_jax.data.loader import Host
 from blip2_jax.evals import submissions
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.runtime import journal, run_dir
+from blip2_jax.runtime.distributed import Host
 from blip2_jax.runtime.metrics import Progress
 
 # Keys of a task that may change when it goes on: they decide nothing of what is said.

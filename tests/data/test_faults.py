@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 import tests.data.made as made
 import tests.tiny as tiny
 from blip2_jax.data import faults, files, loader, sources, tars
-from blip2_jax.data.faults import Skipped
+from blip2_jax.data.faults import Skipped, TooManySkipped
+from blip2_jax.runtime import mesh as meshes
 
 
 def make_config(**changes):
@@ -27,9 +28,9 @@ def make_config(**changes):
     return tiny.config("stage1", **names)
 
 
-def take(config, n, start=0, host=None):
-    with loader.train_batches(config, 16, start_step=start, host=host) as batches:
-        return list(itertools.islice(batches, n)), batches.skipped
+def take(config, n, start=0, rows=None):
+    with loader.train_batches(config, 16, start_step=start, rows=rows) as batches:
+        return list(itertools.islice(batches, n)), batches.count_skipped()
 
 
 def assert_same(a, b):
@@ -104,10 +105,11 @@ def test_with_all_that_broken_batches_are_still_a_function_of_the_step(broken):
     whole, skipped = take(broken, 8)
     rest, _ = take(broken, 5, start=3)
     assert_same(whole[3:], rest)
-    shares = [take(broken, 8, host=loader.Host(index, 2))[0] for index in range(2)]
-    for batch, *parts in zip(whole, *shares, strict=True):
-        for index, part in enumerate(parts):
-            np.testing.assert_array_equal(batch["image"][index::2], part["image"])
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    for host in np.split(mesh.devices.ravel(), 2):
+        rows = meshes.local_rows(mesh, 8, host)
+        part, _ = take(broken, 8, rows=rows)
+        assert_same(part, [{name: x[rows] for name, x in batch.items()} for batch in whole])
     changed = ConfigDict(broken.to_dict())
     changed.data.workers = 2
     same, from_workers = take(changed, 8)
@@ -143,7 +145,7 @@ def test_a_shard_that_vanishes_mid_run_leaves_the_others_where_they_were(tmp_pat
         assert_same(itertools.islice(batches, 2), whole[:2])
         os.remove(shards[2])
         hurt = list(itertools.islice(batches, 18))
-        assert batches.skipped.by_reason == {"no such file": 8}
+        assert batches.count_skipped().by_reason == {"no such file": 8}
         assert batches.skipped.examples["no such file"][0] == shards[2]
     lost = range(16, 24)
     for before, after in zip(whole[2:], hurt, strict=True):
@@ -176,7 +178,7 @@ def test_too_much_that_is_broken_stops_the_run_and_says_so(tmp_path, workers):
     changes = {"data.dir": str(tmp_path / "list.json"), "data.images": str(tmp_path / "images")}
     config = make_config(**{**changes, "data.most_skipped": 0.2, "data.workers": workers})
     with pytest.raises(
-        ValueError, match="5 of 20 records cannot.*most_skipped.*\n.*5 x not a read"
+        TooManySkipped, match="8 of 20 records cannot.*most_skipped.*\n.*8 x not a read"
     ):
         take(config, 10)
     for name in names:
@@ -198,7 +200,7 @@ def test_scores_leave_out_what_is_broken_and_replace_nothing(broken):
     source = loader.make_source(broken, "train")
     with loader.scored_batches(source, 16, 4, rows=range(len(source))) as batches:
         found = list(batches)
-        skipped = batches.skipped
+        skipped = batches.count_skipped()
     valid = np.concatenate([b["valid"] for b in found])
     index = np.concatenate([b["index"] for b in found])
     total = len(source)
@@ -214,12 +216,66 @@ def test_counting():
     skipped.add("cut short", "a", index=0)
     skipped.add("cut short", "b", index=1)
     skipped.add("cut short", "b", index=1)  # the same one in the next epoch is no new one
-    with pytest.raises(ValueError, match="3 of 20 .*\n.*3 x cut short: a, b, c"):
-        skipped.add("cut short", "c", index=2)
+    skipped.check()
+    skipped.add("cut short", "c", index=2)
+    with pytest.raises(TooManySkipped, match="3 of 20 .*\n.*3 x cut short: a, b, c"):
+        skipped.check()
     other = Skipped()
     other.merge(skipped)
     other.merge(skipped.to_json())
     assert other.count == 6 and len(other.examples["cut short"]) == faults.Skipped.EXAMPLES
+
+
+class TwoHosts:
+    """Two hosts that load half of each batch and count together after every step."""
+
+    def __init__(self, config, start=0, met=None):
+        self.source = loader.make_source(config, "train")
+        self.batches = []
+        for rows in (range(4), range(4, 8)):
+            skipped = loader.count_of(self.source, config)
+            if met is not None:
+                skipped.resume(json.loads(json.dumps(met)))
+            args = {"rows": rows, "source": self.source, "skipped": skipped}
+            self.batches.append(loader.train_batches(config, 16, start_step=start, **args))
+
+    def step(self):
+        """Reads one step; what each host has counted, or its error."""
+        for batches in self.batches:
+            next(batches)
+        both = [batches._uncounted for batches in self.batches]
+        found = []
+        for batches in self.batches:
+            try:
+                found.append(batches.count_skipped(lambda _: both).met())
+            except TooManySkipped as error:
+                found.append(str(error))
+        return found
+
+
+def test_hosts_count_together_and_a_restart_goes_on(tmp_path):
+    """Neither host meets more than the bound by itself. A record that another host or an earlier
+    start has met is not counted anew."""
+    names = made.write_images(tmp_path / "images", 20)
+    for name in names[:6]:
+        (tmp_path / "images" / name).write_bytes(b"x")
+    rows = [{"image": name, "caption": "a picture"} for name in names]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    changes = {"data.dir": str(tmp_path / "list.json"), "data.images": str(tmp_path / "images")}
+    config = make_config(**changes, **{"data.most_skipped": 0.2, "data.threads": 0})
+    hosts = TwoHosts(config)
+    met, step, bad = None, 0, set()
+    while True:
+        bad |= {n for n in loader.record_numbers(hosts.source, config, step) if n < 6}
+        first, second = hosts.step()
+        assert first == second
+        if len(bad) > 4:
+            break
+        assert sum(of["count"] for of in first["by_reason"].values()) == len(bad)
+        met, step = first, step + 1
+    assert "of 20 records cannot be read" in first and step > 0
+    assert "of 20 records cannot be read" in TwoHosts(config, step, met).step()[0]
+    assert not isinstance(TwoHosts(config, step).step()[0], str)  # which has forgotten
 
 
 def test_a_note_of_many_faults_holds_as_many_as_fit():

@@ -22,6 +22,7 @@ from blip2_jax.data import examples, loader, texts, transforms
 from blip2_jax.data.faults import RecordError
 from blip2_jax.models.opt import OPTConfig
 from blip2_jax.models.t5 import T5Config
+from blip2_jax.runtime import mesh as meshes
 
 
 @pytest.fixture(scope="module")
@@ -69,21 +70,6 @@ def test_resuming_at_any_step_gives_the_batches_of_the_run_never_stopped(folder,
 def test_the_number_of_threads_changes_nothing(folder):
     many = take(make_config(folder, **{"data.threads": 8}), 5)
     assert_same(take(make_config(folder, **{"data.threads": 0}), 5), many)
-
-
-def test_the_global_batch_does_not_depend_on_the_number_of_hosts(folder, monkeypatch):
-    """Two hosts' shares interleave to one host's batch: crops, captions and all."""
-    config = make_config(folder)
-    one = take(config, 4)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    shares = []
-    for host in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-        shares.append(take(config, 4))
-    for whole, first, second in zip(one, *shares, strict=True):
-        for name in whole:
-            np.testing.assert_array_equal(whole[name][0::2], first[name])
-            np.testing.assert_array_equal(whole[name][1::2], second[name])
 
 
 def test_each_epoch_sees_every_record_once_in_another_order(folder):
@@ -138,6 +124,27 @@ def test_heldout_batches_are_whole_ordered_and_repeatable(folder):
     assert np.concatenate([b["image_id"] for b in first]).tolist() == list(range(8))
     with loader.heldout_batches(config, 16) as batches:
         assert_same(first, list(batches))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "multiple", "found"), [(4, 1, 4), (4, 8, 8), (3, 2, 4), (64, 1, 10), (64, 4, 8)]
+)
+def test_an_evaluation_batch_divides_over_the_mesh(folder, batch_size, multiple, found):
+    """Of ten records."""
+    config = make_config(folder, **{"eval.batch_size": batch_size})
+    source = loader.make_source(config, "test")
+    assert loader.eval_batch_size(config, source, multiple) == found
+    with loader.heldout_batches(config, 16, batch_size=found, rows=[1]) as batches:
+        ids = [batch["image_id"].tolist() for batch in batches]
+    assert ids == [[row] for row in range(1, 10 // found * found, found)]
+
+
+@pytest.mark.parametrize(("batch_size", "multiple"), [(4, 16), (0, 1)])
+def test_an_evaluation_batch_that_cannot_divide_is_refused(folder, batch_size, multiple):
+    config = make_config(folder, **{"eval.batch_size": batch_size})
+    source = loader.make_source(config, "test")
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size},.*10 records.*{multiple} "):
+        loader.eval_batch_size(config, source, multiple)
 
 
 def test_stories_grow_from_easy_to_hard(folder):
@@ -200,26 +207,52 @@ def mixed(tmp_path_factory):
     )
 
 
-def share(config, n, index, count, start=0):
-    host = loader.Host(index, count)
-    with loader.train_batches(config, 16, start_step=start, host=host) as batches:
-        return list(itertools.islice(batches, n))
+def rows_of_hosts(batch_size, sizes, count, order=range(8)):
+    """The rows that each of some hosts loads, of a mesh over their devices in some order."""
+    devices = jax.devices()
+    mesh = meshes.make_mesh(dict(zip(meshes.AXES, sizes, strict=True)), [devices[i] for i in order])
+    hosts = np.split(np.array(devices), count)
+    return [meshes.local_rows(mesh, batch_size, host) for host in hosts]
 
 
-def whole(shares):
-    """Hosts' shares of each step, put together again."""
-    for step in zip(*shares, strict=True):
-        rows = {name: np.stack([s[name] for s in step], axis=1) for name in step[0]}
-        yield {name: x.reshape(-1, *x.shape[2:]) for name, x in rows.items()}
+def assert_hosts_have_the_rows(config, hosts, whole, start=0):
+    """Each host's batches are its rows of the global ones; together they have them all."""
+    assert set(itertools.chain(*hosts)) == set(range(config.data.batch_size))
+    for rows in hosts:
+        with loader.train_batches(config, 16, start_step=start, rows=rows) as batches:
+            for batch, want in zip(batches, whole[start:], strict=False):
+                assert_same([batch], [{name: x[rows] for name, x in want.items()}])
 
 
-def test_batches_are_the_same_for_any_number_of_hosts_and_any_resume(mixed):
-    one = take(mixed, 8)
-    for count in (2, 4):
-        assert_same(whole([share(mixed, 8, index, count) for index in range(count)]), one)
-    for start, count in ((3, 4), (5, 2), (7, 1)):
-        rest = [share(mixed, 8 - start, index, count, start) for index in range(count)]
-        assert_same(whole(rest), one[start:])
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_rows_of_a_batch_are_the_same_records_on_any_hosts(folder, stage):
+    """Crops, captions and all."""
+    config = make_config(folder, stage)
+    whole = take(config, 3)
+    assert_hosts_have_the_rows(config, rows_of_hosts(8, (1, 8, 1), 2), whole)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "order", "first"),
+    [
+        ((1, 8, 1), 2, range(8), [0, 1, 2, 3]),
+        ((2, 2, 2), 4, range(8), [0, 1]),
+        ((4, 2, 1), 2, (0, 4, 1, 5, 2, 6, 3, 7), [0, 2, 4, 6]),  # hosts side by side nowhere
+        ((2, 1, 4), 4, range(8), [0, 1, 2, 3]),  # two hosts hold, and load, the same rows
+        ((1, 1, 8), 2, range(8), [*range(8)]),
+    ],
+)
+def test_batches_are_the_same_for_any_hosts_and_any_resume(mixed, sizes, count, order, first):
+    whole = take(mixed, 5)
+    hosts = rows_of_hosts(8, sizes, count, order)
+    assert hosts[0] == first
+    assert_hosts_have_the_rows(mixed, hosts, whole, start=3)
+
+
+def test_rows_that_a_batch_has_not_are_refused(mixed):
+    for rows in ([], [8], [-1]):
+        with pytest.raises(ValueError, match="A batch of 8 has no rows"):
+            loader.train_batches(mixed, 16, rows=rows)
 
 
 @contextlib.contextmanager
@@ -260,10 +293,10 @@ def test_batches_are_the_same_for_any_number_of_workers_and_any_resume(mixed):
 
 
 def test_batches_are_the_same_for_several_hosts_with_several_workers(mixed):
-    one = take(mixed, 8)
+    one = take(mixed, 6)
     changed = ConfigDict(mixed.to_dict())
     changed.data.workers = 2
-    assert_same(whole([share(changed, 5, index, 2, 3) for index in range(2)]), one[3:])
+    assert_hosts_have_the_rows(changed, rows_of_hosts(8, (2, 2, 2), 2), one, start=3)
 
 
 def test_the_shares_of_a_mixture_are_exact_in_the_long_run(mixed):

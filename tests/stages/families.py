@@ -61,8 +61,10 @@ def step(c: ConfigDict, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]:
     run = recipe.build(c, meshes.make_mesh(c.mesh, devices))
     key = jax.jit(lambda: jax.random.key(1), out_shardings=meshes.replicated(run.mesh))()
     start = jax.jit(lambda: jax.random.key(0), out_shardings=meshes.replicated(run.mesh))()
-    share = lambda x: np.split(x, jax.process_count())[jax.process_index()]  # noqa: E731
-    batch = meshes.global_batch(jax.tree.map(share, tiny.batch(c)), run.mesh)
+    size = c.data.batch_size
+    rows = meshes.local_rows(run.mesh, size)
+    batch = {name: x[rows] for name, x in tiny.batch(c).items()}
+    batch = meshes.global_batch(batch, run.mesh, size)
     state, metrics = run.train_step(run.init_state(start), tiny.frozen(run), batch, key)
     (moments,) = (s.mu for s in jax.tree.leaves(state["opt_state"], is_leaf=_has_mu) if _has_mu(s))
     whole = jax.jit(lambda x: x, out_shardings=meshes.replicated(run.mesh))
