@@ -41,6 +41,7 @@ from blip2_jax.runtime.clock import Clock
 from blip2_jax.runtime.compare import moved
 from blip2_jax.runtime.distributed import PREEMPTED
 from blip2_jax.runtime.metrics import MetricsWriter, Profiler, Progress
+from blip2_jax.runtime.watchdog import Watchdog, alive
 from blip2_jax.stages.flops import flops_per_sample
 from blip2_jax.stages.step import Params, State
 from blip2_jax.weights import bert
@@ -72,10 +73,10 @@ def train(config: ConfigDict, workdir: Path) -> int:
     distributed.setup_compilation_cache()
     with (
         distributed.Preemption() as preemption,  # from here on, SIGTERM ends no run unsaved
-        distributed.Watchdog(config.faults.step_timeout) as watchdog,
+        Watchdog(config.faults.step_timeout),
         _alone_in(workdir),
     ):
-        return _train(config, workdir, preemption, watchdog)
+        return _train(config, workdir, preemption)
 
 
 def _alone_in(workdir: Path) -> contextlib.AbstractContextManager[None]:
@@ -111,7 +112,6 @@ def _train(
     config: ConfigDict,
     workdir: Path,
     preemption: distributed.Preemption,
-    watchdog: distributed.Watchdog,
 ) -> int:
     what = {"recipe": config.name, "config": json.loads(cli.config_to_json(config))}
     done = run_dir.read_done(workdir)
@@ -121,7 +121,7 @@ def _train(
             return _finished_before(config, workdir)
 
     def between_batches() -> None:  # of an evaluation
-        watchdog.step_done()
+        alive()
         preemption.check()
 
     # Shapes and shardings first, then what is checked before anything expensive starts.
@@ -184,7 +184,6 @@ def _train(
             workdir,
             save,
             preemption,
-            watchdog,
             source,
             skipped,
             losses,
@@ -264,7 +263,6 @@ def loop(
     workdir: Path,
     save: Callable[..., None],
     preemption: distributed.Preemption,
-    watchdog: distributed.Watchdog,
     source: Any,
     skipped: Skipped,
     losses: "EvalLosses | None",
@@ -289,7 +287,9 @@ def loop(
     metrics: dict[str, Any] = {}
     size = config.data.batch_size
     rows = mesh.local_rows(run.mesh, size)
+    alive()
     train_step = run.lower_step().compile()  # the very program that `blip2 plan` looks at
+    alive()
     if distributed.is_first_process():
         print(_memory(train_step), flush=True)
 
@@ -331,7 +331,7 @@ def loop(
             profiler.before(step, metrics)
             state, metrics = train_step(state, frozen, batch, key)
             step += 1
-            watchdog.step_done()
+            alive()
             bad_steps.add(metrics["bad_steps"])
             progress.update(1)
             last = step == config.steps

@@ -26,7 +26,8 @@ def get_config() -> ConfigDict:
             "most_bad_steps": 0,
             "start_timeout": 300,  # seconds in which all processes must have come together
             "peer_timeout": 100,  # seconds without a sign of life from another process
-            # Seconds without a step of this process, its compilation and evaluation included.
+            # Seconds without a sign of life of this process: a step, or a piece of what takes long
+            # beside steps (an archive's record indexed, a tensor loaded, a batch evaluated).
             "step_timeout": 3600,
         }
     )

@@ -14,6 +14,7 @@ import fsspec
 
 from blip2_jax.data.faults import RecordError
 from blip2_jax.runtime import atomic, digest
+from blip2_jax.runtime.watchdog import alive
 
 MOST_OPEN = 256  # files that are kept open; below the usual limit of 1,024 for a process
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -191,6 +192,7 @@ def local_copy(folder: str) -> str:
     if not found:
         raise ValueError(f"{folder}: nothing there.")
     for path, info in tqdm(sorted(found.items()), desc=f"fetching {folder}", unit=" files"):
+        alive()
         local = target / path.removeprefix(root).lstrip("/")
         if local.is_file() and local.stat().st_size == info["size"]:
             continue

@@ -9,6 +9,7 @@ import numpy as np
 from blip2_jax.data import lists, loader, sources, texts
 from blip2_jax.data.containers import Row
 from blip2_jax.data.faults import RecordError
+from blip2_jax.runtime.watchdog import alive
 
 
 class Heldout:
@@ -40,6 +41,7 @@ class Heldout:
         self.left_out = "; ".join(said)
 
     def _facts(self, number: int) -> Row:
+        alive()
         try:
             record = sources.facts(self.source, number)
             return texts.folded(record) if self.data.fold_whitespace else record

@@ -18,6 +18,7 @@ from blip2_jax.data import containers, fields, files, layouts
 from blip2_jax.data.containers import IMAGE_SUFFIXES, Contents, Line, Row, StoredImage
 from blip2_jax.data.faults import RecordError, Skipped
 from blip2_jax.data.folders import same_split
+from blip2_jax.runtime.watchdog import alive
 
 SUFFIXES = containers.SUFFIXES
 FORMS = {"image": None, "caption": "captions", "question": "questions"}  # what makes a record
@@ -195,6 +196,7 @@ class ListSource:
         columns = dict.fromkeys(contents.columns)
         found = []
         for where, row in contents.lines:
+            alive()
             if isinstance(row, RecordError):
                 found.append(Found(where, None, row))
                 continue

@@ -22,6 +22,7 @@ from blip2_jax.data import fields, files, folders, lists
 from blip2_jax.data.containers import IMAGE_SUFFIXES
 from blip2_jax.data.faults import RecordError, Skipped
 from blip2_jax.runtime import digest
+from blip2_jax.runtime.watchdog import alive
 
 NOTE = ".idx.json"  # what an index has beside it
 PARTS = ("image", "text", "meta")  # of a record
@@ -152,6 +153,7 @@ def index(file: Any, size: int, where: str) -> tuple[np.ndarray, Skipped]:
     faults = Skipped()
     groups: dict[str, list[Parts]] = {}
     for member in scan(file, size):
+        alive()
         if isinstance(member, RecordError):
             faults.add(member.reason, f"{where}:{member.where}" if member.where else where)
             continue

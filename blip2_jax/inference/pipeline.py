@@ -31,6 +31,7 @@ from blip2_jax.models.t5 import T5Config
 from blip2_jax.runtime import dtypes
 from blip2_jax.runtime.mesh import batch_sharding, replicated
 from blip2_jax.runtime.values import did_you_mean
+from blip2_jax.runtime.watchdog import alive
 
 log = logging.getLogger(__name__)
 
@@ -738,6 +739,7 @@ class Blip2:
                 arrays = self._placed(read(start, stop), self._bucket(stop - start))
                 result = _fetch(function(self.params, *arrays))
                 results.append(jax.tree.map(lambda x: x[: stop - start], result))  # noqa: B023
+                alive()
                 bar.update(stop - start)
         whole = jax.tree.map(lambda *xs: np.concatenate(xs), *results)
         if skipped:

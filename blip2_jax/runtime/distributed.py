@@ -1,12 +1,10 @@
-"""Several hosts, the compilation cache, being told to stop, and not waiting for ever."""
+"""Several hosts, the compilation cache, and being told to stop."""
 
 import dataclasses
-import faulthandler
 import json
 import os
 import resource
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -168,41 +166,6 @@ def setup_compilation_cache(directory: str | None = None) -> str:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_compilation_cache_dir", directory)
     return directory
-
-
-class Watchdog:
-    """Ends this process when it makes no step for too long, with the stacks of all threads.
-
-    A peer that hangs in a collective, or a disk or reader that never answers, would otherwise hold
-    the machines for ever. It counts in C, on a monotonic clock, and needs no interpreter lock. The
-    heartbeats of a process that ends so stop, which ends the others.
-
-    Args:
-      seconds: between two steps; 0: no watchdog.
-    """
-
-    def __init__(self, seconds: float):
-        if seconds < 0:
-            raise ValueError(f"config.faults.step_timeout is {seconds}; 0 turns it off.")
-        self._seconds = seconds
-        self._armed = -float("inf")
-
-    def __enter__(self) -> "Watchdog":
-        self.step_done()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._seconds:
-            faulthandler.cancel_dump_traceback_later()
-
-    def step_done(self) -> None:
-        """Begins to count anew."""
-        now = time.monotonic()
-        # Each arming starts a thread: at most a hundred in the time that is watched.
-        if self._seconds and now - self._armed > self._seconds / 100:
-            self._armed = now
-            to = sys.__stderr__ or 2  # its descriptor, where Python has none of its own
-            faulthandler.dump_traceback_later(self._seconds, exit=True, file=to)
 
 
 class Stopped(Exception):

@@ -17,6 +17,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from blip2_jax.runtime import atomic
+from blip2_jax.runtime.watchdog import alive
 
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
@@ -235,7 +236,8 @@ class Progress:
         self.close()
 
     def update(self, count: int = 1, **shown: float) -> None:
-        """Counts `count` more, and shows the latest numbers, e.g. `loss=1.2`."""
+        """Counts `count` more, and shows the latest numbers, e.g. `loss=1.2`; a sign of life."""
+        alive()
         self._done += count
         if self._bar is not None:
             if shown:

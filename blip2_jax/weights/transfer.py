@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from tqdm import tqdm
 
 from blip2_jax.runtime.mesh import flatten_with_names, nested
+from blip2_jax.runtime.watchdog import alive
 from blip2_jax.weights.files import Tensors, WeightsError
 from blip2_jax.weights.tables import KINDS, Row, Table
 
@@ -303,6 +304,7 @@ def _read(
     shape: tuple[int, ...],
 ) -> np.ndarray:
     """ours[bounds] of a tensor; `bounds` are first and last index along each axis, end excluded."""
+    alive()
     kind = KINDS[piece.row.kind]
     stored = kind.stored(shape)
     if kind.turned is None:

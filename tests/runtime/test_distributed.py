@@ -153,19 +153,3 @@ def test_two_hosts_work_as_one(tmp_path):
     # Where each works at its own pace, one that is told stops both, also one that waits.
     assert first["alone"] == {"met": 1, "stopped": True, "rounds": 3}
     assert second["alone"] == {"met": 1, "stopped": True, "rounds": 0}
-
-
-def test_a_process_that_makes_no_step_ends_itself_and_says_where_it_was():
-    script = (
-        "import time; from blip2_jax.runtime.distributed import Watchdog\n"
-        "def stuck(): time.sleep(60)\n"
-        "with Watchdog(0.5) as watchdog:\n"
-        "    for _ in range(8): time.sleep(0.1); watchdog.step_done()\n"
-        "    print('alive', flush=True); stuck()\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    ended = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=50
-    )
-    assert ended.returncode == 1 and ended.stdout == "alive\n"
-    assert "Timeout" in ended.stderr and "in stuck" in ended.stderr
