@@ -165,7 +165,12 @@ class Recipe:
         Returns:
           The frozen parameters, and each tower's fingerprint.
         """
-        frozen, fingerprints = {}, {}
+        frozen = self.read_frozen()
+        return frozen, self.fingerprints(frozen)
+
+    def read_frozen(self) -> Params:
+        """The frozen parameters; nothing here waits for other processes."""
+        frozen = {}
         for key, abstract in self.abstract_frozen.items():
             tower = self.config.model.get(key)
             if tower is None or not tower.get("source"):
@@ -173,17 +178,23 @@ class Recipe:
                     f"`{key}` is frozen and has no source. Set config.model.{key}.source to a "
                     f"folder with its weights, or add `{key}` to config.trainable."
                 )
-            sizes = getattr(self.model_config, key)
-            frozen[key] = huggingface.load(tower.source, sizes, abstract)
-            fingerprints[key] = states.fingerprint(frozen[key])
-            if tower.fingerprint not in ("", fingerprints[key]):
+            frozen[key] = huggingface.load(tower.source, getattr(self.model_config, key), abstract)
+        return frozen
+
+    def fingerprints(self, frozen: Params) -> dict[str, str]:
+        """Each frozen tower's fingerprint, which must be the config's, if that names one."""
+        found = {}
+        for key, params in frozen.items():
+            tower = self.config.model[key]
+            found[key] = states.fingerprint(params)
+            if tower.fingerprint not in ("", found[key]):
                 raise ValueError(
                     f"The weights of `{key}` in {tower.source} have the fingerprint "
-                    f"{fingerprints[key]}, the config asks for {tower.fingerprint}. Install the "
+                    f"{found[key]}, the config asks for {tower.fingerprint}. Install the "
                     f"weights it was written for, or set --config.model.{key}.fingerprint='' to "
                     "train on these."
                 )
-        return frozen, fingerprints
+        return found
 
 
 def _tower_config(

@@ -34,7 +34,7 @@ from blip2_jax import cli, identity, recipe
 from blip2_jax.data import loader
 from blip2_jax.data.faults import Skipped, TooManySkipped
 from blip2_jax.evaluate import DuringTraining
-from blip2_jax.runtime import distributed, jobs, mesh, run_dir
+from blip2_jax.runtime import agreement, distributed, jobs, mesh, run_dir
 from blip2_jax.runtime.bad_steps import BadSteps
 from blip2_jax.runtime.checkpoint import Checkpointer, SaveError, restore_params_into
 from blip2_jax.runtime.clock import Clock
@@ -44,7 +44,7 @@ from blip2_jax.runtime.metrics import MetricsWriter, Profiler, Progress
 from blip2_jax.runtime.watchdog import Watchdog, alive
 from blip2_jax.stages.flops import flops_per_sample
 from blip2_jax.stages.step import Params, State
-from blip2_jax.weights import bert
+from blip2_jax.weights import bert, huggingface
 from blip2_jax.weights import checkpoint as weights
 
 
@@ -125,17 +125,23 @@ def _train(
         preemption.check()
 
     # Shapes and shardings first, then what is checked before anything expensive starts.
-    with cli.mistakes_in_config():
+    with cli.mistakes_in_config(), agreement.together("start") as facts:
         run = recipe.build(config)
-        frozen, fingerprints = run.load_frozen()
         source = loader.make_source(config, config.data.split)
         skipped = loader.count_of(source, config)
-        losses = EvalLosses(run, frozen, between_batches) if config.eval.every else None
+        losses = EvalLosses(run, between_batches) if config.eval.every else None
+        if distributed.process_count() > 1:
+            facts |= {**what, **about(run, workdir)}
+    with cli.mistakes_in_config(), agreement.together("load the frozen towers"):
+        frozen = run.read_frozen()
+    with cli.mistakes_in_config(), agreement.together("start") as facts:
+        fingerprints = run.fingerprints(frozen)
         scores = None
         if config.eval.tasks:
             scores = DuringTraining(run, frozen, config.eval.tasks, between_batches)
         eval_source = None if losses is None else losses.source
         what |= identity.contents(config, fingerprints, source, eval_source, scores)
+        facts |= what
     if done is not None and config.steps == done["config"]["steps"]:  # from other places
         cli.check_same_run(done, what, workdir)
         identity.check_start(done, config, workdir)
@@ -210,6 +216,24 @@ def _finished_before(config: ConfigDict, workdir: Path) -> int:
         "--config.steps=MORE."
     )
     return 0
+
+
+def about(run: recipe.Recipe, workdir: Path) -> dict[str, Any]:
+    """What must be the same on all processes of a run before anything is loaded."""
+    config = run.config
+    parts = run.abstract_state["params"].keys() | run.abstract_frozen.keys()
+    towers = {key: config.model[key].source for key in ("vit", "llm") if key in parts}
+    return {
+        "workdir": str(workdir.absolute()),
+        **agreement.program(),
+        "mesh": [f"{device.id} of {device.process_index}" for device in run.mesh.devices.flat],
+        "state": agreement.layout(run.abstract_state),
+        "frozen": agreement.layout(run.abstract_frozen),
+        "towers": {
+            key: run_dir.stamp(huggingface.find(source)) for key, source in towers.items() if source
+        },
+        "init": identity.start(config),
+    }
 
 
 def first_state(
@@ -297,7 +321,7 @@ def loop(
         found: dict[str, float] = {}
         with clock.aside():
             if losses_due and losses is not None:
-                found |= losses(state["params"])
+                found |= losses(state["params"], frozen)
             if tasks_due and scores is not None:
                 found |= scores(state["params"])
         return found
@@ -370,7 +394,6 @@ class EvalLosses:
 
     Args:
       run: the training run.
-      frozen: its towers.
       between_batches: called before each batch is computed; may raise, to leave the evaluation.
 
     Attributes:
@@ -381,14 +404,14 @@ class EvalLosses:
       ValueError: there is no such split, or it has too few records for one batch.
     """
 
-    def __init__(self, run: recipe.Recipe, frozen: Params, between_batches: Callable[[], None]):
-        self._run, self._frozen, self._between_batches = run, frozen, between_batches
+    def __init__(self, run: recipe.Recipe, between_batches: Callable[[], None]):
+        self._run, self._between_batches = run, between_batches
         self.source = loader.make_source(run.config, run.config.data.eval_split)
         self.batch_size = loader.eval_batch_size(
             run.config, self.source, mesh.num_batch_shards(run.mesh)
         )
 
-    def __call__(self, params: Params) -> dict[str, float]:
+    def __call__(self, params: Params, frozen: Params) -> dict[str, float]:
         """Metrics as "eval/NAME", of what the run has trained so far."""
         run, size = self._run, self.batch_size
         totals: dict[str, float] = {}
@@ -405,7 +428,7 @@ class EvalLosses:
             for batch in batches:
                 self._between_batches()
                 placed = mesh.global_batch(batch, run.mesh, size)
-                for name, value in run.eval_step(params, self._frozen, placed).items():
+                for name, value in run.eval_step(params, frozen, placed).items():
                     totals[name] = totals.get(name, 0.0) + float(value)
                 count += 1
             batches.count_skipped(distributed.gather)

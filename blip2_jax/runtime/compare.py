@@ -48,7 +48,11 @@ HINTS = {
 
 
 def differences(
-    name: str, saved: Any, wanted: Any, ignored: Collection[str] = EXECUTION
+    name: str,
+    saved: Any,
+    wanted: Any,
+    ignored: Collection[str] = EXECUTION,
+    names: tuple[str, str] = ("saved", "now"),
 ) -> list[str]:
     """One line for every entry, however deep, that is not the same in both and not `ignored`.
 
@@ -56,15 +60,16 @@ def differences(
       name: of the entry, for messages; what is below it follows after a dot.
       saved, wanted: JSON documents.
       ignored: names, in which `*` stands for any text.
+      names: what messages call the two documents.
     """
     if any(fnmatchcase(name, pattern) for pattern in ignored):
         return []
     if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
         lines = []
         for key in sorted(saved.keys() | wanted.keys()):
-            lines += differences(f"{name}.{key}", saved.get(key), wanted.get(key), ignored)
+            lines += differences(f"{name}.{key}", saved.get(key), wanted.get(key), ignored, names)
         return lines
-    return [] if saved == wanted else [f"  {name}: {saved!r} saved, {wanted!r} now"]
+    return [] if saved == wanted else [f"  {name}: {saved!r} {names[0]}, {wanted!r} {names[1]}"]
 
 
 def run_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

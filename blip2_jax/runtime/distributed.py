@@ -17,6 +17,7 @@ from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
 ENABLE = "BLIP2_DISTRIBUTED"
+FOREVER_MS = 30 * 24 * 3600 * 1000  # a month
 POLL = 0.1  # seconds between two questions to the coordination service
 ADDRESSES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PREEMPTED = 42  # exit code of a run that saved itself on SIGTERM: start it again to go on
@@ -133,6 +134,20 @@ def from_first(text: str) -> str:
     size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(data))))
     padded = np.frombuffer(data[:size].ljust(size), np.uint8)
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded))).decode()
+
+
+def wait_for_all(name: str) -> None:
+    """Waits until all processes are here, however long they take; one that dies ends the others.
+
+    JAX's coordination service tells, and no device is touched: a collective, which may have to make
+    its connections first, gives up after a time of its own (30 seconds on CPUs).
+
+    Args:
+      name: of this one meeting.
+    """
+    client = jax_distributed.global_state.client
+    if client is not None:
+        client.wait_at_barrier(name, FOREVER_MS)
 
 
 def barrier(name: str) -> None:
