@@ -163,6 +163,9 @@ def peak_memory_gb() -> float:
 def setup_compilation_cache(directory: str | None = None) -> str:
     """Keeps compiled programs on disk, so that the second start of a recipe is quick.
 
+    Several processes on CPUs do without: a program that one of them has read and another has
+    compiled may come to its collectives in another order, and both would wait for ever.
+
     Args:
       directory: where; None means `JAX_COMPILATION_CACHE_DIR`, or else `blip2_jax/xla` in the
         user's cache folder (`XDG_CACHE_HOME`, `~/.cache`).
@@ -170,6 +173,8 @@ def setup_compilation_cache(directory: str | None = None) -> str:
     Returns:
       The folder.
     """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
     if directory is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         default = Path(home) / "blip2_jax" / "xla"

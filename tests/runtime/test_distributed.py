@@ -96,9 +96,10 @@ def test_a_termination_signal_asks_the_loop_to_stop():
 
 @pytest.fixture
 def cache_setting():
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_enable_compilation_cache", before[1])
 
 
 def test_the_cache_is_in_the_users_cache_folder(tmp_path, monkeypatch, cache_setting):
@@ -109,6 +110,13 @@ def test_the_cache_is_in_the_users_cache_folder(tmp_path, monkeypatch, cache_set
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "mine"))
     assert distributed.setup_compilation_cache() == str(tmp_path / "mine")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+
+
+def test_several_processes_on_cpus_compile_for_themselves(tmp_path, monkeypatch, cache_setting):
+    """A cached program's collectives may come in another order than those of a compiled one."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    distributed.setup_compilation_cache(str(tmp_path))
+    assert not jax.config.jax_enable_compilation_cache
 
 
 def run_on_two_hosts(workdir):
