@@ -219,7 +219,9 @@ def assert_hosts_have_the_rows(config, hosts, whole, start=0):
     """Each host's batches are its rows of the global ones; together they have them all."""
     assert set(itertools.chain(*hosts)) == set(range(config.data.batch_size))
     for rows in hosts:
-        with loader.train_batches(config, 16, start_step=start, rows=rows) as batches:
+        with loader.train_batches(
+            config, 16, start_step=start, rows=rows, llm=OPTConfig()
+        ) as batches:
             for batch, want in zip(batches, whole[start:], strict=False):
                 assert_same([batch], [{name: x[rows] for name, x in want.items()}])
 
