@@ -260,7 +260,7 @@ def read_extra(folder: str | Path) -> dict[str, Any]:
     """
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            return dict(reader.restore(epath.Path(folder) / "extra"))
+            return dict(reader.restore(_item(folder, "extra")))
     except Exception as error:  # the library's errors have no common class
         raise CheckpointError(_unreadable(folder, error)) from error
 
@@ -295,7 +295,7 @@ def restore_params(folder: str | Path, abstract: dict[str, Any]) -> dict[str, An
     try:
         with ocp.PyTreeCheckpointer() as reader:
             found = reader.restore(
-                epath.Path(folder) / "state",
+                _item(folder, "state"),
                 args=ocp.args.PyTreeRestore(
                     item=item,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(item),
@@ -346,9 +346,14 @@ def saved_shapes(folder: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """
     try:
         # Of the handler: the checkpointer's own keeps its errors to itself.
-        return _shapes(ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder) / "state"))
+        return _shapes(ocp.PyTreeCheckpointHandler().metadata(_item(folder, "state")))
     except Exception as error:  # the library's errors have no common class
         raise CheckpointError(_unreadable(folder, error)) from error
+
+
+def _item(folder: str | Path, name: str) -> epath.Path:
+    """A part of a checkpoint; Orbax reads absolute paths only."""
+    return epath.Path(Path(folder).absolute()) / name
 
 
 def _saved_params(folder: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:

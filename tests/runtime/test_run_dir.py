@@ -49,6 +49,16 @@ def test_a_workdir_stands_for_its_newest_checkpoint_and_each_has_a_name(run, mon
     assert files(run).keys() == before.keys()
 
 
+def test_checkpoints_are_read_by_relative_paths_too(run, monkeypatch):
+    monkeypatch.chdir(run)
+    assert checkpoint.read_extra("checkpoints/2")["step"] == 2
+    assert "params/b" in checkpoint.saved_shapes("checkpoints/2")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {"b": jax.ShapeDtypeStruct((2,), jnp.float32, sharding=device)}
+    found = checkpoint.restore_params("checkpoints/2", abstract)
+    np.testing.assert_array_equal(found["b"], np.ones(2))
+
+
 def test_a_copied_checkpoint_stands_for_itself(run, tmp_path):
     kept = shutil.copytree(run / "checkpoints" / "2", tmp_path / "best")
     original, found = run_dir.find(run / "checkpoints" / "2"), run_dir.find(kept)
