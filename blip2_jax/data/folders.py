@@ -187,7 +187,9 @@ def _has_pairs(paths: Iterable[str]) -> bool:
 def pairs(folder: str) -> Iterator[Line]:
     """A row for every image in a folder and below, of what stands beside it.
 
+    ```
     a.jpg a.txt        a.jpg a.json        a.jpg a.txt a.json
+    ```
     """
     groups: dict[str, dict[str, list[str]]] = {}
     for path in files.below(folder):
