@@ -12,4 +12,5 @@ ruff format --check .
 bash -n launch/*.sh .ci/run
 shellcheck --shell=bash --external-sources launch/*.sh .ci/run
 mypy
-exec python -m pytest "$@"
+# A file's tests stay together: they share what was trained and compiled for them.
+exec python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"

@@ -350,7 +350,7 @@ def test_a_damaged_file_of_a_sweep_is_named_and_a_runs_is_no_end(
     assert not run.is_finished()
     for text in ("", '{"runs"', "\0\0"):
         (workdir / "sweep.json").write_text(text)
-        assert "sweep.json is damaged" in refused(capsys, *words)
+        assert "sweep.json" in refused(capsys, *words)
 
 
 def test_two_sweeps_at_once_are_refused(tmp_path, capsys):
