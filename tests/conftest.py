@@ -1,11 +1,10 @@
-"""Eight devices on one CPU, one cache of compiled programs, and where the tests' time goes.
+"""Eight devices on one CPU, caches of a session, and where the tests' time goes.
 
 The environment is set before anything imports jax. Programs that tests start inherit it.
 """
 
 import atexit
 import collections
-import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -21,20 +20,14 @@ FLAGS = [
     # takes 40 seconds of waiting for a deadlock, and aborts the process.
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 ]
-if importlib.metadata.version("jax").startswith("0.10."):
-    # XLA's older code generator takes 60% of the time. jax 0.12 ends at a flag that it has no more.
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(FLAGS).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-# What one module, worker or program has compiled is read by all others of the same session. A
-# folder of one's own (JAX_COMPILATION_CACHE_DIR) is kept, and makes the next session quicker.
+# Caches of this session, not the user's.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     cache = tempfile.mkdtemp(prefix="blip2-tests-")
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ["BLIP2_CACHE"] = os.environ["XDG_CACHE_HOME"] = cache
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "xla"))
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 seconds = collections.Counter()  # of tracing and compiling, in this process
 
