@@ -123,21 +123,32 @@ def test_translation_is_by_one_pixel_a_level_and_shows_gray(name, axis):
 def test_shear_moves_the_last_row_by_its_share(name, share):
     ramp = np.broadcast_to(np.arange(100)[None, :, None], (100, 100, 3)).astype(np.uint8)
     ramp = ramp if name == "shear_x" else ramp.transpose(1, 0, 2)
-    found = transforms.AUGMENTATIONS[name](Image.fromarray(ramp), 5, np.random.default_rng(0))
-    moved = (np.asarray(found).astype(int) - ramp)[:, :, 0]
-    moved = moved if name == "shear_x" else moved.T
-    # Row 90 is read 13.5 pixels to a side; look where that is inside.
-    assert abs(abs(moved[90, 40:60].mean()) - 90 * share) < 1
+    sides = set()
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        found = transforms.AUGMENTATIONS[name](Image.fromarray(ramp), 5, rng)
+        moved = (np.asarray(found).astype(int) - ramp)[:, :, 0]
+        moved = moved if name == "shear_x" else moved.T
+        # Row 90 is read 13.5 pixels to a side; look where that is inside.
+        shift = moved[90, 40:60].mean()
+        assert abs(abs(shift) - 90 * share) < 1
+        sides.add(shift > 0)
+    assert sides == {True, False}
 
 
 def test_rotation_is_by_three_degrees_a_level():
     image = Image.new("RGB", (101, 101))
     image.paste((255, 255, 255), (89, 49, 92, 52))
-    turned = np.asarray(transforms.AUGMENTATIONS["rotate"](image, 5, np.random.default_rng(0)))
-    inside = turned[35:65, 60:95].sum(axis=2)  # where nothing of the border shows
-    y, x = np.unravel_index(inside.argmax(), inside.shape)
-    angle = np.degrees(np.arctan2(y + 35 - 50, x + 60 - 50))
-    assert abs(abs(angle) - 15) < 1.5
+    sides = set()
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        turned = np.asarray(transforms.AUGMENTATIONS["rotate"](image, 5, rng))
+        inside = turned[35:65, 60:95].sum(axis=2)  # where nothing of the border shows
+        y, x = np.unravel_index(inside.argmax(), inside.shape)
+        angle = np.degrees(np.arctan2(y + 35 - 50, x + 60 - 50))
+        assert abs(abs(angle) - 15) < 1.5
+        sides.add(angle > 0)
+    assert sides == {True, False}
 
 
 def test_two_operations_are_drawn_and_each_is_done_half_the_time():
