@@ -103,7 +103,7 @@ def test_reranking_equals_the_published_one(k, processes):
     images, texts = 9, 14
     owner = make_owner(rng, images, texts)
     itc = rng.choice(rng.random(30), size=(images, texts)).astype(np.float32)  # with ties
-    logits = rng.normal(size=itc.shape).astype(np.float32) * 5
+    logits = rng.normal(size=itc.shape).astype(np.float32) * 0.3  # neither outweighs the other
     parts = [np.arange(images)[i::processes] for i in range(processes)]
     found = shared(lambda s, rows, g: retrieval.candidates(s, rows, k, g), parts, itc)
     image = np.concatenate([part[at] for part, (at, _) in zip(parts, found, strict=True)])
