@@ -14,6 +14,7 @@ from blip2_jax.inference.pipeline import Blip2, check_batch_size
 from blip2_jax.models.blip2 import AXES
 from blip2_jax.runtime import distributed, dtypes, run_dir
 from blip2_jax.runtime import mesh as meshes
+from blip2_jax.runtime.rules import RULES
 from blip2_jax.weights import checkpoint
 from blip2_jax.weights.checkpoint import Checkpoint
 
@@ -92,7 +93,7 @@ def _placed(abstract: Any, dtype: Any, mesh: Mesh | None) -> Any:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
     if mesh is None:
         return abstract
-    places = meshes.shardings(abstract, AXES, meshes.RULES, mesh)
+    places = meshes.shardings(abstract, AXES, RULES, mesh)
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, places
     )

@@ -7,7 +7,7 @@ define `sweep(add)`. Keys that are not here are refused, in a recipe as on the c
 
 from ml_collections import ConfigDict
 
-from blip2_jax.runtime.mesh import RULES
+from blip2_jax.runtime.rules import RULES
 
 
 def get_config() -> ConfigDict:

@@ -55,9 +55,14 @@ arguments() {
   python="${BLIP2_VENV:-$repository/.venv}/bin/python"
   [ -x "$python" ] || python="${PYTHON:-python3}"
   local -x PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
-  if "$python" -c 'import blip2_jax.cli' 2> /dev/null; then
-    "$python" -c 'import sys; from blip2_jax import cli; cli.parse(None, sys.argv[1:], prog="blip2 train")' \
-      "--config=$config" "$@" || exit 2
+  if command -v "$python" > /dev/null; then
+    "$python" -c '
+import sys
+try:
+    from blip2_jax import cli
+except Exception:
+    sys.exit()
+cli.parse(None, sys.argv[1:], prog="blip2 train")' "--config=$config" "$@" || exit 2
   fi
 }
 

@@ -47,6 +47,19 @@ def test_imports_run_one_way(part):
         assert not extra, f"{file.relative_to(ROOT)} imports {', '.join(sorted(extra))}"
 
 
+def test_flags_are_parsed_without_jax():
+    """Launchers do so at their start, on machines that run nothing."""
+    code = (
+        "import sys; from blip2_jax import cli\n"
+        "cli.parse(None, ['--config=configs/digits/stage1.py', '--config.seed=3'])\n"
+        "print(*sys.modules)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"jax", "flax", "transformers", "torch"} & set(loaded)
+
+
 def test_every_folder_has_a_rule():
     folders = {p.name for p in ROOT.iterdir() if p.is_dir() and list(p.glob("*.py"))}
     assert folders <= ALLOWED.keys()

@@ -1,8 +1,11 @@
-"""Floating-point types by all the names that they have."""
+"""Floating-point types by all the names that they have; without jax, which takes a while to import.
+
+`cli` needs them to parse a command line, which launchers do on machines that run nothing.
+"""
 
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 NAMES = {
@@ -25,7 +28,7 @@ def parse(dtype: Any, name: str = "dtype") -> np.dtype[Any]:
     text = dtype if isinstance(dtype, str) else str(dtype)  # "torch.float16" of PyTorch's
     if not isinstance(dtype, str):
         try:
-            text = jnp.dtype(dtype).name
+            text = np.dtype(dtype).name
         except TypeError:
             pass
     known = NAMES.get(text.lower().rpartition(".")[2])
@@ -34,4 +37,4 @@ def parse(dtype: Any, name: str = "dtype") -> np.dtype[Any]:
             f"{name} is {dtype!r}; it must be float32 (fp32), bfloat16 (bf16) or float16 (fp16), "
             "by name or as a type of NumPy, JAX or PyTorch."
         )
-    return jnp.dtype(known)
+    return np.dtype(ml_dtypes.bfloat16 if known == "bfloat16" else known)

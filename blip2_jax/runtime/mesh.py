@@ -27,9 +27,6 @@ log = logging.getLogger(__name__)
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Which mesh axis each logical axis of a parameter lies on, unless a config says otherwise.
-RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
-
 AxesTable = Sequence[tuple[str, Sequence[str | None]]]
 Rules = Mapping[str, str | Sequence[str] | None]
 

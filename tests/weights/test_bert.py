@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from blip2_jax.models.blip2 import AXES
 from blip2_jax.models.qformer import QFormer, QFormerConfig, key_mask
 from blip2_jax.runtime import mesh as meshes
+from blip2_jax.runtime.rules import RULES
 from blip2_jax.weights import bert
 from blip2_jax.weights.files import WeightsError
 from tests.weights import models
@@ -93,7 +94,7 @@ def test_it_is_the_same_on_a_mesh(folder, vocab_size):
     sizes = dataclasses.replace(SIZES, vocab_size=vocab_size)
     before, want, _ = qformer(folder[1], sizes)
     mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    places = meshes.shardings({"qformer": before}, AXES, meshes.RULES, mesh)["qformer"]
+    places = meshes.shardings({"qformer": before}, AXES, RULES, mesh)["qformer"]
     got = bert.initialize(jax.device_put(before, places), sizes, str(folder[1]))
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert jax.tree.map(lambda x: x.sharding, got) == places

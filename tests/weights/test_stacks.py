@@ -9,6 +9,7 @@ from flax import nnx
 from blip2_jax.models.blip2 import AXES
 from blip2_jax.models.opt import OPT
 from blip2_jax.runtime import mesh as meshes
+from blip2_jax.runtime.rules import RULES
 from blip2_jax.weights import huggingface, transfer
 
 
@@ -34,7 +35,7 @@ def test_both_ways_give_the_same(folder, monkeypatch, mesh, dtype):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
     if mesh is not None:
         made = meshes.make_mesh(mesh)
-        places = meshes.shardings({"llm": abstract}, AXES, meshes.RULES, made)["llm"]
+        places = meshes.shardings({"llm": abstract}, AXES, RULES, made)["llm"]
         abstract = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             abstract,
