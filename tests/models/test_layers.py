@@ -1,9 +1,10 @@
-"""Dropout and attention, against what they are defined as."""
+"""Dropout, attention and norms, against what they are defined as."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from blip2_jax.models import layers
 
@@ -36,3 +37,13 @@ def test_attention_in_bfloat16_has_float32_scores(kv_heads):
     want = np.einsum("bhts,bhsk->bhtk", p / p.sum(axis=-1, keepdims=True), v)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=0.02)
+
+
+def test_a_layer_norm_stands_a_large_mean():
+    """As residual streams have it: in one pass, the variance would be lost in the mean's square."""
+    x = np.random.default_rng(0).normal(30.0, 0.1, (4, 64)).astype(np.float32)
+    wide = x.astype(np.float64)
+    variance = wide.var(axis=-1, keepdims=True)
+    want = (wide - wide.mean(axis=-1, keepdims=True)) / np.sqrt(variance + 1e-6)
+    norm = layers.layer_norm(64, eps=1e-6, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(norm(jnp.asarray(x)), want, atol=1e-4)
