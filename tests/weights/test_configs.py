@@ -359,6 +359,7 @@ LONGROPE = {
     "original_max_position_embeddings": 32,
 }
 ROPES = {
+    "another base": {"rope_type": "default", "rope_theta": 500000.0},
     "linear": {"rope_type": "linear", "factor": 3.0},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
     "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
@@ -368,7 +369,7 @@ ROPES = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     "yarn, all of it": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 20.0, "beta_slow": 2.0,
                         "original_max_position_embeddings": 16, "truncate": False,
-                        "mscale": 0.7, "mscale_all_dim": 0.3},
+                        "mscale": 0.7, "mscale_all_dim": 0.3, "rope_theta": 500000.0},
     "yarn with its own magnitude": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.3},
     "longrope": LONGROPE,
     "longrope with a factor": {**LONGROPE, "factor": 4.0},
