@@ -130,6 +130,22 @@ def test_every_layer_of_the_qformer(retrieval):
         np.testing.assert_allclose(np.asarray(y)[real], want[real], atol=LAYER)
 
 
+def test_attention_maps_are_where_transformers_looks(retrieval, monkeypatch):
+    """In the last layer that looks: the third of four; the class token's share is left out."""
+    theirs, ours = retrieval
+    monkeypatch.setattr(theirs.qformer.config, "_attn_implementation", "eager")  # it can say where
+    images, pixels = pictures()
+    out = theirs.qformer(
+        query_embeds=theirs.query_tokens.expand(2, -1, -1),
+        query_length=5,
+        encoder_hidden_states=theirs.vision_model(pixels).last_hidden_state,
+        output_attentions=True,
+    )
+    looks = out.cross_attentions[-1].mean(dim=1).detach()  # over heads: [2, 5, 17]
+    assert float((looks[..., 1:] - 1 / 17).abs().max()) > 0.01  # they look somewhere
+    close(ours.attention_maps(images), looks[..., 1:].reshape(2, 5, 4, 4), LAYER)
+
+
 def test_contrast_and_match_equal_the_retrieval_model(retrieval):
     theirs, ours = retrieval
     images, pixels = pictures()
