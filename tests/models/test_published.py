@@ -12,8 +12,10 @@ import transformers
 from flax import nnx
 from safetensors.torch import save_file
 
-from blip2_jax.models.blip2 import make_model
-from blip2_jax.models.vit import normalize_images
+from blip2_jax.models.blip2 import Blip2Config, make_model
+from blip2_jax.models.opt import OPTConfig
+from blip2_jax.models.qformer import QFormerConfig
+from blip2_jax.models.vit import ViTConfig, normalize_images
 from blip2_jax.weights import checkpoint, files, huggingface, transfer
 from blip2_jax.weights.positions import resize
 from tests.weights import models
@@ -160,6 +162,30 @@ def test_contrast_and_match_equal_the_retrieval_model(retrieval):
     close(jnp.einsum("nqp,mp->nmq", queries, text).max(-1), out.logits_per_image)
     out = theirs(pixel_values=pixels, **inputs, use_image_text_matching_head=True)
     close(ours.match(image_kv, jnp.asarray(ids), jnp.asarray(mask)), out.logits_per_image)
+
+
+def test_a_fresh_model_is_as_wide_as_lavis_starts_it():
+    """Heads as torch's linear layers, the Q-Former and ITG's head as BERT (`blip2_qformer.py`)."""
+    torch.manual_seed(0)
+    sizes = QFormerConfig(
+        num_query_tokens=16, hidden_size=96, num_layers=2, num_heads=2, mlp_dim=96,
+        encoder_width=64, vocab_size=61, bos_token_id=60, max_position_embeddings=20,
+    )  # fmt: skip
+    vit = ViTConfig(image_size=28, hidden_size=64, num_layers=1, num_heads=1, mlp_dim=64)
+    opt = OPTConfig(70, 160, 1, 2, 32, 60)
+    heads = {"vision_proj": 256, "text_proj": 256, "itm_head": 2, "language_projection": 160}
+    widths = {name: torch.nn.Linear(96, n).weight.detach().std() for name, n in heads.items()}
+    widths |= dict.fromkeys(("query_tokens", "qformer", "itg_head"), 0.02)
+    for llm in (None, opt):
+        config = Blip2Config(vit=vit, qformer=sizes, llm=llm)
+        model = nnx.to_pure_dict(nnx.state(make_model(config, rngs=nnx.Rngs(0))))
+        for path, leaf in transfer.leaves_of(model).items():
+            std = float(widths.get(path.split("/")[0], 0))
+            if not std or "norm" in path or path.endswith("bias"):
+                continue
+            # Five standard errors.
+            assert abs(float(leaf.std()) / std - 1) < 5 * leaf.size**-0.5, path
+        assert "temp" not in model or model["temp"] == np.float32(0.07)
 
 
 @pytest.mark.parametrize("llm", ["opt", "llama", "t5"])
