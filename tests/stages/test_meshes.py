@@ -1,6 +1,7 @@
 """The step is the same step on any number of devices and hosts, for both stages and all LLMs."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -9,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from blip2_jax.models.blip2 import AXES, Blip2Config
+from blip2_jax.models.llama import LlamaConfig
+from blip2_jax.models.opt import OPTConfig
+from blip2_jax.models.qformer import QFormerConfig
+from blip2_jax.models.t5 import T5Config
 from blip2_jax.runtime import distributed
+from blip2_jax.runtime import mesh as meshes
+from blip2_jax.runtime.rules import RULES
+from blip2_jax.weights import checkpoint
 from tests.stages import families
 
 
@@ -24,6 +33,40 @@ def alone(tmp_path_factory):
         return found[family]
 
     return of
+
+
+# Megatron-LM (Shoeybi et al. 2019, section 3): of two products in a row, the first is split by what
+# it gives and the second by what it reads, so that nothing between them travels but its sum.
+FIRST = r"(q_proj|k_proj|v_proj|fc1|gate|up|lm_head)"
+SECOND = r"(out_proj|fc2|down)"
+HEADS = r"(vision_proj|text_proj|itm_head|language_projection|itg_head/dense)"
+SPLITS = {  # of the last two axes; whatever is not here lies whole on every device
+    rf"{FIRST}/kernel": ("fsdp", "tensor"),
+    rf"{FIRST}/bias": ("tensor",),
+    rf"{SECOND}/kernel": ("tensor", "fsdp"),
+    r"(embed_tokens|word_embeddings)/embedding": ("tensor", "fsdp"),
+    r"(embed_positions|position_embeddings)/embedding": (None, "fsdp"),
+    r"relative_bias/embedding": (None, "tensor"),
+    r"patch_embed/kernel": (None, "fsdp"),
+    rf"{HEADS}/kernel": ("fsdp", None),
+}
+
+
+@pytest.mark.parametrize("llm", [None, OPTConfig(), LlamaConfig(), T5Config()], ids=type)
+def test_products_are_split_as_megatron_splits_them(llm):
+    qformer = QFormerConfig(vocab_size=30524)  # 30,523 words divide by nothing
+    abstract = checkpoint.abstract_params(Blip2Config(qformer=qformer, llm=llm))
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    placements = meshes.place(abstract, AXES, RULES, mesh)
+    assert not [p for p in placements if p.notes]
+    split = 0
+    for path, shape, _, spec, _ in placements:
+        rows = [axes for name, axes in SPLITS.items() if re.search(f"{name}$", path)]
+        want = rows[0] if rows else ()
+        spec = (*spec, *[None] * (len(shape) - len(spec)))
+        assert spec == (None,) * (len(shape) - len(want)) + want, path
+        split += bool(want)
+    assert split > 25
 
 
 def assert_same(found, expected):
