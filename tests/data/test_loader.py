@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 import transformers
 from ml_collections import ConfigDict
+from PIL import Image
 
 import tests.data.made as made
 import tests.tiny as tiny
 from blip2_jax import cli, prepare
-from blip2_jax.data import examples, loader, texts, transforms
+from blip2_jax.data import examples, loader, texts, tokenizers, transforms
 from blip2_jax.data.faults import RecordError
 from blip2_jax.models.opt import OPTConfig
 from blip2_jax.models.t5 import T5Config
@@ -124,6 +126,16 @@ def test_heldout_batches_are_whole_ordered_and_repeatable(folder):
     assert np.concatenate([b["image_id"] for b in first]).tolist() == list(range(8))
     with loader.heldout_batches(config, 16) as batches:
         assert_same(first, list(batches))
+    # The whole image, neither cut nor mirrored, and the first caption.
+    source = loader.make_source(config, "test")
+    bert = tokenizers.load("package:digits-bert")
+    for number, (image, ids, mask) in enumerate(
+        row for b in first for row in zip(b["image"], b["text_ids"], b["text_mask"], strict=True)
+    ):
+        whole = Image.open(io.BytesIO(source[number]["image"])).convert("RGB")
+        np.testing.assert_array_equal(image, whole.resize((16, 16), Image.Resampling.BICUBIC))
+        caption = source[number]["captions"][0].lower().rstrip(".")
+        assert bert.decode(ids[mask > 0][1:-1]) == bert.decode(bert(caption)["input_ids"][1:-1])
 
 
 @pytest.mark.parametrize(
