@@ -2,12 +2,12 @@
 
 `install(folder)` makes the commands; each appends its words to `folder/calls.jsonl` and keeps its
 state in the folder. Hosts of a slice are folders, `ssh` is a shell with one of them as HOME, and
-pre-emption is what it is in a cloud: SIGTERM to all processes of a host, SIGKILL, then no host.
+pre-emption is what it is in a cloud: SIGTERM to all processes of a host, SIGKILL, then no host. It
+comes at a moment of the run, which is `tests.interrupted`, not of the clock.
 """
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +15,12 @@ import sys
 import time
 from pathlib import Path
 
+# Where a run stops itself, to be pre-empted there: between two steps, of which it does none before
+# it has heard that it is told to stop; and while it saves, not for the first time.
+MOMENTS = {
+    "TERM": "blip2_jax.runtime.distributed.Preemption.should_stop:2:SIGSTOP:until_true",
+    "KILL": "blip2_jax.runtime.checkpoint.Checkpointer.save:2:SIGSTOP",
+}
 COMMANDS = ("gcloud", "kubectl", "sbatch", "srun", "squeue", "scontrol")
 
 
@@ -51,7 +57,10 @@ def calls(folder: Path, command: str | None = None) -> list[list[str]]:
 
 
 def preempt(folder: Path, *kinds: str) -> None:
-    """Pre-empts the next runs that start, once for each kind: TERM (with a warning) or KILL."""
+    """Pre-empts the next runs that start, once for each kind: TERM (with a warning) or KILL.
+
+    What was on the hosts can be read in `folder/lost` afterwards.
+    """
     (folder / "preempt.json").write_text(json.dumps(kinds))
 
 
@@ -92,14 +101,13 @@ def kill(pids: list[int], number: signal.Signals) -> None:
             continue
 
 
-def wait_for_lines(workdir: Path, lines: int, alive) -> bool:
-    """True once a run has logged so many lines; False if it ends before."""
-    log = workdir / "metrics.jsonl"
-    while alive():
-        if log.is_file() and len(log.read_text().splitlines()) >= lines:
-            return True
-        time.sleep(0.002)
-    return False
+def has_stopped(pid: int) -> bool:
+    """Whether this process has got SIGSTOP, and nothing since."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:  # over
+        return False
+    return state == "T"
 
 
 def take_preemption(folder: Path) -> str | None:
@@ -188,31 +196,32 @@ class Gcloud:
         if not hosts:
             return 255
         kind = take_preemption(self.folder) if "tpu_host.sh run" in command else None
+        moment = {"INTERRUPT": MOMENTS[kind]} if kind else {}
         shells = [
             subprocess.Popen(
-                ["bash", "-c", command], cwd=host, env={**os.environ, "HOME": str(host)}
+                ["bash", "-c", command], cwd=host, env={**os.environ, **moment, "HOME": str(host)}
             )
             for host in hosts
         ]
-        if kind:
-            workdir = Path(re.search(r"--workdir=(\S+)", command)[1])
-            before = workdir / "metrics.jsonl"
-            lines = 2 + (len(before.read_text().splitlines()) if before.is_file() else 0)
-            if wait_for_lines(workdir, lines, lambda: shells[0].poll() is None):
+        while kind and shells[0].poll() is None:
+            if any(has_stopped(pid) for host in hosts for pid in processes_of(host)):
                 self.preempt(words[0], hosts, kind)
                 return 255
+            time.sleep(0.05)
         return max(shell.wait() for shell in shells)
 
     def preempt(self, node: str, hosts: list[Path], kind: str) -> None:
         for host in hosts:
             if kind == "TERM":
-                # A machine that goes down: some seconds between the two signals.
+                # A machine that goes down, in time enough for all that there is to do.
                 kill(processes_of(host), signal.SIGTERM)
-                deadline = time.monotonic() + 30
-                while processes_of(host) and time.monotonic() < deadline:
+                kill(processes_of(host), signal.SIGCONT)
+                while processes_of(host):
                     time.sleep(0.05)
             kill(processes_of(host), signal.SIGKILL)
-            shutil.rmtree(host, ignore_errors=True)
+            lost = self.folder / "lost"
+            lost.mkdir(exist_ok=True)
+            host.rename(lost / str(len(list(lost.iterdir()))))
         for slice_ in self.slices.values():
             if node in slice_["nodes"]:
                 slice_["state"] = "SUSPENDING"
@@ -247,14 +256,9 @@ def sbatch(folder: Path, words: list[str]) -> int:
     return 0
 
 
-def srun(folder: Path, words: list[str]) -> int:
+def srun(words: list[str]) -> int:
     count = next(i for i, word in enumerate(words) if not word.startswith("--"))
-    process = subprocess.Popen(words[count:])
-    if take_preemption(folder):
-        workdir = Path(option(words, "workdir"))
-        if wait_for_lines(workdir, 2, lambda: process.poll() is None):
-            process.send_signal(signal.SIGTERM)
-    return process.wait()
+    return subprocess.run(words[count:]).returncode
 
 
 def main(folder: Path, name: str, words: list[str]) -> int:
@@ -265,7 +269,7 @@ def main(folder: Path, name: str, words: list[str]) -> int:
     if name == "sbatch":
         return sbatch(folder, words)
     if name == "srun":
-        return srun(folder, words)
+        return srun(words)
     if name == "squeue":
         job = folder / "job"
         print(job.read_text() if job.is_file() else "")
