@@ -57,7 +57,7 @@ def both(tmp_path_factory):
 
 
 def torch_losses(theirs, head, temperature, batch):
-    """ITC, ITM and ITG in PyTorch."""
+    """ITC, ITM and ITG in PyTorch, and what is logged beside them."""
     ids, mask = torch.tensor(batch["text_ids"]).long(), torch.tensor(batch["text_mask"]).long()
     pixels = torch.tensor(np.array(normalize_images(batch["image"]))).permute(0, 3, 1, 2)
     with torch.no_grad():  # the encoder is frozen; the norm after it is not
@@ -94,7 +94,8 @@ def torch_losses(theirs, head, temperature, batch):
     whole = torch.cat([torch.ones(3 * B, QUERIES, dtype=torch.long), masks], dim=1)
     pairs = qformer(embeds, QUERIES, whole, images)[:, :QUERIES]
     logits = theirs.itm_head(pairs).mean(dim=1)
-    itm = F.cross_entropy(logits, torch.tensor([1] * B + [0] * 2 * B))
+    belong = torch.tensor([1] * B + [0] * 2 * B)
+    itm = F.cross_entropy(logits, belong)
 
     # Generation: [DEC] first; queries see queries, text sees queries and the text before it.
     begun = ids.clone()
@@ -111,10 +112,16 @@ def torch_losses(theirs, head, temperature, batch):
     words = theirs.embeddings.word_embeddings.weight
     scores = F.linear(x, words, head["bias"])[:, :-1]
     targets = begun.masked_fill(mask == 0, -100)[:, 1:]
-    itg = F.cross_entropy(
-        scores.reshape(-1, scores.shape[-1]), targets.reshape(-1), label_smoothing=0.1
-    )
-    return {"itc/loss": itc, "itm/loss": itm, "itg/loss": itg}
+    flat = scores.reshape(-1, scores.shape[-1]), targets.reshape(-1)
+    itg = F.cross_entropy(*flat, label_smoothing=0.1)
+
+    found = [scores.argmax(dim=1, keepdim=True) for scores in (similarity, similarity.T)]
+    metrics = {
+        "itc/accuracy": sum(same.gather(1, best).float().mean() / 2 for best in found),
+        "itm/accuracy": (logits.argmax(dim=1) == belong).float().mean(),
+        "itg/perplexity": F.cross_entropy(*flat).exp(),
+    }
+    return {"itc/loss": itc, "itm/loss": itm, "itg/loss": itg}, metrics
 
 
 def test_losses_and_gradients_equal_pytorch(both, tmp_path, monkeypatch):
@@ -125,7 +132,7 @@ def test_losses_and_gradients_equal_pytorch(both, tmp_path, monkeypatch):
     head = jax.tree.map(leaf, params["itg_head"])
     temperature = leaf(params["temp"])
     theirs.zero_grad()
-    want = torch_losses(theirs, head, temperature, batch)
+    want, logged = torch_losses(theirs, head, temperature, batch)
     sum(want.values()).backward()
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0))))
@@ -147,6 +154,8 @@ def test_losses_and_gradients_equal_pytorch(both, tmp_path, monkeypatch):
     got, metrics = gradient(trained, frozen, arrays, None)
     for name, loss in want.items():
         np.testing.assert_allclose(metrics[name], loss.item(), atol=1e-5, err_msg=name)
+    for name, value in logged.items():
+        np.testing.assert_allclose(metrics[name], value.item(), rtol=1e-5, err_msg=name)
 
     # The gradients travel through the name table as the weights do.
     grads = {n: p.grad.contiguous() for n, p in theirs.named_parameters() if p.grad is not None}
@@ -213,27 +222,37 @@ def test_stage_2_equals_transformers(family, with_prompt, tmp_path):
     batch = {name: x.astype(np.int32) for name, x in make(rng, with_prompt).items()}
     batch["image"] = rng.integers(0, 256, (3, 28, 28, 3)).astype(np.uint8)
 
+    image = torch.full((3, QUERIES), 69)  # where transformers puts the queries
+    seen = torch.cat([torch.ones_like(image), torch.tensor(batch["llm_mask"])], dim=1).long()
+    words = torch.cat([image, torch.tensor(batch["llm_ids"])], dim=1).long()
+    pixels = torch.tensor(np.array(normalize_images(batch["image"]))).permute(0, 3, 1, 2)
+    before = 0 if family == "t5" else QUERIES  # positions in front of the labels
+
+    def ask():
+        labels = np.pad(batch["llm_labels"], ((0, 0), (before, 0)), constant_values=-100)
+        inputs = {"pixel_values": pixels, "input_ids": words, "attention_mask": seen}
+        return theirs(**inputs, labels=torch.tensor(labels).long())
+
+    # Two rows end in the likeliest token, so that some tokens are hit.
+    said = ask().logits.argmax(dim=-1).numpy()
+    said = said[:, before - 1 : -1] if before else said
+    for row in (0, 1):
+        last = np.flatnonzero(batch["llm_labels"][row] >= 0)[-1]
+        batch["llm_labels"][row, last] = said[row, last]
+    want, learned = ask().loss, batch["llm_labels"] >= 0
+
     frozen = {name: params.pop(name) for name in ("vit", "llm")}
     gradient = jax.jit(
         jax.value_and_grad(functools.partial(stage2.loss_fn, spec=spec), has_aux=True)
     )
     (loss, metrics), got = gradient(params, frozen, batch, None)
-
-    image = torch.full((3, QUERIES), 69)  # where transformers puts the queries
-    labels = torch.tensor(batch["llm_labels"]).long()
-    if family != "t5":
-        labels = torch.cat([torch.full_like(image, -100), labels], dim=1)
-    want = theirs(
-        pixel_values=torch.tensor(np.array(normalize_images(batch["image"]))).permute(0, 3, 1, 2),
-        input_ids=torch.cat([image, torch.tensor(batch["llm_ids"])], dim=1).long(),
-        attention_mask=torch.cat(
-            [torch.ones_like(image), torch.tensor(batch["llm_mask"])], dim=1
-        ).long(),
-        labels=labels,
-    ).loss
     want.backward()
     np.testing.assert_allclose(loss, want.item(), rtol=1e-5)
-    assert metrics["tokens"] == (batch["llm_labels"] >= 0).sum()
+    assert metrics["tokens"] == learned.sum()
+    hits = (said == batch["llm_labels"])[learned].mean()
+    assert 2 / learned.sum() <= hits < 1
+    np.testing.assert_allclose(metrics["lm/token_accuracy"], hits, rtol=1e-6)
+    np.testing.assert_allclose(metrics["lm/perplexity"], np.exp(want.item()), rtol=1e-5)
     for ours, expected in (
         (got["query_tokens"], theirs.query_tokens.grad),
         (got["language_projection"]["kernel"], theirs.language_projection.weight.grad.T),
