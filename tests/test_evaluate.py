@@ -24,6 +24,7 @@ from blip2_jax import cli, evaluate, tasks
 from blip2_jax.data.heldout import Heldout
 from blip2_jax.evals import submissions, vqa
 from blip2_jax.inference.decode import Decoding
+from blip2_jax.inference.defaults import DEFAULTS
 from tests.evals.test_captioning import bleu, cider_d, needs_java, rouge_l
 from tests.evals.test_retrieval import slow_recalls, slow_rerank
 from tests.evals.test_vqa import literal_accuracy, literal_punctuation, literal_words
@@ -673,26 +674,79 @@ def test_every_config_of_the_paper_names_its_settings():
                     assert task.prompt and task.decoding.num_beams == 5
 
 
+CAPTION, LONG, SHORT = "a photo of", "Question: {} Answer:", "Question: {} Short answer:"
+
+
 @pytest.mark.parametrize(
-    "name, want",
+    "name, prompt, want",
     [
         # LAVIS's least lengths, less the tokens that they counted: T5's start; "</s>a photo of".
-        ("caption.py:vitg-opt2.7b", (4, 30, 1.0, "prompt")),
-        ("caption.py:vitg-flant5xl", (7, 30, 1.0, "prompt")),
-        ("caption.py:vitg-vicuna7b", (8, 30, 1.0, "generated")),
-        ("vqa.py:vitg-opt6.7b", (1, 10, 0.0, "generated")),
-        ("vqa.py:vitg-flant5xxl", (0, 10, -1.0, "prompt")),
-        ("vqa.py:vitg-vicuna13b", (1, 10, 0.0, "generated")),
-        ("vqa_finetuned.py:vitg-opt2.7b", (1, 10, 0.0, "generated")),
-        ("vqa_finetuned.py:vitg-flant5xl", (0, 10, -1.0, "prompt")),
+        ("caption.py:vitg-opt2.7b", CAPTION, (4, 30, 1.0, "prompt")),
+        ("caption.py:vitg-flant5xl", CAPTION, (7, 30, 1.0, "prompt")),
+        ("caption.py:vitg-vicuna7b", CAPTION, (8, 30, 1.0, "generated")),
+        ("vqa.py:vitg-opt6.7b", LONG, (1, 10, 0.0, "generated")),
+        ("vqa.py:vitg-flant5xxl", SHORT, (0, 10, -1.0, "prompt")),
+        ("vqa.py:vitg-vicuna13b", LONG, (1, 10, 0.0, "generated")),
+        ("vqa_finetuned.py:vitg-opt2.7b", LONG, (1, 10, 0.0, "generated")),
+        ("vqa_finetuned.py:vitg-flant5xl", LONG, (0, 10, -1.0, "prompt")),
     ],
 )
-def test_published_settings_mean_what_they_meant_then(name, want):
+def test_published_settings_mean_what_they_meant_then(name, prompt, want):
     keys = ("min_new_tokens", "max_new_tokens", "length_penalty", "length_counts")
     config = cli.load_config(f"configs/eval/{name}")
     for task in config.tasks.values():
+        assert task.prompt == prompt  # paper, section 4.1 and appendix
         assert tuple(task.decoding[key] for key in keys) == want
         Decoding(**task.decoding)
+
+
+def test_splits_and_scores_are_those_of_the_papers_tables():
+    """OK-VQA with LAVIS's lemmas, GQA by exact match, retrieval by LAVIS's 128 candidates."""
+    found = {
+        (task.task, task.data.source, task.data.split): task
+        for name in ("vqa", "vqa_finetuned", "caption", "retrieval")
+        for task in cli.load_config(f"configs/eval/{name}.py").tasks.values()
+    }
+    answered = {
+        ("vqa", "vqav2", "val"): ("vqa", False),
+        ("vqa", "vqav2", "test-dev"): ("vqa", False),
+        ("vqa", "vqav2", "test"): ("vqa", False),
+        ("vqa", "okvqa", "val"): ("vqa", True),
+        ("vqa", "gqa", "testdev_balanced"): ("exact", False),
+    }
+    captioned = {("captioning", "nocaps", "val"): "domain", ("captioning", "coco", "test"): ""}
+    retrieved = {("retrieval", name, "test") for name in ("flickr30k", "coco")}
+    assert found.keys() == answered.keys() | captioned.keys() | retrieved
+    for key, task in found.items():
+        assert task.data.form == "image" and task.data.first == 0 and not task.data.most_unreadable
+        if key in answered:
+            assert (task.metric, task.lemmatize) == answered[key] and task.forms[0] == "lavis"
+            assert task.clean_text and task.truncate == 0
+        elif key in captioned:
+            assert task.by == captioned[key] and {"cider", "bleu4", "spice"} <= set(task.scores)
+        else:
+            assert (task.rerank, task.truncate, task.captions, task.group) == (128, 35, 0, 0)
+            assert task.clean_text
+
+
+def test_what_is_decoded_by_default_is_what_lavis_decodes():
+    """`generate` and `predict_answers` of its models; InstructBLIP's repetition penalty."""
+    for (family, task), (prompt, how) in DEFAULTS.items():
+        instruct = family.startswith("instruct")
+        assert how.num_beams == 5 and not how.do_sample and how.no_repeat_ngram_size == 0
+        assert how.repetition_penalty == (1.5 if instruct else 1.0)
+        t5 = family in ("t5", "instruct-t5")
+        assert how.length_penalty == ((-1.0 if t5 else 0.0) if task == "answer" else 1.0)
+        longest = {"answer": 10, "caption": 80 if instruct else 30}
+        assert how.max_new_tokens == longest.get(task, 256 if instruct else 30)
+        assert (
+            prompt
+            == {
+                "answer": "Question: {} Short Answer:" if instruct else SHORT if t5 else LONG,
+                "caption": "A short image caption." if instruct else "",
+                "generate": "{}",
+            }[task]
+        )
 
 
 def test_a_task_of_ones_own_is_decoded_as_its_family(models, tmp_path):
