@@ -1,9 +1,9 @@
 """Losses and gradients of both stages equal a PyTorch computation on transformers' modules.
 
 Stage 1 is written from the paper's section 3.2 and LAVIS's behavior, not from our code: ITG is one
-pass over queries and text under the whole mask (ours continues from cached queries). Two pairs of
-the batch share an image. Negatives are the most similar ones that are allowed, in place of drawn
-ones, so that both sides must choose them from the right similarities.
+pass over queries and text under the whole mask (ours continues from cached queries). Twice, two
+pairs of the batch share an image, in two crops. Negatives are the most similar ones that are
+allowed, in place of drawn ones, so that both sides must choose them from the right similarities.
 """
 
 import functools
@@ -28,7 +28,7 @@ from tests.weights import models
 
 QUERIES, BOS, PAD = 5, 60, 0
 LENGTHS = np.array([[8], [6], [4], [7], [5]])
-IMAGE_ID = np.array([0, 1, 2, 1, 4])
+IMAGE_ID = np.array([0, 1, 0, 1, 4])
 B = len(IMAGE_ID)
 TRAINED = ("ln_vision", "query_tokens", "qformer", "vision_proj", "text_proj", "itm_head")
 
@@ -48,7 +48,7 @@ def both(tmp_path_factory):
     params["temp"] = np.float32(0.2)
     mask = (np.arange(8) < LENGTHS).astype(np.int32)
     batch = {
-        "image": rng.integers(0, 256, (B, 28, 28, 3)).astype(np.uint8)[IMAGE_ID],
+        "image": rng.integers(0, 256, (B, 28, 28, 3)).astype(np.uint8),
         "text_ids": np.where(mask, rng.integers(3, BOS, (B, 8)), PAD).astype(np.int32),
         "text_mask": mask,
         "image_id": IMAGE_ID.astype(np.int32),
@@ -88,6 +88,9 @@ def torch_losses(theirs, head, temperature, batch):
     other_text = allowed.argmax(dim=1)  # of each image, the text most like it
     other_image = allowed.argmax(dim=0)  # of each text, the image most like it
     assert (other_text != other_image).any()
+    strangers = similarity.detach().masked_fill(torch.eye(B).bool(), -10000)
+    for scores, other in ((strangers, other_text), (strangers.T, other_image)):
+        assert (scores.argmax(dim=1) != other).any()  # but for its id, it would be a negative
     texts, masks = torch.cat([ids, ids, ids[other_text]]), torch.cat([mask, mask, mask[other_text]])
     images = torch.cat([image, image[other_image], image])
     embeds = theirs.embeddings(input_ids=texts, query_embeds=queries.repeat(3, 1, 1))
