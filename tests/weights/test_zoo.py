@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from blip2_jax.models.blip2 import Blip2Config
+from blip2_jax.models.llama import LlamaConfig
 from blip2_jax.models.opt import OPTConfig
 from blip2_jax.models.t5 import T5Config
 from blip2_jax.weights import checkpoint, configs, huggingface, lavis, transfer
@@ -109,6 +110,21 @@ def test_a_public_checkpoint_has_our_names_shapes_and_count(name):
     # Their fused bias of q, k and v holds zeros for k, which we have no parameter for.
     zeros = config.vit.num_layers * config.vit.hidden_size
     assert count(abstract) + zeros == published
+
+
+@pytest.mark.parametrize(
+    ("document", "ours"),
+    [
+        (OPT_2B | {"vocab_size": 50272}, OPTConfig()),  # without BLIP-2's padding
+        (T5_XL, T5Config()),
+        (vicuna(vocab_size=32000), LlamaConfig()),
+    ],
+    ids=lambda x: x.get("model_type") if isinstance(x, dict) else "",
+)
+def test_sizes_by_default_are_those_of_the_published_model(document, ours):
+    """OPT-2.7B, FlanT5-XL and Vicuna-7B, as their config.json is read."""
+    found = configs.parse(document, configs.LLMS, "hub")
+    assert {**vars(found), "eos_token_ids": ()} == {**vars(ours), "eos_token_ids": ()}
 
 
 LAVIS_LLMS = {
