@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 import tests.data.made as made
 import tests.tiny as tiny
-from blip2_jax.data import faults, files, loader, sources, tars
+from blip2_jax.data import examples, faults, files, loader, sources, tars
 from blip2_jax.data.faults import Skipped, TooManySkipped
 from blip2_jax.runtime import mesh as meshes
 
@@ -289,3 +289,20 @@ def test_replacements_reach_every_record():
     for count in (1, 2, 3, 10, 20, 34, 1000):
         stride = loader._stride(count)
         assert {(7 + n * stride) % count for n in range(count)} == set(range(count))
+
+
+def test_a_replacement_is_drawn_as_if_it_had_been_asked_for(tmp_path):
+    """Whatever was drawn for the broken record before it was found to be: its caption, here."""
+    names = made.write_images(tmp_path / "images", 8)
+    (tmp_path / "images" / "3.jpg").write_bytes(b"no image")
+    rows = [{"image": n, "caption": [f"a {word} {n}" for word in "abcdef"]} for n in names]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    paths = {"data.dir": str(tmp_path / "list.json"), "data.images": str(tmp_path / "images")}
+    config = make_config(**paths)
+    source = loader.make_source(config, "train")
+    read = loader.Reader(source, examples.make_example(config, 16, train=True))
+    for seed in range(5):
+        got = read(3, np.random.default_rng(seed))
+        want = read(int(got["image_id"]), np.random.default_rng(seed))
+        assert got["image_id"] != 3 and got.pop(loader.FAULTS)[0] and not want.pop(loader.FAULTS)[0]
+        assert_same([got], [want])
