@@ -142,12 +142,14 @@ def test_fallback_cuts_as_the_penn_treebank_does(text):
     assert captioning.fallback_tokens(text) == PENN_TREEBANK[text]
 
 
+@pytest.mark.integration
 @needs_java
 def test_java_cuts_as_the_penn_treebank_does():
     found = captioning.tokenize(list(PENN_TREEBANK), tokenizer="ptb")
     assert found == (list(PENN_TREEBANK.values()), "ptb")
 
 
+@pytest.mark.integration
 @needs_java
 def test_tokenizers_agree_on_the_embedded_world():
     rng = np.random.default_rng(0)
@@ -174,6 +176,7 @@ def test_without_java_the_result_says_fallback(monkeypatch):
         captioning.tokenize(["a dog"], tokenizer="ptb")
 
 
+@pytest.mark.integration
 def test_java_that_does_not_run_is_reported_and_replaced(monkeypatch, tmp_path):
     (tmp_path / "java").write_text("#!/bin/sh\necho no runtime >&2\nexit 1\n")
     (tmp_path / "java").chmod(0o755)
@@ -184,6 +187,7 @@ def test_java_that_does_not_run_is_reported_and_replaced(monkeypatch, tmp_path):
         captioning.tokenize(["A dog."], tokenizer="ptb")
 
 
+@pytest.mark.integration
 @needs_java
 def test_meteor_only_when_asked_for_and_nothing_is_printed(capfd):
     predictions, references = {1: "a dog runs", 2: ""}, {1: ["a dog ran"], 2: ["the cat"]}
@@ -204,16 +208,22 @@ def test_facts_share_asks_the_callable_about_every_caption():
     }
 
 
-def test_spice_says_which_models_it_needs_and_downloads_nothing(monkeypatch):
+def test_spice_says_which_models_it_needs_and_downloads_nothing(monkeypatch, tmp_path):
     def no_network(*args):
         raise AssertionError("nothing may be downloaded")
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
-    reasons = captioning.left_out(["spice"])
-    if reasons:  # where the models are, there is nothing to say
-        assert "stanford-corenlp-3.6.0-models.jar" in reasons["spice"]
-        with pytest.raises(RuntimeError, match="SPICE needs"):
-            captioning.caption_metrics({1: "a"}, {1: ["a"]}, scores=["spice"])
+    monkeypatch.setattr(captioning, "has_java", lambda: True)
+    monkeypatch.setattr(captioning, "_folder", lambda package: str(tmp_path))
+    models = [tmp_path / "lib" / f"stanford-corenlp-3.6.0{end}.jar" for end in ("", "-models")]
+    models[0].parent.mkdir()
+    for there in range(3):
+        reasons = captioning.left_out(["spice"]).get("spice", "")
+        assert [model.name in reasons for model in models] == [n >= there for n in range(2)]
+        if there < 2:
+            with pytest.raises(RuntimeError, match="SPICE needs"):
+                captioning.caption_metrics({1: "a"}, {1: ["a"]}, scores=["spice"])
+            models[there].touch()
     with pytest.raises(ValueError, match="No caption score clair; known: cider"):
         captioning.left_out(["cider", "clair"])
 
