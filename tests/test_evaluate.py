@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import jax
@@ -29,6 +28,8 @@ from tests.evals.test_captioning import bleu, cider_d, needs_java, rouge_l
 from tests.evals.test_retrieval import slow_recalls, slow_rerank
 from tests.evals.test_vqa import literal_accuracy, literal_punctuation, literal_words
 from tests.inference import published
+
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parent.parent
 
@@ -478,22 +479,17 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(tmp_path, models, pairs):
     tasks += retrieval_task(tmp_path, rerank=3, model=f"{models}/retrieval")
     file = config(tmp_path, tasks, batch_size=1)
     whole = run(file, tmp_path / "whole")
-    command = [sys.executable, "-m", "blip2_jax", "evaluate", f"--config={file}"]
+    command = [sys.executable, "-m", "tests.interrupted", "evaluate", f"--config={file}"]
     command += [f"--workdir={tmp_path}/killed"]
-    alone = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    kills = 0
-    for name, lines in (("flickr", 4), ("val", 3)):
-        path = tmp_path / "killed" / "lines" / f"{name}.0.jsonl"
-        with subprocess.Popen(command, cwd=ROOT, env=alone, stdout=subprocess.DEVNULL) as run_:
-            while run_.poll() is None:
-                if path.is_file() and path.read_text().count("\n") >= lines:
-                    run_.send_signal(signal.SIGKILL)
-                    kills += 1
-                    break
-                time.sleep(0.005)
-        with path.open("a") as file_:
+    # The rest of the first task takes ten calls; those that add no line count as well.
+    for name, adds, lines in (("flickr", 4, 4), ("val", 10 + 3, 3)):
+        event = {"INTERRUPT": f"blip2_jax.evaluate.Lines.add:{adds}:SIGKILL"}
+        alone = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **event}
+        killed = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        with (tmp_path / "killed" / "lines" / f"{name}.0.jsonl").open("r+") as file_:
+            assert len(file_.read().splitlines()) == 1 + lines
             file_.write('{"row": 4, "id"')  # as if in the middle of a line
-    assert kills == 2
     assert without_times(run(file, tmp_path / "killed")) == without_times(whole)
     for name, count in (("flickr", 11), ("val", 5)):
         for folder in ("whole", "killed"):
@@ -822,20 +818,15 @@ def test_two_processes_share_the_images_and_resume(tmp_path, models, pairs):
                 "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "BLIP2_DISTRIBUTED": "1",
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(index), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+                "INTERRUPT": "blip2_jax.evaluate.Lines.add:1:SIGTERM:process=1" if stop else "",
             }  # fmt: skip
             words = [f"--config={file}", f"--workdir={out}"]
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "blip2_jax", "evaluate", *words],
+                    [sys.executable, "-m", "tests.interrupted", "evaluate", *words],
                     cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 )
             )  # fmt: skip
-        lines = out / "lines" / "flickr.1.jsonl"
-        while stop and not (lines.is_file() and lines.read_text().count("\n")):
-            assert processes[1].poll() is None
-            time.sleep(0.01)
-        if stop:
-            processes[1].send_signal(signal.SIGTERM)
         try:
             said = [process.communicate(timeout=300)[0].decode() for process in processes]
         finally:

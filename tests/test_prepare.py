@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +15,8 @@ from PIL import Image
 import tests.data.made as made
 from blip2_jax import prepare
 from blip2_jax.data import capfilt, shards, sources, transforms
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(*words, workers=0):
@@ -49,6 +51,7 @@ def web(tmp_path):
     return folder
 
 
+@pytest.mark.integration
 def test_everything_is_there_or_counted(web, tmp_path, capsys):
     out = tmp_path / "out"
     assert pairs(web, out, "--records_per_shard=7", workers=2) == 0
@@ -89,24 +92,21 @@ def test_texts_cannot_break_the_page(tmp_path):
     assert "<script>" not in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.integration
 def test_a_killed_run_goes_on_with_what_is_missing(web, tmp_path):
     """kill -9 in the middle: what is finished is not written again, and the end is the same."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     words = ["--source=files", f"--dir={web}", "--records_per_shard=4", "--workers=0"]
-    slow = (
-        "import time; from blip2_jax.data import shards; real = shards.transforms.decode_image\n"
-        "shards.transforms.decode_image = lambda *a: (time.sleep(0.05), real(*a))[1]\n"
-        f"from blip2_jax import prepare; prepare.main({[*words, f'--out={out}']})"
+    event = "blip2_jax.data.shards.transforms.decode_image:14:SIGKILL"  # in the fourth shard
+    code = f"from tests import interrupted; interrupted.plant({event!r})\n"
+    code += f"from blip2_jax import prepare; prepare.main({[*words, f'--out={out}']})"
+    killed = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True
     )
-    process = subprocess.Popen([sys.executable, "-c", slow], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(list((out / "shards").glob("*.json"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = {path.name: path.stat().st_mtime_ns for path in out.glob("*.array_record-*")}
     finished = {name for name in left if not name.endswith(".partial")}
-    assert 3 <= len(finished) < 8
+    assert len(finished) == 3 and len(left) == 4
     assert not sources.is_prepared(str(out))
     assert prepare.main([*words, f"--out={out}"]) == 0
     assert not list(out.glob("*.partial"))
@@ -117,6 +117,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(web, tmp_path):
     assert (out / "README.md").read_text() == (whole / "README.md").read_text()
 
 
+@pytest.mark.integration
 def test_processes_write_what_one_would(web, tmp_path):
     for workers in (0, 3):
         pairs(web, tmp_path / str(workers), "--records_per_shard=5", workers=workers)
@@ -181,6 +182,7 @@ def test_the_sum_of_a_lists_rows_is_said(tmp_path, capsys):
         run(*words, "--split=val")
 
 
+@pytest.mark.integration
 def test_columns_are_named_and_images_in_parquet_prepared(tmp_path):
     import pyarrow
     import pyarrow.parquet
