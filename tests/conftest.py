@@ -1,13 +1,22 @@
-"""Eight devices on one CPU, caches of a session, and where the tests' time goes.
+"""Eight devices on one CPU, caches of a session, what tests may not do, and where their time goes.
 
 The environment is set before anything imports jax. Programs that tests start inherit it.
+
+Tests without a mark are unit tests: they start no process. `integration` has what does, and what
+trains, decodes or differentiates whole models; `docs` the README and the reference; `full_size`
+what takes minutes and gigabytes. No test writes outside its own folders and the session's cache.
 """
 
 import atexit
 import collections
 import os
 import shutil
+import sys
 import tempfile
+import traceback
+from importlib.metadata import version
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +29,9 @@ FLAGS = [
     # takes 40 seconds of waiting for a deadlock, and aborts the process.
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 ]
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+    # jax 0.10 has the older generator of fused loops still, which compiles twice as fast.
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(FLAGS).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -52,6 +64,72 @@ def pytest_configure(config):
                 seconds.update(compiling=duration) if event.endswith(events) else None
             )
         )
+
+
+# -------------------------------------------------------------------------- what tests may not do
+
+STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system")
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink")
+WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+started, written = [], []  # (what, where in the code), by this process since its last test
+
+
+def watch(event, arguments):
+    """Notes what starts a process, and what writes where a test has no business."""
+    if event in STARTS:
+        started.append((event, str(arguments[0]) if arguments else "", traceback.extract_stack()))
+    elif event in CHANGES and arguments[-1] == -1:  # else the path is relative to an open folder
+        # Of two names the second is the new one.
+        paths = arguments[:2] if event in ("os.rename", "os.link", "os.symlink") else arguments[:1]
+        note_write(event, paths[-1])
+    elif event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITE:
+        note_write(event, arguments[0])
+
+
+def note_write(event, path):
+    if isinstance(path, (str, bytes, os.PathLike)):  # else a file that is open already
+        path = os.path.realpath(os.fsdecode(path))
+        mine = path == TEMPORARY or path.startswith(ALLOWED)  # itself: of files without a name
+        if not mine and "__pycache__" not in path:
+            written.append((event, path, traceback.extract_stack()))
+
+
+# Temporary folders (pytest's, and those of tempfile, whose names begin with tmp), this session's.
+TEMPORARY = os.path.realpath(tempfile.gettempdir())
+ALLOWED = (
+    os.path.join(TEMPORARY, "pytest-of-"),
+    os.path.join(TEMPORARY, "tmp"),
+    os.path.realpath(os.environ["BLIP2_CACHE"]),
+    str(Path(__file__).resolve().parent.parent / ".pytest_cache"),
+    "/dev/",
+    "/proc/",
+)
+sys.addaudithook(watch)
+
+
+@pytest.fixture(autouse=True)
+def only_what_a_test_may_do(request, monkeypatch):
+    start = BaseProcess.start
+    monkeypatch.setattr(
+        BaseProcess, "start", lambda process: (watch("os.fork", [process]), start(process))[1]
+    )
+    started.clear(), written.clear()
+    yield
+    marks = {mark.name for mark in request.node.iter_markers()}
+    faults = written[:]
+    if not marks & {"integration", "docs", "full_size"}:
+        faults += started
+    if faults:
+        event, what, stack = faults[0]
+        lines = "".join(traceback.format_list(stack[-8:-1]))
+        pytest.fail(
+            f"{event} of {what}: a test writes to its own folders only, and one without the mark "
+            f"integration starts no process.\n{lines}"
+        )
+
+
+# ---------------------------------------------------------------------------- where the time goes
 
 
 @pytest.hookimpl(wrapper=True)

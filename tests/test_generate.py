@@ -9,6 +9,8 @@ from PIL import Image
 from blip2_jax import generate
 from tests.inference import published
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -47,6 +47,7 @@ def test_imports_run_one_way(part):
         assert not extra, f"{file.relative_to(ROOT)} imports {', '.join(sorted(extra))}"
 
 
+@pytest.mark.integration
 def test_flags_are_parsed_without_jax():
     """Launchers do so at their start, on machines that run nothing."""
     code = (
@@ -65,6 +66,7 @@ def test_every_folder_has_a_rule():
     assert folders <= ALLOWED.keys()
 
 
+@pytest.mark.integration
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, blip2_jax; print(*sys.modules)"
     loaded = subprocess.run(
@@ -73,6 +75,7 @@ def test_importing_the_package_imports_nothing_heavy():
     assert not {"jax", "flax", "transformers", "torch", "tensorflow_datasets"} & set(loaded)
 
 
+@pytest.mark.integration
 def test_a_command_and_a_model_import_no_more_than_they_need():
     """Seconds of every start: PyTorch for tokenizers, Orbax where no run is read."""
     code = (

@@ -64,6 +64,8 @@ from tests.readme import place
 from tests.readme.place import Entry, Ran, Shell
 from tests.readme.text import README, ROOT
 
+pytestmark = pytest.mark.docs
+
 ENTRIES: dict[str, Entry] = {}
 BLOCKS: dict[str, Callable[[Shell, str], None]] = {}
 
@@ -568,7 +570,7 @@ def _(ran):
     planned(ran, 64)
 
 
-@command("pytest tests/stages/test_flops.py", run=known_tests)
+@command("pytest tests/stages/test_flops.py -m full_size", run=known_tests)
 def _(ran):
     assert "test_" in ran.out
 

@@ -81,6 +81,7 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(folder, 
         prepare.prepare_digits(folder, 5, SIZES)
 
 
+@pytest.mark.integration
 def test_a_killed_preparation_is_made_anew(folder, tmp_path):
     """What a kill leaves behind is a draft folder beside the place, never half of the place."""
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],

@@ -101,6 +101,7 @@ def test_every_fault_is_counted_once_by_reason_and_place(broken):
     assert places["archive cut short"][0].startswith(broken.data.mixture.tars.dir + "/00003.tar")
 
 
+@pytest.mark.integration
 def test_with_all_that_broken_batches_are_still_a_function_of_the_step(broken):
     whole, skipped = take(broken, 8)
     rest, _ = take(broken, 5, start=3)
@@ -168,6 +169,7 @@ def test_an_archive_that_was_never_there_is_counted(tmp_path):
     assert len(source) == 12 and source.faults.by_reason == {"no such file": 3}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_much_that_is_broken_stops_the_run_and_says_so(tmp_path, workers):
     names = made.write_images(tmp_path / "images", 20)

@@ -290,6 +290,7 @@ def children_hear_signals(numbers):
         thread.join()
 
 
+@pytest.mark.integration
 def test_batches_are_the_same_for_any_number_of_workers_and_any_resume(mixed):
     """Worker processes, as a run of its own has them (they take seconds to start).
 
@@ -306,6 +307,7 @@ def test_batches_are_the_same_for_any_number_of_workers_and_any_resume(mixed):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.integration
 def test_batches_are_the_same_for_several_hosts_with_several_workers(mixed):
     one = take(mixed, 6)
     changed = ConfigDict(mixed.to_dict())

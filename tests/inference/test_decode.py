@@ -26,6 +26,8 @@ from blip2_jax.models.blip2 import LLMS
 from blip2_jax.models.layers import unstack
 from blip2_jax.weights import huggingface
 
+pytestmark = pytest.mark.integration
+
 EOS, PAD, VOCABULARY, LENGTH = 5, 1, 30, 12
 SIZES = {
     "opt": dict(

@@ -11,6 +11,8 @@ from pdoc import docstrings, render_helpers
 
 from blip2_jax import cli
 
+pytestmark = pytest.mark.docs
+
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = [
     path

@@ -20,6 +20,8 @@ from blip2_jax.runtime.checkpoint import Checkpointer
 from blip2_jax.runtime.metrics import read_jsonl
 from tests.launch import fakes
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ("local", "slurm", "tpu", "gke")
 RECIPE = "configs/digits/stage1.py"

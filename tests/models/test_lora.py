@@ -10,6 +10,8 @@ from blip2_jax.models import lora
 from tests import tiny
 from tests.stages import families
 
+pytestmark = pytest.mark.integration
+
 
 def config(family, folder, **changes):
     c = families.config(family, folder)

@@ -106,6 +106,7 @@ def test_old_steps_go_and_milestones_stay(tmp_path):
         assert checkpointer.all_steps() == [4, 6, 7]
 
 
+@pytest.mark.integration
 def test_a_process_killed_while_saving_leaves_the_step_before(tmp_path, abstract):
     script = f"""
         import os, signal
@@ -227,6 +228,7 @@ def test_only_broken_checkpoints_are_left_as_they_are(tmp_path, abstract, train_
     assert (tmp_path / "1").is_dir()
 
 
+@pytest.mark.integration
 def test_a_full_disk_leaves_the_step_before_and_says_so(tmp_path):
     """A limit on the size of files, which the second checkpoint goes over."""
     script = f"""

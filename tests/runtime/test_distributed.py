@@ -112,6 +112,7 @@ def test_the_cache_is_in_the_users_cache_folder(tmp_path, monkeypatch, cache_set
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
 
 
+@pytest.mark.integration
 def test_several_processes_on_cpus_compile_for_themselves(tmp_path, monkeypatch, cache_setting):
     """A cached program's collectives may come in another order than those of a compiled one."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -148,6 +149,7 @@ def run_on_two_hosts(workdir):
     return [json.loads(output.splitlines()[-1]) for output, _ in results]
 
 
+@pytest.mark.integration
 def test_two_hosts_work_as_one(tmp_path):
     first, second = run_on_two_hosts(tmp_path)
     assert (first["index"], second["index"]) == (0, 1)

@@ -108,6 +108,7 @@ with outputs.replacing_folder(folder, overwrite=True) as draft:
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("moment", ["half written", "before the swap", "after the swap"])
 def test_killed_at_any_moment_the_folder_is_the_old_or_the_new(moment, tmp_path):
     folder = tmp_path / "model"

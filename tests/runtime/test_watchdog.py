@@ -30,19 +30,21 @@ def run(script):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
 
 
+@pytest.mark.integration
 def test_a_process_that_shows_no_sign_of_life_ends_and_says_where_it_was():
     ended = run(
-        "with Watchdog(0.5):\n"
-        "    for _ in range(8): time.sleep(0.1); alive()\n"
-        "    with waiting_for_others(every=0.1): time.sleep(1)\n"
+        "with Watchdog(2):\n"
+        "    for _ in range(30): time.sleep(0.1); alive()\n"
+        "    with waiting_for_others(every=0.1): time.sleep(3)\n"
         "    print('alive', flush=True); stuck()\n"
     )
     assert ended.returncode == 1 and ended.stdout == "alive\n"
     assert "Timeout" in ended.stderr and "in stuck" in ended.stderr
 
 
+@pytest.mark.integration
 def test_outside_of_it_nothing_is_watched():
-    ended = run("alive()\nwith Watchdog(0.2): alive()\ntime.sleep(0.5); alive(); time.sleep(0.5)\n")
+    ended = run("alive()\nwith Watchdog(1): alive()\ntime.sleep(1.2); alive(); time.sleep(1.2)\n")
     assert ended.returncode == 0, ended.stderr
 
 

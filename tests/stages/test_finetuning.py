@@ -13,6 +13,8 @@ from blip2_jax.models.vit import ViT, ViTConfig
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.weights import huggingface
 
+pytestmark = pytest.mark.integration
+
 TRAINED = ("vit", "ln_vision", "query_tokens", "qformer", "language_projection")
 
 

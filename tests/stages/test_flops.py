@@ -18,6 +18,8 @@ from blip2_jax.runtime import chips
 from blip2_jax.stages.flops import flops_per_sample
 from blip2_jax.weights import published
 
+pytestmark = pytest.mark.integration
+
 
 def counted_by_xla(config, monkeypatch) -> tuple[float, recipe.Recipe]:
     """FLOPs of one sample, of the step as it is traced: nothing is computed again, no loops."""

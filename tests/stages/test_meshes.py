@@ -21,6 +21,8 @@ from blip2_jax.runtime.rules import RULES
 from blip2_jax.weights import checkpoint
 from tests.stages import families
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):

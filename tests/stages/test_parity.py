@@ -26,6 +26,8 @@ from blip2_jax.stages.step import Spec
 from blip2_jax.weights import checkpoint, files, huggingface, transfer
 from tests.weights import models
 
+pytestmark = pytest.mark.integration
+
 QUERIES, BOS, PAD = 5, 60, 0
 LENGTHS = np.array([[8], [6], [4], [7], [5]])
 IMAGE_ID = np.array([0, 1, 0, 1, 4])

@@ -12,6 +12,8 @@ import pytest
 import tests.tiny as tiny
 from blip2_jax import recipe
 
+pytestmark = pytest.mark.integration
+
 STAGES = ("stage1", "stage2")
 
 
