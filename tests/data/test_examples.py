@@ -201,6 +201,7 @@ def test_lavis_pretraining_reads_lavis_files_a_caption_a_record(tmp_path):
             f"--config.data.mixture.coco.dir={coco}",
             f"--config.data.mixture.vg.dir={vg}/annotations/vg_caption.json",
             f"--config.data.mixture.vg.images={vg}/images",
+            "--config.data.qformer_tokenizer=package:digits-bert",
         ],
     )
     source = loader.make_source(config, "train")
@@ -213,3 +214,6 @@ def test_lavis_pretraining_reads_lavis_files_a_caption_a_record(tmp_path):
     ]
     assert [source[i]["part"] for i in range(len(source))] == ["coco"] * 2 + ["vg"] * 3
     assert source.weights == [2 / 5, 3 / 5]  # of captions: an epoch has each once
+    make, rng = examples.make_example(config, 16, train=True), np.random.default_rng(0)
+    images = [int(make(source[i], i, rng)["image_id"]) for i in range(len(source))]
+    assert images == [0, 0, 1, 1, 1]  # captions of one image are no negatives of each other
