@@ -324,6 +324,19 @@ def test_the_shares_of_a_mixture_are_exact_in_the_long_run(mixed):
     assert sorted(ids[~web][:10]) == list(range(10))
 
 
+def test_parts_of_a_mixture_have_orders_of_their_own(mixed):
+    """Two of one length too."""
+    config = ConfigDict(mixed.to_dict())
+    own = mixed.data.mixture.own.to_dict()
+    config.data.mixture = ConfigDict({"one": own, "two": own})
+    source = loader.make_source(config, "train")
+    numbers = np.array(
+        [n for step in range(5) for n in loader.record_numbers(source, config, step)]
+    )
+    one, two = numbers[numbers < 10][:10], numbers[numbers >= 10][:10] - 10
+    assert sorted(one) == sorted(two) == list(range(10)) and one.tolist() != two.tolist()
+
+
 def test_captions_are_drawn_at_random_and_cleaned(folder):
     config = make_config(folder, **{"data.crop_scale": (1.0, 1.0), "data.flip": False})
     texts: dict[int, set] = {}
