@@ -48,6 +48,7 @@ def test_training_them_again_gives_working_ones(tmp_path):
     texts = corpus(200)
     bert = tokenizers.train_qformer_tokenizer(texts)
     opt = tokenizers.train_lm_tokenizer([f"{text}\n" for text in texts])
+    assert (bert.bos_token, bert.bos_token_id) == ("[DEC]", len(bert) - 1)  # as LAVIS adds it
     for name, tokenizer in (("bert", bert), ("opt", opt)):
         tokenizer.save_pretrained(tmp_path / name)
         again = tokenizers.load(str(tmp_path / name))
