@@ -196,7 +196,7 @@ def test_shards_are_written_with_an_index(opt_folder, tmp_path):
 
 
 def test_weights_load_sharded_and_in_another_dtype(opt_folder):
-    """Each of eight devices holds its part, and the values are those of an unsharded load."""
+    """Each of eight devices holds its part; the values are an unsharded load's, and PyTorch's."""
     from blip2_jax.models import blip2
     from blip2_jax.runtime import mesh as meshes
 
@@ -213,6 +213,12 @@ def test_weights_load_sharded_and_in_another_dtype(opt_folder):
     loaded = found.load(placed)
     jax.tree.map(lambda x, s: pytest.fail("misplaced") if x.sharding != s else None, loaded, places)
     jax.tree.map(np.testing.assert_array_equal, loaded, found.load(abstract))
+    rounded = lambda x: torch.tensor(np.asarray(x)).to(torch.bfloat16).float().numpy()  # noqa: E731
+    jax.tree.map(
+        lambda x, exact: np.testing.assert_array_equal(np.asarray(x, np.float32), rounded(exact)),
+        loaded,
+        found.load(found.abstract()),
+    )
 
 
 # -------------------------------------------------------------------------------- bad input
