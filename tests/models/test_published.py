@@ -94,6 +94,9 @@ def test_every_block_of_the_image_encoder(generation):
         close(got, out.hidden_states[i + 1], LAYER)
     close(ours.vit(images), out.hidden_states[-1])
     close(ours.encode_images(images), out.last_hidden_state)
+    # Too small to be seen in float32.
+    assert ours.ln_vision.epsilon == theirs.vision_model.post_layernorm.eps
+    assert block.norm1.epsilon == theirs.vision_model.encoder.layers[0].layer_norm1.eps
 
 
 def test_every_layer_of_the_qformer(retrieval):
