@@ -81,6 +81,25 @@ def test_clip_vit_equals_transformers(tmp_path):
     np.testing.assert_allclose(np.asarray(ours(jnp.asarray(images))), want, atol=1e-4)
 
 
+def test_clips_positions_are_resampled_with_their_corners_aligned(tmp_path):
+    """As in LAVIS's `clip_vit.py`; the class token keeps its own."""
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        image_size=32, patch_size=8, initializer_range=0.2,
+    )  # fmt: skip
+    theirs = transformers.CLIPVisionModel(config)
+    theirs.save_pretrained(tmp_path)
+    sizes = huggingface.vit_config(str(tmp_path), image_size=48)
+    make = lambda: ViT(sizes, rngs=nnx.Rngs(0))  # noqa: E731
+    params = huggingface.load(str(tmp_path), sizes, abstract(make))
+    (table,) = (p.detach() for n, p in theirs.named_parameters() if "position_embedding" in n)
+    grid = table[1:].reshape(1, 4, 4, 16).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=6, mode="bicubic", align_corners=True)
+    want = torch.cat([table[:1], grid.permute(0, 2, 3, 1).reshape(36, 16)])
+    np.testing.assert_allclose(params["pos_embed"][0], want, atol=1e-6)
+
+
 def test_towers_survive_a_round_trip(tmp_path):
     """Written to a folder and read back: the same bits."""
     from blip2_jax.models.opt import OPTConfig
