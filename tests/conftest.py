@@ -40,6 +40,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     cache = tempfile.mkdtemp(prefix="blip2-tests-")
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
     os.environ["BLIP2_CACHE"] = os.environ["XDG_CACHE_HOME"] = cache
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(cache, "inductor")  # PyTorch's
 
 seconds = collections.Counter()  # of tracing and compiling, in this process
 
