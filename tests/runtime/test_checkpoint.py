@@ -164,12 +164,13 @@ def test_another_recipe_is_refused_and_named(tmp_path, abstract, train_state):
     assert "config.seed: 1 saved, 2 now" in str(error.value)
 
 
-def test_another_run_gives_what_it_has_in_common(tmp_path, abstract, train_state):
+def test_another_run_gives_what_it_has_in_common(tmp_path, train_state):
+    """In the dtypes and places of the run that takes it."""
     fresh = {
-        "a": {"kernel": jnp.zeros((16, 8)), "gate": jnp.full(3, 5.0)},
+        "a": {"kernel": jnp.zeros((16, 8), jnp.bfloat16), "gate": jnp.full(3, 5.0)},
         "head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
     }
-    placed = abstract["params"]["a"]["kernel"].sharding
+    placed = placed_on(fsdp=2, tensor=1)["params"]["a"]["kernel"].sharding
     fresh["a"]["kernel"] = jax.device_put(fresh["a"]["kernel"], placed)
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, train_state, {})
@@ -179,7 +180,8 @@ def test_another_run_gives_what_it_has_in_common(tmp_path, abstract, train_state
     with pytest.raises(CheckpointError, match=r"has none of \['b'\]"):
         restore_params_into(tmp_path / "1", {"b": jnp.zeros(())})
     assert (taken, missing) == (1, ["a/gate", "head"])
-    expected = {**fresh, "a": fresh["a"] | {"kernel": train_state["params"]["a"]["kernel"]}}
+    kernel = train_state["params"]["a"]["kernel"].astype(jnp.bfloat16)
+    expected = {**fresh, "a": fresh["a"] | {"kernel": kernel}}
     assert_same_bits(params, expected)
     assert params["a"]["kernel"].sharding == placed
 
