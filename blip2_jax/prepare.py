@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes; 0: this one (default: cores)",
     )
     group.add_argument(
-        "--most_skipped",
+        "--max_skipped",
         type=float,
         default=0.5,
         help="share of records that may be left out before it stops (default: 0.5)",
@@ -188,7 +188,7 @@ def prepare_pairs(args: argparse.Namespace) -> int:
         _claim(plan, settings)
     captions = _captioner(args) if args.capfilt else None
     summary = shards.write_all(
-        source, plan, workers=args.workers, most_skipped=args.most_skipped, captions=captions
+        source, plan, workers=args.workers, max_skipped=args.max_skipped, captions=captions
     )
     seconds = time.monotonic() - started
     _print(args, summary, seconds)

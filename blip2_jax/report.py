@@ -50,10 +50,10 @@ _NOT_SCORES = re.compile(r"seconds/|.*(_gb|/candidates|/candidate_texts|/unreada
 _INK, _LINE = "#010203", "#040506"  # stand-ins, replaced by the page's own colors
 _CURVE_COLORS = ("#0f8b8d", "#e08e0b", "#6c6fe0", "#d6487e", "#7a8699", "#5a9e3a")
 _HELD_OUT = "eval/"  # what begins so was measured on test data
-_CIDER_MOST = 10.0  # of CIDEr-D, whose scale is not 0..1
+_MAX_CIDER = 10.0  # of CIDEr-D, whose scale is not 0..1
 _COMPARED = ("loss", "accuracy")  # what a sweep's runs are compared by
-_MOST_POINTS = 300
-_MOST_QUERIES = 7  # with the image itself, one row of the page
+_MAX_POINTS = 300
+_MAX_QUERIES = 7  # with the image itself, one row of the page
 _PICTURE = 192  # pixels of a heatmap's side; pictures of 64 pixels become three times as large
 
 
@@ -207,7 +207,7 @@ def score_rows(metrics: Mapping[str, float | str]) -> dict[str, dict[str, Any]]:
             continue
         baseline, against = _baseline(name, metrics)
         fraction = not name.endswith("cider")
-        scale = 1.0 if fraction else _CIDER_MOST
+        scale = 1.0 if fraction else _MAX_CIDER
         gain = None if baseline is None else value - baseline
         rows[name] = {
             "name": name,
@@ -387,8 +387,8 @@ def _colors(count: int) -> list[str]:
 
 
 def _thin(points: np.ndarray) -> np.ndarray:
-    """Means over neighbors, so that a curve has at most `_MOST_POINTS` points; float[2, n]."""
-    parts = np.array_split(points, min(len(points), _MOST_POINTS))
+    """Means over neighbors, so that a curve has at most `_MAX_POINTS` points; float[2, n]."""
+    parts = np.array_split(points, min(len(points), _MAX_POINTS))
     return np.array([part.mean(axis=0) for part in parts]).T
 
 
@@ -443,7 +443,7 @@ def _most_concentrated(maps: np.ndarray) -> np.ndarray:
     """The queries of lowest entropy: those that look somewhere rather than everywhere."""
     shares = np.maximum(maps.reshape(len(maps), -1), 1e-12)
     shares /= shares.sum(axis=1, keepdims=True)
-    return np.argsort((-shares * np.log(shares)).sum(axis=1), kind="stable")[:_MOST_QUERIES]
+    return np.argsort((-shares * np.log(shares)).sum(axis=1), kind="stable")[:_MAX_QUERIES]
 
 
 def overlay(image: np.ndarray, attention: np.ndarray) -> np.ndarray:

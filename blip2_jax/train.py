@@ -180,7 +180,7 @@ def _train(
         bad_steps = BadSteps(
             step=int(start.state["step"]),
             count=int(start.state["bad_steps"]),
-            most=config.faults.most_bad_steps,
+            max_count=config.faults.max_bad_steps,
             records=functools.partial(loader.record_numbers, source, config),
         )
         state, stopped = loop(

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
         {
             # Steps with a loss or gradient that is not finite: each is left out and reported with
             # its records; one more than this in the whole run stops it, saved.
-            "most_bad_steps": 0,
+            "max_bad_steps": 0,
             "start_timeout": 300,  # seconds in which all processes must have come together
             "peer_timeout": 100,  # seconds without a sign of life from another process
             # Seconds without a sign of life of this process: a step, or a piece of what takes long
@@ -203,7 +203,7 @@ def get_config() -> ConfigDict:
             "alpha_background": "white",
             "threads": 16,  # that decode; with workers, of all of them together
             "workers": 0,  # processes that decode; 0: threads of this one, which scale as well
-            "most_skipped": 0.1,  # share of records that may be unreadable before a run stops
+            "max_skipped": 0.1,  # share of records that may be unreadable before a run stops
             "story_warmup": 0.0,  # share of the stories, at first, that are easier still
         }
     )

@@ -553,9 +553,9 @@ def test_missing_images_stop_before_the_model_or_are_counted(tmp_path, models):
     broken.write_bytes(broken.read_bytes()[:200])
     tasks = f'"coco": task("captioning", "coco", "test", "{tmp_path}/data", {DECODING})'
     file, model = config(tmp_path, tasks), f"--model={models}/opt"
-    with pytest.raises(SystemExit, match="1 of 6 images are missing.*391895.*most_unreadable"):
+    with pytest.raises(SystemExit, match="1 of 6 images are missing.*391895.*max_unreadable"):
         run(file, tmp_path / "out", "--model=none")
-    allow = "--config.tasks.coco.data.most_unreadable"
+    allow = "--config.tasks.coco.data.max_unreadable"
     with pytest.raises(SystemExit, match="2 of 6 images cannot be read.*run the same command"):
         run(file, tmp_path / "out", model, f"{allow}=0.17")
     metrics = run(file, tmp_path / "out", model, f"{allow}=0.34")
@@ -714,7 +714,7 @@ def test_splits_and_scores_are_those_of_the_papers_tables():
     retrieved = {("retrieval", name, "test") for name in ("flickr30k", "coco")}
     assert found.keys() == answered.keys() | captioned.keys() | retrieved
     for key, task in found.items():
-        assert task.data.form == "image" and task.data.first == 0 and not task.data.most_unreadable
+        assert task.data.form == "image" and task.data.first == 0 and not task.data.max_unreadable
         if key in answered:
             assert (task.metric, task.lemmatize) == answered[key] and task.forms[0] == "lavis"
             assert task.clean_text and task.truncate == 0

@@ -101,7 +101,7 @@ def test_a_start_may_move_but_not_change(tmp_path):
 
 def test_a_digest_of_files_sees_sizes_and_contents_and_no_names(tmp_path, monkeypatch):
     monkeypatch.setattr(digest, "BLOCK", 16)
-    monkeypatch.setattr(digest, "MOST_BLOCKS", 8)
+    monkeypatch.setattr(digest, "MAX_BLOCKS", 8)
     paths = [tmp_path / "a", tmp_path / "b"]
     data = os.urandom(1000)
     for path in paths:

@@ -173,7 +173,7 @@ def test_the_sum_of_a_lists_rows_is_said(tmp_path, capsys):
     rows += ['2.jpg,"open,train', "2.jpg,three,test", "nothing.jpg,four,train"]
     (tmp_path / "x.csv").write_text("\n".join(rows))
     words = ["--source=files", f"--dir={tmp_path}/x.csv", "--check"]
-    assert run(*words, "--most_skipped=1") == 1
+    assert run(*words, "--max_skipped=1") == 1
     said = capsys.readouterr().out
     assert "x.csv: 5 rows read (and 1 of other splits) = 3 used + 2 skipped" in said
     assert "make 2 records" in said and "usable: 1 train records" in said
@@ -212,7 +212,7 @@ def test_transparent_images_that_are_made_smaller_get_a_background(tmp_path):
 
 def test_too_much_that_is_broken_stops_it(web, tmp_path):
     with pytest.raises(SystemExit, match="more than the share of 0.05.*\n.*x "):
-        pairs(web, tmp_path / "out", "--most_skipped=0.05")
+        pairs(web, tmp_path / "out", "--max_skipped=0.05")
     assert not sources.is_prepared(str(tmp_path / "out"))
 
 
@@ -340,7 +340,7 @@ def test_capfilt_writes_shards_that_training_reads(web, tmp_path):
     plan = prepare.make_plan(args, source)
     tool = capfilt.CapFilt(caption, similarity, keep=1)
     (tmp_path / "out" / "shards").mkdir(parents=True)
-    found = shards.write_all(source, plan, workers=0, most_skipped=0.5, captions=tool)
+    found = shards.write_all(source, plan, workers=0, max_skipped=0.5, captions=tool)
     shards.write_metadata(plan, "", {"train": (found["lengths"], 0)})
     for record in sources.TfdsSource(tmp_path / "out", "train"):
         pixels = transforms.resize(transforms.decode_image(record["image"]), 224)

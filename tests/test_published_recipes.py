@@ -286,7 +286,7 @@ OPERATION = {
         "data.eval_split",
     ),
     *("data.mixture", "data.qformer_tokenizer", "data.llm_tokenizer", "data.threads"),
-    *("data.workers", "data.most_skipped", "data.story_warmup", "stage.labels"),
+    *("data.workers", "data.max_skipped", "data.story_warmup", "stage.labels"),
     *("model.qformer.remat", "data.end_of_text"),  # the latter is looked at by itself
 }
 

@@ -419,8 +419,8 @@ def test_bad_steps_are_reported_with_their_records_and_bounded(
     bad_at_3_and_5, world, tmp_path, capsys
 ):
     changes = {"eval.every": 0, "steps": 6, "log.every": 1, "checkpoint.every": 2}
-    config = flags(world, **changes, **{"faults.most_bad_steps": 1})
-    with pytest.raises(FloatingPointError, match="2 steps with.*most_bad_steps=1.*saved at step 5"):
+    config = flags(world, **changes, **{"faults.max_bad_steps": 1})
+    with pytest.raises(FloatingPointError, match="2 steps with.*max_bad_steps=1.*saved at step 5"):
         run(config, tmp_path / "run")
     source = loader.make_source(config, "train")
     errors = capsys.readouterr().err
@@ -435,7 +435,7 @@ def test_bad_steps_are_reported_with_their_records_and_bounded(
     with pytest.raises(FloatingPointError, match="saved at step 5"):
         run(config, tmp_path / "run")
     bad_at_3_and_5.step = 5
-    assert run(flags(world, **changes, **{"faults.most_bad_steps": 2}), tmp_path / "run") == 0
+    assert run(flags(world, **changes, **{"faults.max_bad_steps": 2}), tmp_path / "run") == 0
     params, lines = result(tmp_path / "run")
     assert lines[-1]["bad_steps"] == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))

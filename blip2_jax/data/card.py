@@ -93,9 +93,9 @@ def page(name: str, splits: dict[str, dict[str, Any]]) -> str:
 def _chart(title: str, counts: dict[str, int]) -> dict[str, Any]:
     """A histogram as bars: label, count and height in percent of the highest."""
     ordered = sorted(((float(bin), count) for bin, count in counts.items()))
-    most = max(count for _, count in ordered)
+    highest = max(count for _, count in ordered)
     bars = [
-        {"label": f"{bin:g}", "count": f"{count:,}", "height": 100 * count / most}
+        {"label": f"{bin:g}", "count": f"{count:,}", "height": 100 * count / highest}
         for bin, count in ordered
     ]
     return {"title": title, "bars": bars}

@@ -31,13 +31,13 @@ class Skipped:
 
     Args:
       total: number of records there are.
-      most: share of them that may be unreadable; None: any.
+      max_share: of them that may be unreadable; None: any.
     """
 
     EXAMPLES = 5  # places that are kept of each reason
 
-    def __init__(self, total: int = 0, most: float | None = None):
-        self.total, self.most = total, most
+    def __init__(self, total: int = 0, max_share: float | None = None):
+        self.total, self.max_share = total, max_share
         self.by_reason: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, list[str]] = {}
         self._met: collections.Counter[str] = collections.Counter()  # by number, in `_seen`
@@ -64,11 +64,11 @@ class Skipped:
 
     def check(self) -> None:
         """Raises TooManySkipped if more than the bounded share has been skipped."""
-        if self.most is not None and self.count > max(1, self.most * self.total):
+        if self.max_share is not None and self.count > max(1, self.max_share * self.total):
             raise TooManySkipped(
                 f"{self.count} of {self.total} records cannot be read, more than the share of "
-                f"{self.most:g} that a run may skip (config.data.most_skipped). Mend the data, or "
-                "leave out what is broken with blip2 prepare.\n" + self.text()
+                f"{self.max_share:g} that a run may skip (config.data.max_skipped). Mend the data, "
+                "or leave out what is broken with blip2 prepare.\n" + self.text()
             )
 
     def merge(self, other: "Skipped | dict[str, Any]") -> None:

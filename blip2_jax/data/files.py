@@ -16,7 +16,7 @@ from blip2_jax.data.faults import RecordError
 from blip2_jax.runtime import atomic, digest
 from blip2_jax.runtime.watchdog import alive
 
-MOST_OPEN = 256  # files that are kept open; below the usual limit of 1,024 for a process
+MAX_OPEN = 256  # files that are kept open; below the usual limit of 1,024 for a process
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -132,25 +132,25 @@ def expand(pattern: str) -> list[str]:
     return found
 
 
-def read(path: str, most: int | None = None) -> bytes:
+def read(path: str, max_bytes: int | None = None) -> bytes:
     """A whole file.
 
     Raises:
-      RecordError: it is not there, is empty, or is larger than `most` bytes.
+      RecordError: it is not there, is empty, or is larger than `max_bytes`.
     """
     try:
         if is_local(path):
             with open(path, "rb") as file:
-                data = file.read() if most is None else file.read(most + 1)
+                data = file.read() if max_bytes is None else file.read(max_bytes + 1)
         else:
             fs, inner = filesystem(path)
-            data = fs.cat_file(inner, end=None if most is None else most + 1)
+            data = fs.cat_file(inner, end=None if max_bytes is None else max_bytes + 1)
     except OSError as error:
         raise RecordError(reason(error), path) from error
     if not data:
         raise RecordError("empty file", path)
-    if most is not None and len(data) > most:
-        raise RecordError(f"file of more than {most} bytes", path)
+    if max_bytes is not None and len(data) > max_bytes:
+        raise RecordError(f"file of more than {max_bytes} bytes", path)
     return data
 
 
@@ -239,7 +239,7 @@ class Ranges:
             return os.pread(file, size, start)
         file = os.open(path, os.O_RDONLY)
         with self._lock:
-            keep = len(self._open) < MOST_OPEN and self._open.setdefault(path, file) == file
+            keep = len(self._open) < MAX_OPEN and self._open.setdefault(path, file) == file
         try:
             return os.pread(file, size, start)
         finally:

@@ -17,7 +17,7 @@ class Heldout:
 
     Args:
       data: `source`, `dir`, `images`, `split`, `form`, `columns`, `index_dir`, `first`,
-        `most_unreadable` and more, as in `configs/eval/default.py`.
+        `max_unreadable` and more, as in `configs/eval/default.py`.
 
     Attributes:
       records: one an image, without the image.
@@ -31,7 +31,7 @@ class Heldout:
         self.data, self.name = data, f"{data.source} {data.split} ({data.dir})"
         self.source = loader.open_source(data, data.split)
         count = min(data.first or len(self.source), len(self.source))
-        self.most_unreadable = int(data.most_unreadable * count)
+        self.max_unreadable = int(data.max_unreadable * count)
         self.records = lists.Packed(self._facts(number) for number in range(count))
         if not count:
             raise ValueError(f"{self.name} has no records.")
@@ -54,11 +54,11 @@ class Heldout:
             return
         numbers = (number for number in range(count) if self.source.is_missing(number))
         missing = [self.source.where(number) for number in numbers]
-        if len(missing) > self.most_unreadable:
+        if len(missing) > self.max_unreadable:
             raise ValueError(
                 f"{self.name}: {len(missing)} of {count} images are missing "
                 f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Put them there, "
-                "name their folder in data.images, or allow a share with data.most_unreadable; "
+                "name their folder in data.images, or allow a share with data.max_unreadable; "
                 "scores are then without them."
             )
 

@@ -22,7 +22,7 @@ from blip2_jax.runtime.watchdog import alive
 
 SUFFIXES = containers.SUFFIXES
 FORMS = {"image": None, "caption": "captions", "question": "questions"}  # what makes a record
-MOST_BYTES = 256 << 20  # of one image file
+MAX_BYTES = 256 << 20  # of one image file
 
 
 class Packed:
@@ -350,7 +350,7 @@ class ListSource:
             file, number, column = stored
             data = self._stored.read(StoredImage(self._files[file], number, column))
         else:
-            data = files.read(row["image"], MOST_BYTES)
+            data = files.read(row["image"], MAX_BYTES)
         return {**row, "image": data}
 
 

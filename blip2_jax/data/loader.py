@@ -37,7 +37,7 @@ from blip2_jax.data.examples import Example, ExampleOf, Record, make_example
 from blip2_jax.data.faults import RecordError, Skipped
 from blip2_jax.data.language import LanguageConfig
 
-MOST_REPLACED = 100  # records in a row that may be unreadable
+MAX_REPLACED = 100  # records in a row that may be unreadable
 FAULTS = "_faults"  # uint8[B, FAULTS_SIZE], on the way from where an example is made: JSON
 FAULTS_SIZE = 1024
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -441,7 +441,7 @@ def count_of(source: Any, config: ConfigDict) -> Skipped:
     Raises:
       TooManySkipped: that is more than the bounded share already.
     """
-    skipped = Skipped(len(source), config.data.most_skipped)
+    skipped = Skipped(len(source), config.data.max_skipped)
     if hasattr(source, "faults"):
         skipped.merge(source.faults)
         skipped.total = len(source) + skipped.count
@@ -468,7 +468,7 @@ class Reader:
         index = int(index)
         start, end = next(ends for ends in self.ranges if index < ends[1])
         faults: list[Fault] = []
-        for _ in range(min(end - start, MOST_REPLACED)):
+        for _ in range(min(end - start, MAX_REPLACED)):
             # A copy of the generator's state: a replacement is drawn as its record would have been.
             state = rng.bit_generator.state
             try:

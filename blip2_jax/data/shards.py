@@ -253,7 +253,7 @@ def write_all(
     plan: Plan,
     *,
     workers: int,
-    most_skipped: float,
+    max_skipped: float,
     captions: Captions | None = None,
 ) -> dict[str, Any]:
     """Writes the shards that are missing; returns the notes of all, added up: "lengths" (records
@@ -263,7 +263,7 @@ def write_all(
       source: where the records come from; travels to the workers.
       plan: what to write.
       workers: processes; 0: this one.
-      most_skipped: share of all records that may be left out before it stops.
+      max_skipped: share of all records that may be left out before it stops.
       captions: see `write_shard`; then this process does it all.
 
     Raises:
@@ -271,7 +271,7 @@ def write_all(
     """
     notes = {} if plan.check else finished(plan)
     skipped = _left_out(source, plan)
-    skipped.most = most_skipped
+    skipped.max_share = max_skipped
 
     def take(shard: int, note: dict[str, Any]) -> None:
         notes[shard] = note

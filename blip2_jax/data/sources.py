@@ -325,7 +325,7 @@ class StorySource:
         if self.kind == "described_stories":
             return {"story": world.story(rng, undescribed=0.0)}
         if self.kind == "stories":
-            return {"story": world.story(rng, most=2 if early else 3)}
+            return {"story": world.story(rng, max_things=2 if early else 3)}
         if early or rng.random() < self.LISTS:
             return {"story": world.word_list(rng)}
         return {"story": world.easy_story(rng)}

@@ -33,7 +33,7 @@ PART_OF = {
 }
 COLUMNS = fields.Columns()
 BLOCK = 512  # bytes; headers and contents of a tar begin at multiples of it
-MOST_BETWEEN = 1 << 18  # bytes of other members that are read along rather than stepped over
+MAX_BETWEEN = 1 << 18  # bytes of other members that are read along rather than stepped over
 FORMAT = 3  # of the index; another number here makes all of them anew
 INDEX = np.dtype(
     [
@@ -228,8 +228,8 @@ def _fault(parts: dict[str, tuple[int, int]]) -> str:
     """What is wrong with the members of a record; "" if nothing is."""
     if not parts["image"][1]:
         return "empty file"
-    if max(size for _, size in parts.values()) > lists.MOST_BYTES:
-        return f"file of more than {lists.MOST_BYTES} bytes"
+    if max(size for _, size in parts.values()) > lists.MAX_BYTES:
+        return f"file of more than {lists.MAX_BYTES} bytes"
     if not parts.get("text", (0, 0))[1] and not parts.get("meta", (0, 0))[1]:
         return "no caption"
     return ""
@@ -427,7 +427,7 @@ class TarSource:
         spans = {**parts, "header": header}
         first = min(start for start, _ in spans.values())
         last = max(start + size for start, size in spans.values())
-        if last - first < sum(size for _, size in spans.values()) + MOST_BETWEEN:
+        if last - first < sum(size for _, size in spans.values()) + MAX_BETWEEN:
             data = self._ranges.read(path, first, last - first)  # one read for all of them
             get = {name: data[start - first :][:size] for name, (start, size) in spans.items()}
         else:

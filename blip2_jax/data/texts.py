@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-MOST_WORDS = 50
+MAX_WORDS = 50
 _PUNCTUATION = re.compile(r'[.!"()*#:;~]')
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SPACES = re.compile(r"\s{2,}")
 
 
-def _first_words(text: str, most: int) -> str:
-    return " ".join(text.split(" ")[:most])
+def _first_words(text: str, max_words: int) -> str:
+    return " ".join(text.split(" ")[:max_words])
 
 
 def fold(text: str) -> str:
@@ -42,16 +42,16 @@ def _folded_question(question: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def clean_caption(text: str, *, most_words: int = MOST_WORDS) -> str:
+def clean_caption(text: str, *, max_words: int = MAX_WORDS) -> str:
     """LAVIS's `blip_caption`: lower case, a space for each of . ! " ( ) * # : ; ~, 50 words."""
     text = _PUNCTUATION.sub(" ", text.lower())
     text = _SPACES.sub(" ", text).rstrip("\n").strip(" ")
-    return _first_words(text, most_words)
+    return _first_words(text, max_words)
 
 
-def clean_question(text: str, *, most_words: int = MOST_WORDS) -> str:
+def clean_question(text: str, *, max_words: int = MAX_WORDS) -> str:
     """LAVIS's `blip_question`: lower case, the same characters deleted, 50 words."""
-    return _first_words(_PUNCTUATION.sub("", text.lower()).rstrip(" "), most_words)
+    return _first_words(_PUNCTUATION.sub("", text.lower()).rstrip(" "), max_words)
 
 
 def split_prefix(text: str, rng: np.random.Generator) -> tuple[str, str]:

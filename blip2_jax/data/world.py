@@ -75,17 +75,17 @@ class Parsed:
 # ---------------------------------------------------------------------------------------- scenes
 
 
-def sample_scene(rng: np.random.Generator, *, held_out: bool = False, most: int = 3) -> Scene:
-    """Draws a scene of at most `most` things.
+def sample_scene(rng: np.random.Generator, *, held_out: bool = False, max_things: int = 3) -> Scene:
+    """Draws a scene of at most `max_things` things.
 
     Args:
       rng: the only source of randomness.
       held_out: if true, at least one thing is a combination of `HELD_OUT`; otherwise none is.
-      most: 1 to 3; lower values give the easier scenes that a curriculum begins with.
+      max_things: 1 to 3; lower values give the easier scenes that a curriculum begins with.
     """
-    shares = np.array(COUNT_SHARES[:most])
+    shares = np.array(COUNT_SHARES[:max_things])
     while True:
-        count = 1 + rng.choice(most, p=shares / shares.sum())
+        count = 1 + rng.choice(max_things, p=shares / shares.sum())
         digits = rng.permutation(10)[:count]
         colors = rng.permutation(len(COLORS))[:count]
         places = rng.permutation(len(PLACES))[:count]
@@ -357,7 +357,7 @@ def easy_story(rng: np.random.Generator) -> list[str]:
     so nearly every word asks which attribute belongs to which digit. Half of the stories speak of
     no places. Returns segments as `story` does.
     """
-    scene = sample_scene(rng, most=2)
+    scene = sample_scene(rng, max_things=2)
     kinds = list(QUESTION_TYPES)
     if rng.random() < 0.5:
         scene = tuple(thing._replace(place=None) for thing in scene)
@@ -374,7 +374,7 @@ def easy_story(rng: np.random.Generator) -> list[str]:
 
 
 def story(
-    rng: np.random.Generator, *, most: int = 3, asked: int = 6, undescribed: float = 0.1
+    rng: np.random.Generator, *, max_things: int = 3, asked: int = 6, undescribed: float = 0.1
 ) -> list[str]:
     """Text alone about one scene of the training world: a description, then what follows from it.
 
@@ -384,14 +384,14 @@ def story(
 
     Args:
       rng: the only source of randomness.
-      most: the most things a scene holds (see `sample_scene`).
+      max_things: the most things a scene holds (see `sample_scene`).
       asked: number of questions.
       undescribed: share of stories without a description.
 
     Returns:
       Segments, each a line of its own when written out; the first is the description (or "").
     """
-    scene = sample_scene(rng, most=most)
+    scene = sample_scene(rng, max_things=max_things)
     kinds = [*QUESTION_TYPES, "color", "digit", "exist", "place"]  # binding is asked more often
     segments = []
     for type in rng.permutation(kinds)[:asked]:

@@ -40,5 +40,5 @@ def check_ids(predictions: Iterable[Hashable], expected: Iterable[Hashable], wha
         raise ValueError(f"There are no {what} to score: the evaluated split is empty.")
 
 
-def _few(ids: Sequence[Hashable], most: int = 5) -> str:
-    return ", ".join(map(repr, ids[:most])) + (", ..." if len(ids) > most else "")
+def _few(ids: Sequence[Hashable], max_shown: int = 5) -> str:
+    return ", ".join(map(repr, ids[:max_shown])) + (", ..." if len(ids) > max_shown else "")

@@ -36,7 +36,7 @@ from blip2_jax.runtime.watchdog import alive
 log = logging.getLogger(__name__)
 
 SHORTEST = 8  # tokens that texts are padded to at least
-MOST_RANKED = 512  # tokens of a prompt with one of its candidates
+MAX_RANKED = 512  # tokens of a prompt with one of its candidates
 SEED = 0
 SHARED = ("seed", "skip_unreadable", "truncate", "progress")  # options beside those of `Decoding`
 
@@ -595,8 +595,8 @@ class Blip2:
         seen = self._visual_prompts(pictures, prompts, None, None)
         tokenizer = self.llm_tokenizer
         llm = self._language
-        room = llm.max_length or MOST_RANKED
-        room = min(room - self.config.qformer.num_query_tokens, MOST_RANKED)
+        room = llm.max_length or MAX_RANKED
+        room = min(room - self.config.qformer.num_query_tokens, MAX_RANKED)
 
         def encode(row: int) -> tuple[np.ndarray, ...]:
             prompt, answer = str(prompts[row]), answers[row]

@@ -20,20 +20,20 @@ class BadSteps:
     Args:
       step: steps done before, by earlier processes of the run.
       count: bad ones among them.
-      most: how many a run may have.
+      max_count: how many a run may have.
       records: number of a step, from 0 -> the records of its batch, for the report.
     """
 
     def __init__(
-        self, *, step: int, count: int, most: int, records: Callable[[int], Sequence[int]]
+        self, *, step: int, count: int, max_count: int, records: Callable[[int], Sequence[int]]
     ):
-        self._step, self._count, self._most, self._records = step, count, most, records
+        self._step, self._count, self._max_count, self._records = step, count, max_count, records
         self._waiting: list[jax.Array] = []
 
     @property
     def too_many(self) -> bool:
         """Whether the run must stop, as far as someone has looked."""
-        return self._count > self._most
+        return self._count > self._max_count
 
     def add(self, count: jax.Array) -> None:
         """Takes the count after one more step, int32[], without waiting for it."""
@@ -55,7 +55,8 @@ class BadSteps:
         """What a run that must stop says."""
         return (
             f"{self._count} steps with a loss or gradient that is not finite, more than "
-            f"config.faults.most_bad_steps={self._most}; they changed no parameter, and the run is "
-            f"saved at step {self._step}. Look at the records above. To go on, allow more of them; "
-            "or start anew with a lower config.optim.peak_lr or with config.optim.clip_norm=1.0."
+            f"config.faults.max_bad_steps={self._max_count}; they changed no parameter, and the "
+            f"run is saved at step {self._step}. Look at the records above. To go on, allow more "
+            "of them; or start anew with a lower config.optim.peak_lr or with "
+            "config.optim.clip_norm=1.0."
         )

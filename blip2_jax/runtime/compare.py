@@ -15,7 +15,7 @@ EXECUTION = frozenset(
         "config.data.threads",
         "config.data.workers",
         "config.data.index_dir",
-        "config.data.most_skipped",
+        "config.data.max_skipped",
     }
 )
 # Where things lie, which may change too: what lies there is compared by its digest.

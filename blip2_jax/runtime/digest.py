@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 BLOCK = 1 << 16  # bytes
-MOST_BLOCKS = 1024  # read of all files together: 64 MiB
+MAX_BLOCKS = 1024  # read of all files together: 64 MiB
 
 
 def of_bytes(*parts: bytes) -> str:
@@ -40,7 +40,7 @@ def of_files(paths: Iterable[str | Path]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for path, size in files:
         count = -(-size // BLOCK)
-        kept = count if blocks <= MOST_BLOCKS else min(count, 2 + MOST_BLOCKS * count // blocks)
+        kept = count if blocks <= MAX_BLOCKS else min(count, 2 + MAX_BLOCKS * count // blocks)
         digest.update(f"{size} ".encode())
         with open(path, "rb") as file:
             for number in range(kept):

@@ -180,11 +180,11 @@ class Task:
 
     def _check_unreadable(self, rows: Rows) -> None:
         bad = [row["unreadable"] for row in rows.values() if "unreadable" in row]
-        if len(bad) > self.dataset.most_unreadable:
+        if len(bad) > self.dataset.max_unreadable:
             raise ValueError(
                 f"{self.name}: {len(bad)} of {len(self.dataset)} images cannot be read "
                 f"({', '.join(bad[:3])}). Mend them and run the same command again, which goes on "
-                "where it stopped, or allow a share with data.most_unreadable; scores are then "
+                "where it stopped, or allow a share with data.max_unreadable; scores are then "
                 "without them."
             )
 

@@ -77,7 +77,7 @@ def task(kind: str, source: str, split: str, folder: str = "", **changes: Any) -
             "first": 0,  # only so many records, from the first on; 0: all
             # Share of images that may be missing or unreadable; they are left out of the scores,
             # and reported. Published scores leave out none.
-            "most_unreadable": 0.0,
+            "max_unreadable": 0.0,
         }
     )
     config.examples = 12  # of its images on the page

@@ -22,7 +22,7 @@ def make_config(**changes):
         "data.qformer_tokenizer": "package:digits-bert",
         "data.text_length": 28,
         "data.threads": 2,
-        "data.most_skipped": 0.9,
+        "data.max_skipped": 0.9,
         **changes,
     }
     return tiny.config("stage1", **names)
@@ -138,7 +138,7 @@ def test_good_records_are_as_if_nothing_were_broken(tmp_path):
 
 
 def test_a_shard_that_vanishes_mid_run_leaves_the_others_where_they_were(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MOST_OPEN", 0)  # as if it had not been opened yet
+    monkeypatch.setattr(files, "MAX_OPEN", 0)  # as if it had not been opened yet
     shards = made.write_shards(tmp_path, 5, 8)
     config = make_config(**{"data.dir": str(tmp_path), "data.threads": 0})
     whole, _ = take(config, 20)
@@ -178,14 +178,14 @@ def test_too_much_that_is_broken_stops_the_run_and_says_so(tmp_path, workers):
     rows = [{"image": name, "caption": "a picture"} for name in names]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     changes = {"data.dir": str(tmp_path / "list.json"), "data.images": str(tmp_path / "images")}
-    config = make_config(**{**changes, "data.most_skipped": 0.2, "data.workers": workers})
+    config = make_config(**{**changes, "data.max_skipped": 0.2, "data.workers": workers})
     with pytest.raises(
-        TooManySkipped, match="8 of 20 records cannot.*most_skipped.*\n.*8 x not a read"
+        TooManySkipped, match="8 of 20 records cannot.*max_skipped.*\n.*8 x not a read"
     ):
         take(config, 10)
     for name in names:
         (tmp_path / "images" / name).write_bytes(b"x")
-    config.data.most_skipped = 1.0
+    config.data.max_skipped = 1.0
     with pytest.raises(ValueError, match="20 records in a row.*not a readable image"):
         take(config, 1)
 
@@ -193,7 +193,7 @@ def test_too_much_that_is_broken_stops_the_run_and_says_so(tmp_path, workers):
 def test_what_a_source_leaves_out_counts_towards_the_share(tmp_path):
     lines = [json.dumps({"image": "a.jpg", "caption": "a"})] + ["{"] * 3
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
-    config = make_config(**{"data.dir": str(tmp_path / "x.jsonl"), "data.most_skipped": 0.5})
+    config = make_config(**{"data.dir": str(tmp_path / "x.jsonl"), "data.max_skipped": 0.5})
     with pytest.raises(ValueError, match="3 of 4 records .*\n.*3 x not JSON"):
         loader.train_batches(config, 16)
 
@@ -264,7 +264,7 @@ def test_hosts_count_together_and_a_restart_goes_on(tmp_path):
     rows = [{"image": name, "caption": "a picture"} for name in names]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     changes = {"data.dir": str(tmp_path / "list.json"), "data.images": str(tmp_path / "images")}
-    config = make_config(**changes, **{"data.most_skipped": 0.2, "data.threads": 0})
+    config = make_config(**changes, **{"data.max_skipped": 0.2, "data.threads": 0})
     hosts = TwoHosts(config)
     met, step, bad = None, 0, set()
     while True:

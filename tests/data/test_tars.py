@@ -291,7 +291,7 @@ def test_the_notes_beside_an_index_say_what_it_is_of(tmp_path):
 def test_other_members_of_a_record_are_stepped_over_and_large_ones_refused(tmp_path, monkeypatch):
     from blip2_jax.data import lists
 
-    monkeypatch.setattr(lists, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(lists, "MAX_BYTES", 10_000)
     image = made.jpeg(1)
     path = made.write_tar(
         tmp_path / "x.tar",
