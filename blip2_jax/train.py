@@ -37,10 +37,10 @@ from blip2_jax.evaluate import DuringTraining
 from blip2_jax.runtime import agreement, distributed, jobs, mesh, run_dir
 from blip2_jax.runtime.bad_steps import BadSteps
 from blip2_jax.runtime.checkpoint import Checkpointer, SaveError, restore_params_into
-from blip2_jax.runtime.clock import Clock
 from blip2_jax.runtime.compare import moved
 from blip2_jax.runtime.distributed import PREEMPTED
 from blip2_jax.runtime.metrics import MetricsWriter, Profiler, Progress
+from blip2_jax.runtime.timer import Timer
 from blip2_jax.runtime.watchdog import Watchdog, alive
 from blip2_jax.stages.flops import flops_per_sample
 from blip2_jax.stages.step import Params, State
@@ -149,7 +149,7 @@ def _train(
             run_dir.write_done(workdir, {**done, **what})
         return _finished_before(config, workdir)
     flops = sum(part.total for part in flops_per_sample(config, run.model_config).values())
-    clock = Clock(examples=config.data.batch_size, flops=flops)
+    timer = Timer(examples=config.data.batch_size, flops=flops)
     if distributed.is_first_process():
         print(describe(run, fingerprints, flops), flush=True)
         if losses is not None and losses.batch_size != config.eval.batch_size:
@@ -161,20 +161,20 @@ def _train(
         keep_every=config.checkpoint.keep_every,
     ) as checkpointer:
         with cli.mistakes_in_config():
-            start = first_state(run, checkpointer, what, clock, skipped, workdir)
+            start = first_state(run, checkpointer, what, timer, skipped, workdir)
         if done is not None and distributed.is_first_process():
             (workdir / run_dir.DONE).unlink(missing_ok=True)  # it goes on
 
         def save(state: State, unwritten: dict[str, Any] | None = None) -> None:
             step = int(state["step"])
             now = {
-                "seconds": clock.seconds,
-                "useful_seconds": clock.useful,
+                "seconds": timer.seconds,
+                "productive_seconds": timer.productive_seconds,
                 "skipped": skipped.met(),
                 "step": step,
                 "unwritten": unwritten,
             }
-            with clock.aside():
+            with timer.pause():
                 checkpointer.save(step, state, {**what, **start.kept, **now})
 
         bad_steps = BadSteps(
@@ -194,7 +194,7 @@ def _train(
             skipped,
             losses,
             scores,
-            clock,
+            timer,
             bad_steps,
         )
         save(state)
@@ -205,7 +205,7 @@ def _train(
     if stopped:
         return PREEMPTED
     if distributed.is_first_process():
-        cost = {"seconds": clock.seconds, "peak_memory_gb": distributed.peak_memory_gb()}
+        cost = {"seconds": timer.seconds, "peak_memory_gb": distributed.peak_memory_gb()}
         run_dir.write_done(workdir, {**what, **start.kept, **cost})
     return 0
 
@@ -240,7 +240,7 @@ def first_state(
     run: recipe.Recipe,
     checkpointer: Checkpointer,
     what: dict[str, Any],
-    clock: Clock,
+    timer: Timer,
     skipped: Skipped,
     workdir: Path,
 ) -> Start:
@@ -250,7 +250,7 @@ def first_state(
     if restored is not None:
         state, document = restored
         identity.check_start(document, config, workdir)
-        clock.resume(seconds=document["seconds"], useful=document["useful_seconds"])
+        timer.resume(seconds=document["seconds"], productive_seconds=document["productive_seconds"])
         skipped.resume(document["skipped"])
         step, before = int(state["step"]), document["config"]["steps"]
         # Now, not when a buffer is full: for those who follow the log, or read a killed run's.
@@ -291,7 +291,7 @@ def loop(
     skipped: Skipped,
     losses: "EvalLosses | None",
     scores: DuringTraining | None,
-    clock: Clock,
+    timer: Timer,
     bad_steps: BadSteps,
 ) -> tuple[State, bool]:
     """Steps from a run's start to the config's last step.
@@ -319,7 +319,7 @@ def loop(
 
     def evaluations(losses_due: bool, tasks_due: bool) -> dict[str, float]:
         found: dict[str, float] = {}
-        with clock.aside():
+        with timer.pause():
             if losses_due and losses is not None:
                 found |= losses(state["params"], frozen)
             if tasks_due and scores is not None:
@@ -348,7 +348,7 @@ def loop(
         if late is not None and distributed.from_first(str(writer.last_step)) != str(step):
             writer.write(step, late["numbers"] | evaluations(late["losses"], late["tasks"]))
         ahead = batches.ahead(lambda batch: mesh.global_batch(batch, run.mesh, size))
-        clock.start()
+        timer.start()
         # All hosts look at the same numbers: they leave after the same step.
         while step < config.steps and not bad_steps.too_many:
             batch = next(ahead)
@@ -366,8 +366,8 @@ def loop(
                 numbers = {name: float(value) for name, value in metrics.items()}
                 # Of a bad step; JSON has no word for them.
                 numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
-                bad_steps.look()
-                timing = clock.read(step - first, batches.wait_seconds)
+                bad_steps.flush()
+                timing = timer.read(step - first, batches.wait_seconds)
                 # Not among the metrics: batches are read ahead of the step.
                 timing["data/skipped"] = batches.count_skipped(distributed.gather).count
                 if losses_due or tasks_due:
@@ -381,7 +381,7 @@ def loop(
             if step % config.checkpoint.every == 0 and step < config.steps:
                 batches.count_skipped(distributed.gather)
                 save(state)
-        bad_steps.look()
+        bad_steps.flush()
         batches.count_skipped(distributed.gather)
         if distributed.is_first_process():
             skipped.report()

@@ -15,7 +15,7 @@ from blip2_jax.runtime import distributed
 class BadSteps:
     """Watches the count of bad steps.
 
-    Counts stay on the device until someone looks, so that no step waits for the one before.
+    Counts stay on the device until `flush`, so that no step waits for the one before.
 
     Args:
       step: steps done before, by earlier processes of the run.
@@ -32,15 +32,15 @@ class BadSteps:
 
     @property
     def too_many(self) -> bool:
-        """Whether the run must stop, as far as someone has looked."""
+        """Whether the run must stop, as of the last `flush`."""
         return self._count > self._max_count
 
     def add(self, count: jax.Array) -> None:
         """Takes the count after one more step, int32[], without waiting for it."""
         self._waiting.append(count)
 
-    def look(self) -> None:
-        """Reports the bad ones of the steps that were added since the last look."""
+    def flush(self) -> None:
+        """Reports the bad ones of the steps that were added since the last flush."""
         counts, self._waiting = jax.device_get(self._waiting), []
         for count in counts:
             if count > self._count and distributed.is_first_process():

@@ -27,7 +27,7 @@ from blip2_jax.data import loader
 from blip2_jax.runtime import distributed
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.checkpoint import Checkpointer
-from blip2_jax.runtime.clock import Clock
+from blip2_jax.runtime.timer import Timer
 
 
 def start(config: FrozenConfigDict, workdir: str) -> dict[str, np.ndarray]:
@@ -37,8 +37,8 @@ def start(config: FrozenConfigDict, workdir: str) -> dict[str, np.ndarray]:
     what = {"fingerprints": fingerprints}
     skipped = loader.count_of(range(1), config)
     with Checkpointer(Path(workdir) / "checkpoints") as checkpointer:
-        clock = Clock(examples=1, flops=1.0)
-        state = train.first_state(run, checkpointer, what, clock, skipped, Path(workdir)).state
+        timer = Timer(examples=1, flops=1.0)
+        state = train.first_state(run, checkpointer, what, timer, skipped, Path(workdir)).state
     everywhere = jax.jit(lambda x: x, out_shardings=meshes.replicated(run.mesh))
     found = everywhere({"state": state, "model": run.whole(frozen, state["params"])})
     return dict(meshes.flatten_with_names(jax.device_get(found)))

@@ -1,6 +1,6 @@
 """Where the time of a run goes: examples a second, FLOPs utilisation, waiting for data, goodput.
 
-All times are of a clock that only goes forward: a machine whose date is set changes nothing.
+All times are of a monotonic clock: a machine whose date is set changes nothing.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ import jax
 from blip2_jax.runtime import chips
 
 
-class Clock:
-    """The clock of one process of a run.
+class Timer:
+    """Measures one process of a run.
 
     Goodput is the share of a run's time, all its processes since they started, that went into
     steps which count: not into starting, compiling, waiting for data, evaluating or saving, nor
@@ -28,13 +28,13 @@ class Clock:
         self._examples, self._flops = examples, flops
         self._chip = chips.of_device_kind(jax.devices()[0].device_kind)
         self._started = time.monotonic()
-        self._useful = 0.0
-        self._since = self._steps = self._waited = self._aside = 0.0
+        self._productive_seconds = 0.0
+        self._since = self._steps = self._waited = self._paused = 0.0
 
-    def resume(self, *, seconds: float, useful: float) -> None:
+    def resume(self, *, seconds: float, productive_seconds: float) -> None:
         """Adds what earlier processes of the run needed, as their last checkpoint says."""
         self._started -= seconds
-        self._useful += useful
+        self._productive_seconds += productive_seconds
 
     @property
     def seconds(self) -> float:
@@ -42,20 +42,20 @@ class Clock:
         return time.monotonic() - self._started
 
     @property
-    def useful(self) -> float:
-        """Of these, what went into steps that count."""
-        return self._useful
+    def productive_seconds(self) -> float:
+        """The part of `seconds` that went into steps that count."""
+        return self._productive_seconds
 
     def start(self) -> None:
-        """The first step is compiled and about to begin."""
+        """Call when the first step is compiled and about to begin."""
         self._since = time.monotonic()
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Time that is no step's: an evaluation, a checkpoint."""
+    def pause(self) -> Iterator[None]:
+        """Time inside is not counted as a step's: an evaluation, a checkpoint."""
         began = time.monotonic()
         yield
-        self._aside += time.monotonic() - began
+        self._paused += time.monotonic() - began
 
     def read(self, step: int, waited: float) -> dict[str, float]:
         """What to log of the steps since the last reading.
@@ -70,18 +70,18 @@ class Clock:
           bfloat16 FLOP/s that the model's own FLOPs make, rematerialization not counted.
         """
         now = time.monotonic()
-        seconds = max(now - self._since - self._aside, 1e-9)
+        seconds = max(now - self._since - self._paused, 1e-9)
         wait = min(waited - self._waited, seconds)
         rate = (step - self._steps) * self._examples / seconds
-        self._useful += seconds - wait
-        self._since, self._steps, self._waited, self._aside = now, step, waited, 0.0
-        found = {
+        self._productive_seconds += seconds - wait
+        self._since, self._steps, self._waited, self._paused = now, step, waited, 0.0
+        timing = {
             "examples_per_second": rate,
             "examples_per_second_per_chip": rate / jax.device_count(),
             "data_wait": wait / seconds,
-            "goodput": self._useful / self.seconds,
+            "goodput": self._productive_seconds / self.seconds,
         }
         if self._chip is not None:
             peak = self._chip.peak_flops * jax.device_count()
-            found["mfu"] = rate * self._flops / peak
-        return found
+            timing["mfu"] = rate * self._flops / peak
+        return timing
