@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from blip2_jax import cli, recipe
+from blip2_jax import cli, pretrained
 from blip2_jax.data import tokenizers
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.models.vit import ViTConfig
@@ -147,7 +147,7 @@ def _with_special_tokens(
 
 def _of_run(folder: Path, vit: str, llm: str) -> tuple[Any, Any, Path | None, Mapping[str, str]]:
     """Sizes, all parameters, the tokenizer's folder and special tokens of a run's checkpoint."""
-    run, params = recipe.load_whole(folder, towers={"vit": vit, "llm": llm})
+    run, params = pretrained.load_run(folder, towers={"vit": vit, "llm": llm})
     source = run.config.model.llm.source if "llm" in params else ""
     companions = huggingface.find(source) if source else None
     special_tokens = run.config.data.llm_special_tokens.to_dict()

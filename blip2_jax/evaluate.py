@@ -256,11 +256,11 @@ class DuringTraining:
     def __call__(self, params: Any) -> dict[str, float]:
         """Scores as "eval/NAME", of parameters that the run trains."""
         if self.model is None:
-            self.model = recipe.blip2_of(
+            self.model = pretrained.from_run(
                 self.run, params, self.frozen, batch_size=self.config.batch_size
             )
         else:
-            self.model.use(recipe.all_params(self.run, params, self.frozen))
+            self.model.use(pretrained.copied_params(self.run, params, self.frozen))
         together = Host(0, 1)
         found: Metrics = {}
         try:

@@ -1,22 +1,34 @@
-"""From whatever a user names to a model that answers: `blip2_jax.load`."""
+"""From whatever a user names to a model: a run, a Hugging Face folder, LAVIS or a native folder.
 
+`load` is `blip2_jax.load`. Nothing else makes a `Blip2`, but `from_run`, of a run in training.
+`recipe` is imported by the functions that read runs: it takes half a second.
+"""
+
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from blip2_jax import cli
 from blip2_jax.data import tokenizers
 from blip2_jax.data.language import check_vocabulary
 from blip2_jax.inference.pipeline import Blip2, check_batch_size
-from blip2_jax.models.blip2 import AXES
+from blip2_jax.models.blip2 import AXES, Blip2Config
 from blip2_jax.runtime import distributed, dtypes, run_dir
 from blip2_jax.runtime import mesh as meshes
+from blip2_jax.runtime.checkpoint import restore_params
 from blip2_jax.runtime.rules import RULES
 from blip2_jax.weights import checkpoint
 from blip2_jax.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from blip2_jax.recipe import Params, Recipe
 
 BERT = "bert-base-uncased"  # whose vocabulary every published Q-Former has, and [DEC]
 
@@ -57,19 +69,22 @@ def load(
     source = str(source)
     if isinstance(mesh, Mapping):
         mesh = meshes.make_mesh(mesh)
-    run = run_dir.find(source)
-    if run is not None:
-        from blip2_jax import recipe  # half a second of import, for runs only
-
-        if run.step < run.steps:
-            print(f"{run.folder}: step {run.step} of {run.steps}.", file=sys.stderr)
-        return recipe.load_run(
-            run.folder,  # not `source`: the run may be saving others meanwhile
-            batch_size=batch_size,
+    saved = run_dir.find(source)
+    if saved is not None:
+        if saved.step < saved.steps:
+            print(f"{saved.folder}: step {saved.step} of {saved.steps}.", file=sys.stderr)
+        folder = saved.folder  # not `source`: the run may be saving others meanwhile
+        run, params = load_run(folder, mesh, {"vit": vit, "llm": llm})
+        if not isinstance(run.model_config, Blip2Config):
+            raise ValueError(
+                f"{folder} trained a tower ({run.config.name}), which is no BLIP-2 by itself."
+            )
+        return _from_recipe(
+            run,
+            params,
             dtype=dtype,
-            mesh=mesh,
-            vit=vit,
-            llm=llm,
+            batch_size=batch_size,
+            source=str(folder),
             qformer_tokenizer=qformer_tokenizer,
             llm_tokenizer=llm_tokenizer,
         )
@@ -120,3 +135,113 @@ def _tokenizers(found: Checkpoint, llm: str, qformer: str, language: str) -> dic
         words = chosen["qformer_tokenizer"] = tokenizers.load(qformer or BERT)
         check_vocabulary(words, config.qformer.vocab_size, "Q-Former")
     return chosen
+
+
+# --------------------------------------------------------------------------------------- runs
+
+
+def open_run(source: str | Path) -> run_dir.RunCheckpoint:
+    """The checkpoint that `WORKDIR` or `WORKDIR/checkpoints/STEP` names.
+
+    Raises:
+      ValueError: there is none.
+    """
+    saved = run_dir.find(source)
+    if saved is None:
+        raise ValueError(
+            f"{source} holds no run. Train one with blip2 train --workdir={source}, or name "
+            "another workdir."
+        )
+    return saved
+
+
+def load_trained(
+    source: str | Path,
+    mesh: Mesh | None = None,
+    towers: Mapping[str, str] | None = None,
+) -> tuple["Recipe", "Params"]:
+    """The recipe of a run, and the parameters that it has trained so far.
+
+    Args:
+      source: the run's workdir or one of its checkpoints; see `run_dir.find`.
+      mesh: see `recipe.build`.
+      towers: where towers ("vit", "llm") lie now, if not where the run found them.
+
+    Raises:
+      ValueError: there is no such checkpoint, or it cannot be read.
+    """
+    from blip2_jax import recipe
+
+    saved = open_run(source)
+    config = ConfigDict(json.loads(json.dumps(saved.document["config"])))
+    for name, folder in (towers or {}).items():
+        if folder:
+            config.model[name].source = folder
+    run = recipe.build(cli.config_from_json(cli.config_to_json(config)), mesh)
+    return run, restore_params(saved.folder, run.abstract_state["params"])
+
+
+def load_run(
+    source: str | Path, mesh: Mesh | None = None, towers: Mapping[str, str] | None = None
+) -> tuple["Recipe", "Params"]:
+    """The recipe of a run and all its parameters: as `load_trained`, with the frozen towers'.
+
+    Raises:
+      ValueError: as there; or a tower is no longer the one that the run was trained on.
+    """
+    saved = open_run(source)
+    run, trained = load_trained(saved.folder, mesh, towers)
+    frozen, fingerprints = run.load_frozen()
+    expected = saved.document["fingerprints"]
+    if fingerprints != expected:
+        raise ValueError(
+            f"{saved.folder} was trained on towers {expected}, here are {fingerprints}. "
+            "Install the towers it was trained on, or name their folders (vit, llm)."
+        )
+    return run, run.merge_params(frozen, trained)
+
+
+def from_run(run: "Recipe", params: "Params", frozen: "Params", *, batch_size: int = 32) -> Blip2:
+    """The BLIP-2 model of a run that is being trained; leaves its parameters as they are."""
+    params = copied_params(run, params, frozen)
+    return _from_recipe(run, params, batch_size=batch_size, source=run.config.name)
+
+
+def copied_params(run: "Recipe", params: "Params", frozen: "Params") -> "Params":
+    """Trained and frozen parameters for a `Blip2`, with a copy of the LLM's, which it consumes."""
+    merged = run.merge_params(frozen, params)
+    if "llm" in merged:
+        shardings = jax.tree.map(lambda x: x.sharding, merged["llm"])
+        copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
+        merged["llm"] = copy(merged["llm"])
+    return merged
+
+
+def _from_recipe(
+    run: "Recipe",
+    params: "Params",
+    *,
+    dtype: Any = None,
+    batch_size: int,
+    source: str,
+    qformer_tokenizer: str = "",
+    llm_tokenizer: str = "",
+) -> Blip2:
+    from blip2_jax import recipe
+
+    data, llm = run.config.data, run.config.model.llm
+    of_qformer = tokenizers.load(qformer_tokenizer or data.qformer_tokenizer)
+    llm_tokenizer = llm_tokenizer or data.llm_tokenizer or llm.source
+    of_llm = None
+    if llm_tokenizer:
+        of_llm = tokenizers.load(llm_tokenizer, data.llm_special_tokens.to_dict())
+    return Blip2(
+        recipe.with_tokenizers(run.config, run.model_config, of_qformer, of_llm),
+        params,
+        dtype=dtypes.parse(run.config.dtype if dtype is None else dtype),
+        mesh=run.mesh,
+        qformer_tokenizer=of_qformer,
+        llm_tokenizer=of_llm,
+        batch_size=batch_size,
+        source=source,
+    )

@@ -6,9 +6,7 @@ Nothing is allocated until `Recipe.init_state` or `Recipe.load_frozen` is called
 
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -19,13 +17,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from blip2_jax import cli
 from blip2_jax.data import language, tokenizers
 from blip2_jax.data.examples import is_instruction, llm_lengths, llm_tokenizer
-from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.models import blip2, lora, opt, t5, vit
 from blip2_jax.models.qformer import QFormerConfig
-from blip2_jax.runtime import checkpoint, dtypes, optim, run_dir
+from blip2_jax.runtime import dtypes, optim
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime import state as states
 from blip2_jax.stages import pretrain_lm, pretrain_vit, stage1, stage2
@@ -154,7 +150,7 @@ class Recipe:
                 params[key] = huggingface.load(source, sizes, abstract)
         return {**state, "params": params}
 
-    def whole(self, frozen: Params, params: Params) -> Params:
+    def merge_params(self, frozen: Params, params: Params) -> Params:
         """All parameters of the model, with low-rank paths folded into the weights."""
         sizes = self.config.model.llm.lora
         return lora.fold({**frozen, **params}, rank=sizes.rank, alpha=sizes.alpha)
@@ -244,7 +240,7 @@ def _at_hand(config: ConfigDict, sizes: Any) -> Any:
     if not isinstance(sizes, blip2.Blip2Config):
         return sizes
     reads = sizes.llm is None or sizes.qformer_reads_prompt
-    return _with_texts(
+    return with_tokenizers(
         config,
         sizes,
         tokenizers.at_hand(config.data.qformer_tokenizer) if reads else None,
@@ -252,7 +248,7 @@ def _at_hand(config: ConfigDict, sizes: Any) -> Any:
     )
 
 
-def _with_texts(
+def with_tokenizers(
     config: ConfigDict, sizes: blip2.Blip2Config, qformer_tokenizer: Any, llm_tokenizer: Any
 ) -> blip2.Blip2Config:
     """A BLIP-2's sizes with the end of its texts, held to its tokenizers, as far as they are given.
@@ -432,139 +428,3 @@ def _on_mesh(step: Callable[..., Any], spec: Spec) -> Callable[..., Any]:
             return step(*args, spec=spec)
 
     return traced
-
-
-def open_run(source: str | Path) -> run_dir.RunCheckpoint:
-    """The checkpoint that `WORKDIR` or `WORKDIR/checkpoints/STEP` names.
-
-    Raises:
-      ValueError: there is none.
-    """
-    found = run_dir.find(source)
-    if found is None:
-        raise ValueError(
-            f"{source} holds no run. Train one with blip2 train --workdir={source}, or name "
-            "another workdir."
-        )
-    return found
-
-
-def load_params(
-    source: str | Path,
-    mesh: Mesh | None = None,
-    towers: Mapping[str, str] | None = None,
-) -> tuple[Recipe, Params]:
-    """The recipe of a run, and the parameters that it has trained so far.
-
-    Args:
-      source: the run's workdir or one of its checkpoints; see `run_dir.find`.
-      mesh: see `build`.
-      towers: where towers ("vit", "llm") lie now, if not where the run found them.
-
-    Raises:
-      ValueError: there is no such checkpoint, or it cannot be read.
-    """
-    saved = open_run(source)
-    config = ConfigDict(json.loads(json.dumps(saved.document["config"])))
-    for name, place in (towers or {}).items():
-        if place:
-            config.model[name].source = place
-    run = build(cli.config_from_json(cli.config_to_json(config)), mesh)
-    return run, checkpoint.restore_params(saved.folder, run.abstract_state["params"])
-
-
-def load_whole(
-    source: str | Path, mesh: Mesh | None = None, towers: Mapping[str, str] | None = None
-) -> tuple[Recipe, Params]:
-    """As `load_params`, with the frozen towers' parameters.
-
-    Raises:
-      ValueError: as there; or a tower is no longer the one that the run was trained on.
-    """
-    saved = open_run(source)
-    run, trained = load_params(saved.folder, mesh, towers)
-    frozen, found = run.load_frozen()
-    fingerprints = saved.document["fingerprints"]
-    if found != fingerprints:
-        raise ValueError(
-            f"{saved.folder} was trained on towers {fingerprints}, here are {found}. "
-            "Install the towers it was trained on, or name their folders (vit, llm)."
-        )
-    return run, run.whole(frozen, trained)
-
-
-def load_run(
-    source: str | Path,
-    *,
-    batch_size: int = 32,
-    dtype: Any = None,
-    mesh: Mesh | None = None,
-    vit: str = "",
-    llm: str = "",
-    qformer_tokenizer: str = "",
-    llm_tokenizer: str = "",
-) -> Blip2:
-    """The BLIP-2 model of a run, as it is in one of its checkpoints.
-
-    Args:
-      source: see `run_dir.find`.
-      batch_size: see `Blip2`.
-      dtype: what to compute in; the run's own when None.
-      mesh: the devices; None makes the run's mesh of all there are here.
-      vit, llm, qformer_tokenizer, llm_tokenizer: where these lie now, if not where the run found
-        them.
-
-    Raises:
-      ValueError: there is no such checkpoint, it is no BLIP-2, or a tower is no longer the one it
-        was trained on.
-    """
-    folder = open_run(source).folder
-    run, params = load_whole(folder, mesh, {"vit": vit, "llm": llm})
-    if not isinstance(run.model_config, blip2.Blip2Config):
-        raise ValueError(
-            f"{folder} trained a tower ({run.config.name}), which is no BLIP-2 by itself."
-        )
-    texts = qformer_tokenizer, llm_tokenizer
-    return _blip2(run, params, dtype, batch_size, str(folder), *texts)
-
-
-def blip2_of(run: Recipe, params: Params, frozen: Params, *, batch_size: int = 32) -> Blip2:
-    """The BLIP-2 model of a run that is being trained; leaves its parameters as they are."""
-    return _blip2(run, all_params(run, params, frozen), None, batch_size, run.config.name)
-
-
-def all_params(run: Recipe, params: Params, frozen: Params) -> Params:
-    """Trained and frozen parameters for a `Blip2`, which takes the language model's apart."""
-    whole = run.whole(frozen, params)
-    if "llm" in whole:
-        places = jax.tree.map(lambda x: x.sharding, whole["llm"])
-        copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=places)
-        whole["llm"] = copy(whole["llm"])
-    return whole
-
-
-def _blip2(
-    run: Recipe,
-    params: Params,
-    dtype: Any,
-    batch_size: int,
-    source: str,
-    qformer_tokenizer: str = "",
-    llm_tokenizer: str = "",
-) -> Blip2:
-    data, llm = run.config.data, run.config.model.llm
-    words = llm_tokenizer or data.llm_tokenizer or llm.source
-    texts = (
-        tokenizers.load(qformer_tokenizer or data.qformer_tokenizer),
-        tokenizers.load(words, data.llm_special_tokens.to_dict()) if words else None,
-    )
-    return Blip2(
-        _with_texts(run.config, run.model_config, *texts),
-        params,
-        dtype=dtypes.parse(run.config.dtype if dtype is None else dtype),
-        mesh=run.mesh,
-        qformer_tokenizer=texts[0],
-        llm_tokenizer=texts[1],
-        batch_size=batch_size,
-        source=source,
-    )

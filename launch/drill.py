@@ -182,9 +182,9 @@ def difference(left: Path, right: Path) -> float:
     """The largest of any parameter of two finished runs."""
     import jax
 
-    from blip2_jax import recipe
+    from blip2_jax import pretrained
 
-    trees = [jax.device_get(recipe.load_params(path)[1]) for path in (left, right)]
+    trees = [jax.device_get(pretrained.load_trained(path)[1]) for path in (left, right)]
     pairs = zip(*map(jax.tree.leaves, trees), strict=True)
     return max(float(np.max(np.abs(a - b), initial=0.0)) for a, b in pairs)
 

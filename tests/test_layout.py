@@ -21,6 +21,8 @@ ALLOWED = {
     "inference": {"models", "data", "runtime"},
     "tasks": {"inference", "data", "evals", "runtime"},
     "cli": {"runtime"},
+    "recipe": {"stages", "weights", "models", "data", "runtime"},
+    "pretrained": {"recipe", "cli", "inference", "weights", "models", "data", "runtime"},
     "report": {"runtime"},
 }
 

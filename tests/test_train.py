@@ -18,7 +18,7 @@ from flax import nnx
 
 import blip2_jax
 import tests.tiny as tiny
-from blip2_jax import cli, convert, evaluate, prepare, recipe, train
+from blip2_jax import cli, convert, evaluate, prepare, pretrained, recipe, train
 from blip2_jax.data import loader, tokenizers
 from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.vit import ViT, ViTConfig
@@ -88,7 +88,7 @@ def run(config, workdir) -> int:
 
 def result(workdir):
     """Parameters at the end, and everything that was logged."""
-    _, params = recipe.load_params(Path(workdir))
+    _, params = pretrained.load_trained(Path(workdir))
     return jax.device_get(params), read_jsonl(Path(workdir) / "metrics.jsonl")
 
 
@@ -310,7 +310,7 @@ def test_a_run_that_goes_on_and_each_of_its_checkpoints_is_a_model(whole, world,
     np.testing.assert_allclose(features, native.embed_images(images), atol=1e-5)
     # Another run starts from it; predictions belong to the checkpoint, wherever it lies.
     config = frozen_config(flags(world, **{"init.checkpoint": str(whole / "checkpoints" / "8")}))
-    built, params = recipe.load_params(workdir)
+    built, params = pretrained.load_trained(workdir)
     fingerprints = json.loads((whole / "done.json").read_text())["fingerprints"]
     started = train.start_from(built.init_state(jax.random.key(1)), config, fingerprints)
     jax.tree.map(np.testing.assert_array_equal, started["params"], params)
@@ -325,7 +325,7 @@ def test_a_run_whose_towers_moved_is_loaded_from_where_they_are(whole, world, tm
         patch.setattr(recipe.huggingface, "vit_config", _only(moved, recipe.huggingface.vit_config))
         with pytest.raises(FileNotFoundError):
             blip2_jax.load(whole)
-        run, params = recipe.load_whole(whole, towers={"vit": str(moved)})
+        run, params = pretrained.load_run(whole, towers={"vit": str(moved)})
     assert params["vit"] and run.config.model.vit.source == str(moved) != config.model.vit.source
 
 

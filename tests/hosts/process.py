@@ -40,7 +40,7 @@ def start(config: FrozenConfigDict, workdir: str) -> dict[str, np.ndarray]:
         timer = Timer(examples=1, flops=1.0)
         state = train.first_state(run, checkpointer, what, timer, skipped, Path(workdir)).state
     everywhere = jax.jit(lambda x: x, out_shardings=meshes.replicated(run.mesh))
-    found = everywhere({"state": state, "model": run.whole(frozen, state["params"])})
+    found = everywhere({"state": state, "model": run.merge_params(frozen, state["params"])})
     return dict(meshes.flatten_with_names(jax.device_get(found)))
 
 

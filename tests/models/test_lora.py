@@ -40,7 +40,7 @@ def test_low_rank_paths_are_trained_and_nothing_else_of_the_language_model(famil
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), was, state["params"][lora.PART])
     assert all(jax.tree.leaves(changed))
 
-    folded = run.whole(frozen, state["params"])
+    folded = run.merge_params(frozen, state["params"])
     assert lora.PART not in folded
     rest = {k: v for k, v in folded.items() if k in start}
     found = plain.eval_step(rest, {"vit": folded["vit"], "llm": folded["llm"]}, batch)["loss"]
@@ -57,7 +57,7 @@ def test_the_path_is_w_plus_alpha_over_rank_b_a(tmp_path):
     low["lora_b"] = jax.random.normal(jax.random.key(2), low["lora_b"].shape)
     frozen = tiny.frozen(run)
     kernel = np.asarray(frozen["llm"]["layers"]["blocks"]["mlp"]["fc1"]["kernel"])
-    folded = run.whole(frozen, params)["llm"]["layers"]["blocks"]["mlp"]["fc1"]["kernel"]
+    folded = run.merge_params(frozen, params)["llm"]["layers"]["blocks"]["mlp"]["fc1"]["kernel"]
     change = np.einsum("lir,lro->lio", low["lora_a"], low["lora_b"])
     np.testing.assert_allclose(folded, kernel + 6.0 / 3 * change, atol=1e-5)
 
