@@ -29,7 +29,7 @@ commands; every config key is explained in `configs.default`, those of evaluatio
 | `blip2_jax.weights` | Hugging Face, LAVIS and native checkpoints, in and out |
 | `blip2_jax.runtime` | mesh, optimizer, state, checkpoints, metrics; knows nothing of BLIP-2 |
 | `blip2_jax.data` | what goes in: sources, transforms, tokenizers, batches, the embedded world |
-| `blip2_jax.evals`, `blip2_jax.tasks` | how good it is: metrics, and what can be evaluated |
+| `blip2_jax.evals` | evaluation: tasks, metrics, submissions |
 
 Shape words are the same everywhere: `B` batch, `Q` queries, `T` text tokens, `N` image tokens, `H`
 heads, `K` width of a head, `D` width of the model, `L` layers, `V` vocabulary.

@@ -40,11 +40,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from blip2_jax import __version__, cli, pretrained, recipe, tasks
+from blip2_jax import __version__, cli, pretrained, recipe
 from blip2_jax.data import transforms, world
 from blip2_jax.data.faults import RecordError
 from blip2_jax.data.heldout import Heldout
-from blip2_jax.evals import vqa
+from blip2_jax.evals import tasks
+from blip2_jax.evals.metrics import vqa
+from blip2_jax.evals.tasks.task import Lines, Metrics, Rows, Task
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.models.blip2 import Blip2Config
 from blip2_jax.report import write_report
@@ -53,7 +55,6 @@ from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.distributed import Host
 from blip2_jax.runtime.metrics import METRICS_FILE, read_jsonl
 from blip2_jax.runtime.outputs import Own
-from blip2_jax.tasks.task import Lines, Metrics, Rows, Task
 
 LIBRARIES = (
     "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "pycocoevalcap", "pillow",

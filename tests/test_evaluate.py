@@ -19,14 +19,15 @@ import pytest
 
 import blip2_jax
 import tests.data.made as made
-from blip2_jax import cli, evaluate, tasks
+from blip2_jax import cli, evaluate
 from blip2_jax.data.heldout import Heldout
-from blip2_jax.evals import submissions, vqa
+from blip2_jax.evals import submissions, tasks
+from blip2_jax.evals.metrics import vqa
 from blip2_jax.inference.decode import Decoding
 from blip2_jax.inference.defaults import DEFAULTS
-from tests.evals.test_captioning import bleu, cider_d, needs_java, rouge_l
-from tests.evals.test_retrieval import slow_recalls, slow_rerank
-from tests.evals.test_vqa import literal_accuracy, literal_punctuation, literal_words
+from tests.evals.metrics.test_captioning import bleu, cider_d, needs_java, rouge_l
+from tests.evals.metrics.test_retrieval import slow_recalls, slow_rerank
+from tests.evals.metrics.test_vqa import literal_accuracy, literal_punctuation, literal_words
 from tests.inference import published
 
 pytestmark = pytest.mark.integration

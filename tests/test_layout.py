@@ -15,11 +15,11 @@ ALLOWED = {
     "models": set(),
     "runtime": set(),
     "data": {"runtime"},
-    "evals": {"runtime"},
     "stages": {"models", "data", "runtime"},
     "weights": {"models", "data", "runtime"},
     "inference": {"models", "data", "runtime"},
-    "tasks": {"inference", "data", "evals", "runtime"},
+    "evals": {"inference", "data", "runtime"},
+    "evals/metrics": {"evals"},  # no model
     "cli": {"runtime"},
     "recipe": {"stages", "weights", "models", "data", "runtime"},
     "pretrained": {"recipe", "cli", "inference", "weights", "models", "data", "runtime"},

@@ -1,4 +1,4 @@
-"""Questions about images: answered in free text, or by the likeliest of some answers."""
+"""Questions about images, answered in free text."""
 
 import dataclasses
 from typing import Any
@@ -7,9 +7,9 @@ import numpy as np
 
 from blip2_jax.data import prompting, texts
 from blip2_jax.data.containers import Row
-from blip2_jax.evals import check_ids, vqa
+from blip2_jax.evals.metrics import check_ids, vqa
+from blip2_jax.evals.tasks.task import Lines, Metrics, Rows, Task
 from blip2_jax.runtime.distributed import Host
-from blip2_jax.tasks.task import Lines, Metrics, Rows, Task
 
 
 class Vqa(Task):
@@ -137,38 +137,3 @@ class Vqa(Task):
 
     def _has_blind(self, rows: Rows) -> bool:
         return all("blind" in row for row in rows.values())
-
-
-class Ranking(Vqa):
-    """The likeliest of some candidate answers: InstructBLIP's way where answers are few."""
-
-    kind = "ranking"
-
-    def _units(self) -> list[int]:
-        units = super()._units()
-        asked = (q for n in units for q in self.dataset.questions(n))
-        bare = [q["id"] for q in asked if not self._candidates(q)]
-        if bare:
-            raise ValueError(
-                f"{self.name}: {len(bare)} questions have no `choices` (the first: {bare[0]!r}). "
-                "Name the answers to choose from in `candidates`, or give each question its own."
-            )
-        return units
-
-    def _candidates(self, question: Row) -> list[str]:
-        return list(self.config.candidates) or list(question.get("choices", []))
-
-    def _options(self) -> Row:
-        return {}
-
-    def _say(self, pictures: list[np.ndarray] | None, questions: list[Row]) -> list[str]:
-        scores = self._reader.rank(
-            pictures,
-            self._texts(questions),
-            [self._candidates(question) for question in questions],
-            prompt=self.config.prompt,
-        )
-        return [
-            self._candidates(question)[int(np.argmax(some))]
-            for question, some in zip(questions, scores, strict=True)
-        ]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from blip2_jax.evals import _few
+from blip2_jax.evals.metrics import first_few
 
 RANKS = (1, 5, 10)
 
@@ -51,11 +51,13 @@ def check_owner(owner: np.ndarray, images: int) -> np.ndarray:
     if owner.ndim != 1 or not len(owner) or owner.min() < 0 or owner.max() >= images:
         raise ValueError(
             f"The owners of texts must be numbers from 0 and below {images}, one a text; got "
-            f"shape {owner.shape}, values {_few(owner.ravel().tolist())}."
+            f"shape {owner.shape}, values {first_few(owner.ravel().tolist())}."
         )
     without = sorted(set(range(images)) - set(owner.tolist()))
     if without:
-        raise ValueError(f"{len(without)} images have no text ({_few(without)}): leave them out.")
+        raise ValueError(
+            f"{len(without)} images have no text ({first_few(without)}): leave them out."
+        )
     return owner
 
 

@@ -9,11 +9,11 @@ from ml_collections import ConfigDict
 from blip2_jax.data import texts
 from blip2_jax.data.containers import Row
 from blip2_jax.data.heldout import Heldout
-from blip2_jax.evals import retrieval
+from blip2_jax.evals.metrics import retrieval
+from blip2_jax.evals.tasks.task import PACKED, Lines, Metrics, Rows, Task
 from blip2_jax.runtime import atomic
 from blip2_jax.runtime.distributed import Host
 from blip2_jax.runtime.metrics import Progress
-from blip2_jax.tasks.task import PACKED, Lines, Metrics, Rows, Task
 
 
 class Retrieval(Task):

@@ -14,10 +14,11 @@ be unreadable; then the result says how many.
 from ml_collections import ConfigDict
 
 from blip2_jax.data.heldout import Heldout
-from blip2_jax.tasks.answering import Ranking, Vqa
-from blip2_jax.tasks.captioning import Captioning
-from blip2_jax.tasks.retrieval import Retrieval
-from blip2_jax.tasks.task import Task
+from blip2_jax.evals.tasks.captioning import Captioning
+from blip2_jax.evals.tasks.ranking import Ranking
+from blip2_jax.evals.tasks.retrieval import Retrieval
+from blip2_jax.evals.tasks.task import Task
+from blip2_jax.evals.tasks.vqa import Vqa
 
 TASKS = {kind.kind: kind for kind in (Retrieval, Captioning, Vqa, Ranking)}
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from blip2_jax.evals import vqa
+from blip2_jax.evals.metrics import vqa
 
 # ------------------------------------------------------- a second, literal reading of the rules
 

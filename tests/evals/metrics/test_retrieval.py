@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from blip2_jax.evals import retrieval
+from blip2_jax.evals.metrics import retrieval
 
 
 def slow_recalls(scores, owner, scores_t2i=None):

@@ -8,8 +8,9 @@ import numpy as np
 
 from blip2_jax.data import world
 from blip2_jax.data.containers import Row
-from blip2_jax.evals import captioning, check_ids, submissions
-from blip2_jax.tasks.task import Metrics, Rows, Task
+from blip2_jax.evals import submissions
+from blip2_jax.evals.metrics import captioning, check_ids
+from blip2_jax.evals.tasks.task import Metrics, Rows, Task
 
 
 class Captioning(Task):

@@ -18,7 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from blip2_jax.evals import check_ids
+from blip2_jax.evals.metrics import check_ids
 
 FORMS = ("official", "lavis")
 ANNOTATORS = 10  # of VQA; a question with a single answer counts as this many who agree

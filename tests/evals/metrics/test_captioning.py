@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blip2_jax.data import world
-from blip2_jax.evals import captioning
+from blip2_jax.evals.metrics import captioning
 
 needs_java = pytest.mark.skipif(not captioning.has_java(), reason="needs Java")
 

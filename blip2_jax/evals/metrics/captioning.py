@@ -28,7 +28,7 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.spice.spice import Spice
 
-from blip2_jax.evals import check_ids
+from blip2_jax.evals.metrics import check_ids
 
 TOKENIZERS = ("auto", "ptb", "fallback")
 SCORES = ("cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "meteor", "spice")
