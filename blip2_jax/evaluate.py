@@ -156,7 +156,7 @@ def _evaluate(
         if loaded is None or loaded.source != source:
             task.model = loaded = None  # not two at once
             loaded = load(source, config)
-        if not loaded.can(task.kind):
+        if not loaded.supports(task.kind):
             print(f"{task.name}: left out, {source} has no head for it.")
             continue
         task.model, task.between_batches, task.meet = loaded, stop.check, stop.meet
@@ -261,7 +261,7 @@ class DuringTraining:
                 self.run, params, self.frozen, batch_size=self.config.batch_size
             )
         else:
-            self.model.use(pretrained.copied_params(self.run, params, self.frozen))
+            self.model.set_params(pretrained.copied_params(self.run, params, self.frozen))
         together = Host(0, 1)
         found: Metrics = {}
         try:
@@ -271,7 +271,7 @@ class DuringTraining:
                 task.predict(lines, together)
                 found |= task.score(lines.rows)[0]
         finally:
-            self.model.use(None)
+            self.model.set_params(None)
         return {f"eval/{name}": v for name, v in found.items() if not isinstance(v, str)}
 
 

@@ -151,9 +151,9 @@ class Recipe:
         return {**state, "params": params}
 
     def merge_params(self, frozen: Params, params: Params) -> Params:
-        """All parameters of the model, with low-rank paths folded into the weights."""
+        """All parameters of the model, with low-rank paths merged into the weights."""
         sizes = self.config.model.llm.lora
-        return lora.fold({**frozen, **params}, rank=sizes.rank, alpha=sizes.alpha)
+        return lora.merge({**frozen, **params}, rank=sizes.rank, alpha=sizes.alpha)
 
     def load_frozen(self) -> tuple[Params, dict[str, str]]:
         """Reads the frozen towers, and checks their fingerprints.
@@ -322,7 +322,7 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
 
     def params_of(key: jax.Array) -> Params:
         module = make_module(config, sizes, rngs=nnx.Rngs(key))
-        return lora.apart(nnx.to_pure_dict(nnx.state(module)))
+        return lora.partition(nnx.to_pure_dict(nnx.state(module)))
 
     def trainable_of(key: jax.Array) -> Params:
         return states.split_by_keys(params_of(key), config.trainable)[0]

@@ -678,18 +678,21 @@ CAPTION, LONG, SHORT = "a photo of", "Question: {} Answer:", "Question: {} Short
     "name, prompt, want",
     [
         # LAVIS's least lengths, less the tokens that they counted: T5's start; "</s>a photo of".
-        ("caption.py:vitg-opt2.7b", CAPTION, (4, 30, 1.0, "prompt")),
-        ("caption.py:vitg-flant5xl", CAPTION, (7, 30, 1.0, "prompt")),
-        ("caption.py:vitg-vicuna7b", CAPTION, (8, 30, 1.0, "generated")),
-        ("vqa.py:vitg-opt6.7b", LONG, (1, 10, 0.0, "generated")),
-        ("vqa.py:vitg-flant5xxl", SHORT, (0, 10, -1.0, "prompt")),
-        ("vqa.py:vitg-vicuna13b", LONG, (1, 10, 0.0, "generated")),
-        ("vqa_finetuned.py:vitg-opt2.7b", LONG, (1, 10, 0.0, "generated")),
-        ("vqa_finetuned.py:vitg-flant5xl", LONG, (0, 10, -1.0, "prompt")),
+        ("caption.py:vitg-opt2.7b", CAPTION, (4, 30, 1.0, True, False)),
+        ("caption.py:vitg-flant5xl", CAPTION, (7, 30, 1.0, True, False)),
+        ("caption.py:vitg-vicuna7b", CAPTION, (8, 30, 1.0, False, True)),
+        ("vqa.py:vitg-opt6.7b", LONG, (1, 10, 0.0, False, True)),
+        ("vqa.py:vitg-flant5xxl", SHORT, (0, 10, -1.0, True, False)),
+        ("vqa.py:vitg-vicuna13b", LONG, (1, 10, 0.0, False, True)),
+        ("vqa_finetuned.py:vitg-opt2.7b", LONG, (1, 10, 0.0, False, True)),
+        ("vqa_finetuned.py:vitg-flant5xl", LONG, (0, 10, -1.0, True, False)),
     ],
 )
 def test_published_settings_mean_what_they_meant_then(name, prompt, want):
-    keys = ("min_new_tokens", "max_new_tokens", "length_penalty", "length_counts")
+    keys = (
+        "min_new_tokens", "max_new_tokens", "length_penalty",
+        "length_penalty_includes_prompt", "length_penalty_includes_eos",
+    )  # fmt: skip
     config = cli.load_config(f"configs/eval/{name}")
     for task in config.tasks.values():
         assert task.prompt == prompt  # paper, section 4.1 and appendix

@@ -17,7 +17,6 @@ from blip2_jax.models.language import LanguageModel, Memory
 
 NEVER = -1e9  # a score that loses to every real one, and still adds and divides
 UNWRITTEN = 1.0  # in place of a log-probability, which cannot be above 0
-LENGTHS = ("generated", "prompt", "text")  # see `Decoding.length_counts`
 # What transformers, LAVIS and others call some of the options, for "did you mean".
 SYNONYMS = {
     **dict.fromkeys(("max_length", "max_len", "max_tokens"), "max_new_tokens"),
@@ -40,10 +39,11 @@ class Decoding:
       num_beams: width of the beam search; 1: greedy, or sampling.
       length_penalty: a beam's score is its log-probability over length ** length_penalty: above 0
         favors long texts, below 0 short ones.
-      length_counts: what length means there. "generated": the tokens written, the end token
-        included (transformers since 4.36). "prompt": those of the prompt's text too (of an
-        encoder-decoder, its start token), and the end token not (transformers until 4.26). "text":
-        those written, and the end token not (4.27 to 4.35, of prompts given as embeddings).
+      length_penalty_includes_prompt: whether that length counts the tokens of the prompt's text
+        too (of an encoder-decoder, its start token).
+      length_penalty_includes_eos: whether it counts the end token. Transformers since 4.36 counts
+        the end token only; until 4.26 it counted the prompt only; and 4.27 to 4.35 neither, where
+        prompts are given as embeddings.
       early_stopping: stop a row as soon as it has num_beams finished texts.
       repetition_penalty: scores of tokens that were seen are divided by it where positive and
         multiplied where negative (Keskar et al. 2019).
@@ -62,7 +62,8 @@ class Decoding:
     min_new_tokens: int = 0
     num_beams: int = 1
     length_penalty: float = 1.0
-    length_counts: str = "generated"
+    length_penalty_includes_prompt: bool = False
+    length_penalty_includes_eos: bool = True
     early_stopping: bool = False
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
@@ -83,7 +84,6 @@ class Decoding:
                 ("max_new_tokens", "at least 1", lambda x: x >= 1),
                 ("min_new_tokens", "from 0 to max_new_tokens", self._at_most("max_new_tokens", 0)),
                 ("num_beams", "at least 1", lambda x: x >= 1),
-                ("length_counts", " or ".join(LENGTHS), LENGTHS.__contains__),
                 ("repetition_penalty", "above 0", lambda x: x > 0),
                 ("no_repeat_ngram_size", "at least 0", lambda x: x >= 0),
                 ("temperature", "above 0 (greedy: do_sample=False)", lambda x: x > 0),
@@ -116,14 +116,12 @@ class Decoding:
         if value is None:
             return default
         kind, number = type(default), isinstance(value, (int, float)) and math.isfinite(value)
-        if kind is str and isinstance(value, str):
-            return value
         if kind is bool and number and value in (0, 1):
             return bool(value)
         if kind in (int, float) and number and not isinstance(value, bool):
             if kind is float or value == int(value):
                 return kind(value)
-        must = {str: "text", bool: "True or False", int: "a whole number", float: "a finite number"}
+        must = {bool: "True or False", int: "a whole number", float: "a finite number"}
         raise ValueError(f"{name} is {value!r}; it must be {must[kind]}.")
 
     def _at_most(self, other: str, least: int) -> Callable[[int], bool]:
@@ -479,8 +477,8 @@ def _choose_beams(
 
 
 def _length(state: State, how: Decoding, generated: jax.Array) -> jax.Array:
-    """What the length penalty divides by: float32[B], see `Decoding.length_counts`."""
-    before = state.before if how.length_counts == "prompt" else jnp.zeros_like(state.row)
+    """What the length penalty divides by, before the end token is left out: float32[B]."""
+    before = state.before if how.length_penalty_includes_prompt else jnp.zeros_like(state.row)
     return (before + generated).astype(jnp.float32)
 
 
@@ -509,7 +507,7 @@ def _finish(
     width = state.total.shape[1]
     first = stops & (jnp.arange(stops.shape[1]) < width)
     length = _length(state, how, state.step + 1)[:, None]
-    if how.length_counts != "generated":
+    if not how.length_penalty_includes_eos:
         length = jnp.maximum(length - ended, 1)  # of an empty text
     score = total / length**how.length_penalty
     closed = ~state.open[:, None]

@@ -29,14 +29,18 @@ class Task(NamedTuple):
 
 
 _BEAMS = Decoding(num_beams=5, max_new_tokens=30)  # LAVIS's defaults in all of `generate`
-_CAPTION = dataclasses.replace(_BEAMS, length_counts="prompt")
+# Lengths as transformers until 4.26 counted them (of the prompt too, the end token not), and as
+# 4.27 to 4.35 did of prompts given as embeddings (the end token not).
+_OLD_LENGTH = {"length_penalty_includes_prompt": True, "length_penalty_includes_eos": False}
+_TEXT_LENGTH = {"length_penalty_includes_prompt": False, "length_penalty_includes_eos": False}
+_CAPTION = dataclasses.replace(_BEAMS, **_OLD_LENGTH)
 _INSTRUCT = dataclasses.replace(
     _BEAMS, max_new_tokens=256, repetition_penalty=1.5, penalties_include_prompt=False
 )
-_INSTRUCT_THEN = dataclasses.replace(_INSTRUCT, length_counts="text")
+_INSTRUCT_THEN = dataclasses.replace(_INSTRUCT, **_TEXT_LENGTH)
 # An encoder-decoder is given the ids of its start token: that counts, as it does in BLIP-2.
 _INSTRUCT_T5 = dataclasses.replace(_INSTRUCT, penalties_include_prompt=True)
-_INSTRUCT_T5_THEN = dataclasses.replace(_INSTRUCT_T5, length_counts="prompt")
+_INSTRUCT_T5_THEN = dataclasses.replace(_INSTRUCT_T5, **_OLD_LENGTH)
 
 _OPT_QUESTION = "Question: {} Answer:"
 _INSTRUCT_CAPTION, _INSTRUCT_QUESTION = "A short image caption.", "Question: {} Short Answer:"

@@ -106,7 +106,7 @@ class Blip2:
         if config.llm is not None:
             config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, scan=False))
         self.config, self.mesh, self.source = config, mesh, source
-        self.use(params)
+        self.set_params(params)
         self.qformer_tokenizer, self.llm_tokenizer = qformer_tokenizer, llm_tokenizer
         self.batch_size = check_batch_size(batch_size)
         self.dtype = dtypes.parse(params["query_tokens"].dtype if dtype is None else dtype)
@@ -139,7 +139,7 @@ class Blip2:
         self._begin = compiled(_begin, **static)
         self._advance = compiled(_advance, **static)
 
-    def use(self, params: dict[str, Any] | None) -> None:
+    def set_params(self, params: dict[str, Any] | None) -> None:
         """Takes other parameters of the same shapes, as those of a run that goes on; None: none.
 
         What was compiled stays. The language model's are taken apart, as in `Blip2`.
@@ -148,7 +148,7 @@ class Blip2:
             params = {**params, "llm": unstack(params["llm"])}
         self.params = params
 
-    def can(self, task: str) -> bool:
+    def supports(self, task: str) -> bool:
         """Whether this model has the heads for "retrieval", "captioning", "vqa" or "ranking"."""
         if task == "retrieval":
             return self.config.llm is None and self._has_match

@@ -61,7 +61,7 @@ class Blip2Config:
     freeze_vit: bool = True
 
 
-class Blip2(nnx.Module):
+class Blip2Base(nnx.Module):
     """What both stages share: frozen encoder, its norm, and queries that read the image."""
 
     def __init__(self, config: Blip2Config, *, dtype: Any = None, rngs: nnx.Rngs):
@@ -136,7 +136,7 @@ class Blip2(nnx.Module):
         return maps[-1].mean(axis=1)[..., 1:].reshape(*maps.shape[1:2], -1, grid, grid)
 
 
-class Blip2Stage1(Blip2):
+class Blip2Stage1(Blip2Base):
     """Representation learning: the Q-Former with its text branch and the heads of ITC, ITM, ITG."""
 
     def __init__(self, config: Blip2Config, *, dtype: Any = None, rngs: nnx.Rngs):
@@ -177,7 +177,7 @@ class Blip2Stage1(Blip2):
         return self.itg_head(hidden, self.qformer.word_embeddings)
 
 
-class Blip2Stage2(Blip2):
+class Blip2Stage2(Blip2Base):
     """Generative learning: the queries' outputs, projected, stand before the LLM's text."""
 
     def __init__(self, config: Blip2Config, *, dtype: Any = None, rngs: nnx.Rngs):
@@ -262,7 +262,7 @@ def _unit(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def make_model(config: Blip2Config, *, dtype: Any = None, rngs: nnx.Rngs) -> Blip2:
+def make_model(config: Blip2Config, *, dtype: Any = None, rngs: nnx.Rngs) -> Blip2Base:
     """The stage-1 or stage-2 model of a config."""
     kind = Blip2Stage1 if config.llm is None else Blip2Stage2
     return kind(config, dtype=dtype, rngs=rngs)

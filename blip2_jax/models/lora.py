@@ -2,7 +2,7 @@
 
 A and B live in the layers that they adapt. As parameters they are a part of their own, `llm_lora`,
 so that they are trained, placed and saved like any other part while `llm` stays frozen and keeps
-its fingerprint. `fold` adds them into the weights, after which nothing of them is left.
+its fingerprint. `merge` adds them into the weights, after which nothing of them is left.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def add(
             layer.lora_scale = alpha / rank
 
 
-def apart(params: Params) -> Params:
+def partition(params: Params) -> Params:
     """Moves A and B out of `llm` into `llm_lora`, under the same names."""
     if TOWER not in params:
         return params
@@ -63,20 +63,20 @@ def apart(params: Params) -> Params:
     return {**parts, PART: low_rank} if low_rank else parts
 
 
-def together(params: Params) -> Params:
-    """Undoes `apart`."""
+def combine(params: Params) -> Params:
+    """Undoes `partition`."""
     if PART not in params:
         return params
     rest = {key: value for key, value in params.items() if key != PART}
-    return {**rest, TOWER: _merge(params[TOWER], params[PART])}
+    return {**rest, TOWER: _combine(params[TOWER], params[PART])}
 
 
-def fold(params: Params, *, rank: int, alpha: float) -> Params:
+def merge(params: Params, *, rank: int, alpha: float) -> Params:
     """Adds the low-rank paths into the weights, in float32; the result is a model without them."""
     if PART not in params:
         return params
     rest = {key: value for key, value in params.items() if key != PART}
-    return {**rest, TOWER: _fold(params[TOWER], params[PART], alpha / rank)}
+    return {**rest, TOWER: _merge(params[TOWER], params[PART], alpha / rank)}
 
 
 def _split(tree: Params) -> tuple[Params, Params]:
@@ -95,19 +95,19 @@ def _split(tree: Params) -> tuple[Params, Params]:
     return weights, low_rank
 
 
-def _merge(tree: Params, low_rank: Params) -> Params:
+def _combine(tree: Params, low_rank: Params) -> Params:
     merged = dict(tree)
     for name, value in low_rank.items():
-        merged[name] = value if name in LEAVES else _merge(tree[name], value)
+        merged[name] = value if name in LEAVES else _combine(tree[name], value)
     return merged
 
 
-def _fold(tree: Params, low_rank: Params, scale: float) -> Params:
+def _merge(tree: Params, low_rank: Params, scale: float) -> Params:
     if "lora_a" in low_rank:
         kernel = tree["kernel"]
         change = jnp.matmul(low_rank["lora_a"], low_rank["lora_b"], precision="highest") * scale
         return {**tree, "kernel": (kernel.astype(jnp.float32) + change).astype(kernel.dtype)}
     return {
-        name: _fold(value, low_rank[name], scale) if name in low_rank else value
+        name: _merge(value, low_rank[name], scale) if name in low_rank else value
         for name, value in tree.items()
     }

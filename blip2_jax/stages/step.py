@@ -48,7 +48,7 @@ class Spec:
         both = params.keys() & frozen.keys()
         if both:
             raise ValueError(f"Trained and frozen at once: {', '.join(sorted(both))}.")
-        return nnx.merge(self.graph, lora.together({**frozen, **params}))
+        return nnx.merge(self.graph, lora.combine({**frozen, **params}))
 
 
 LossFn = Callable[..., tuple[jax.Array, Metrics]]

@@ -34,7 +34,12 @@ def get_config(tasks: str = "+".join(TASKS)) -> ConfigDict:
         {"dir": "runs/quickstart/data", "split": "test", "held_out_split": "held_out"}
     )
     # Greedy, where the published rows take five beams; texts as the world writes them.
-    greedy = {"num_beams": 1, "min_new_tokens": 1, "length_counts": "generated"}
+    greedy = {
+        "num_beams": 1,
+        "min_new_tokens": 1,
+        "length_penalty_includes_prompt": False,
+        "length_penalty_includes_eos": True,
+    }
     questions = {"blind": True, "clean_text": False, "forms": ("official",)}
     answers: dict[str, Any] = {**questions, "decoding": {**greedy, "max_new_tokens": 6}}
     config.tasks = ConfigDict(

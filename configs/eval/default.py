@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from blip2_jax.inference.defaults import DEFAULTS
 
 DECODING = (
-    "num_beams", "max_new_tokens", "min_new_tokens", "length_penalty", "length_counts",
+    "num_beams", "max_new_tokens", "min_new_tokens", "length_penalty",
+    "length_penalty_includes_prompt", "length_penalty_includes_eos",
     "repetition_penalty", "no_repeat_ngram_size", "penalties_include_prompt",
 )  # fmt: skip
 # Families of the published language models, by the first letters of their names in recipes.

@@ -316,28 +316,31 @@ def test_samples_are_drawn_in_proportion():
     assert (np.abs(share - probability) < 5 * error).all()
 
 
-@pytest.mark.parametrize("counts", ["prompt", "text"])
-def test_length_may_count_what_it_did_before(models, counts):
-    """The older meanings: prompt and text, or text alone, without the end token."""
+@pytest.mark.parametrize("prompt, eos", [(True, False), (False, False), (True, True)])
+def test_the_length_penalty_may_count_the_prompt_and_leave_out_the_end_token(models, prompt, eos):
+    """Older meanings: prompt and text, or text alone, without the end token."""
     theirs, ours = models
     ids, mask = prompts(left=not theirs.config.is_encoder_decoder)
     how = Decoding(LENGTH, num_beams=4, num_return_sequences=4, length_penalty=0.0)
-    none = -1  # what no model says, to see where texts end
+    none = -1  # no token of the model, to see where texts end
     tokens, total, _ = ours_of(ours, ids, mask, how, none)
     new = dataclasses.replace(how, length_penalty=1.0)
-    old = dataclasses.replace(new, length_counts=counts)
+    old = dataclasses.replace(
+        new, length_penalty_includes_prompt=prompt, length_penalty_includes_eos=eos
+    )
     old_tokens, old_score, _ = ours_of(ours, ids, mask, old, none)
     before = mask.sum(axis=1) if not theirs.config.is_encoder_decoder else np.ones(len(ids))
-    before = before * (counts == "prompt")
+    before = before * prompt
     rows = range(len(ids))
     known = {(row, tuple(text)): p for row in rows for text, p in zip(tokens[row], total[row])}  # noqa: B905
     checked = 0
     for row in rows:
         for text, value in zip(old_tokens[row], old_score[row], strict=True):
             if (row, tuple(text)) in known:
-                length = max(1, before[row] + (text != none).sum())
+                generated = (text != none).sum() + (eos and (text == none).any())
+                length = max(1, before[row] + generated)
                 np.testing.assert_allclose(value * length, known[row, tuple(text)], rtol=1e-4)
                 checked += 1
     assert checked > 3
-    if counts == "prompt" or (old_tokens == none).any():  # there are end tokens to leave out
+    if prompt or (old_tokens == none).any():  # there are end tokens to leave out
         assert not np.allclose(ours_of(ours, ids, mask, new, none).scores, old_score)

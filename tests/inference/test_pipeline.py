@@ -167,7 +167,12 @@ def test_a_second_call_of_a_bucket_compiles_nothing(opt):
     assert ours._generate._cache_size() == programs + 1
 
 
-CAPTION = Decoding(num_beams=5, max_new_tokens=30, length_counts="prompt")
+CAPTION = Decoding(
+    num_beams=5,
+    max_new_tokens=30,
+    length_penalty_includes_prompt=True,
+    length_penalty_includes_eos=False,
+)
 
 
 def test_scores_of_texts(both):
@@ -547,7 +552,7 @@ def test_weights_that_are_not_numbers(opt):
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0 .greedy"),
         ({"num_return_sequences": 9}, "9 of 5 beams"),
         ({"do_sample": True, "num_beams": 3}, "not supported"),
-        ({"length_counts": "all"}, "generated or prompt or text"),
+        ({"length_penalty_includes_prompt": "all"}, "it must be True or False"),
         ({"min_new_tokens": 99}, "from 0 to max_new_tokens"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1; it must be at least 0"),
         ({"num_beams": 2.5}, "num_beams is 2.5; it must be a whole number"),

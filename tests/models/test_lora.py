@@ -1,4 +1,4 @@
-"""Low-rank adaptation: nothing at the start, trained alone, and folded into plain weights."""
+"""Low-rank adaptation: nothing at the start, trained alone, and merged into plain weights."""
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,10 @@ def test_low_rank_paths_are_trained_and_nothing_else_of_the_language_model(famil
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), was, state["params"][lora.PART])
     assert all(jax.tree.leaves(changed))
 
-    folded = run.merge_params(frozen, state["params"])
-    assert lora.PART not in folded
-    rest = {k: v for k, v in folded.items() if k in start}
-    found = plain.eval_step(rest, {"vit": folded["vit"], "llm": folded["llm"]}, batch)["loss"]
+    merged = run.merge_params(frozen, state["params"])
+    assert lora.PART not in merged
+    rest = {k: v for k, v in merged.items() if k in start}
+    found = plain.eval_step(rest, {"vit": merged["vit"], "llm": merged["llm"]}, batch)["loss"]
     adapted = run.eval_step(state["params"], frozen, batch)["loss"]
     np.testing.assert_allclose(found, adapted, rtol=1e-5)
     unadapted = plain.eval_step(rest, frozen, batch)["loss"]
@@ -57,19 +57,19 @@ def test_the_path_is_w_plus_alpha_over_rank_b_a(tmp_path):
     low["lora_b"] = jax.random.normal(jax.random.key(2), low["lora_b"].shape)
     frozen = tiny.frozen(run)
     kernel = np.asarray(frozen["llm"]["layers"]["blocks"]["mlp"]["fc1"]["kernel"])
-    folded = run.merge_params(frozen, params)["llm"]["layers"]["blocks"]["mlp"]["fc1"]["kernel"]
+    merged = run.merge_params(frozen, params)["llm"]["layers"]["blocks"]["mlp"]["fc1"]["kernel"]
     change = np.einsum("lir,lro->lio", low["lora_a"], low["lora_b"])
-    np.testing.assert_allclose(folded, kernel + 6.0 / 3 * change, atol=1e-5)
+    np.testing.assert_allclose(merged, kernel + 6.0 / 3 * change, atol=1e-5)
 
 
-def test_apart_and_together_are_inverses():
+def test_partition_and_combine_are_inverses():
     leaf = jnp.zeros(2)
     layer = {"kernel": leaf, "lora_a": leaf, "lora_b": leaf}
     whole = {"vit": {"x": leaf}, "llm": {"a": {"q_proj": layer, "k_proj": {"kernel": leaf}}}}
-    parts = lora.apart(whole)
+    parts = lora.partition(whole)
     assert parts["llm_lora"] == {"a": {"q_proj": {"lora_a": leaf, "lora_b": leaf}}}
-    assert jax.tree.structure(lora.together(parts)) == jax.tree.structure(whole)
-    assert lora.together({"vit": {}}) == lora.apart({"vit": {}}) == {"vit": {}}
+    assert jax.tree.structure(lora.combine(parts)) == jax.tree.structure(whole)
+    assert lora.combine({"vit": {}}) == lora.partition({"vit": {}}) == {"vit": {}}
 
 
 @pytest.mark.parametrize(
