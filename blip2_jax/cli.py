@@ -95,8 +95,9 @@ def parse(
         parser.add_argument(
             "--config",
             required=True,
-            metavar="FILE.py[:ARG]",
-            help="the recipe; --config.KEY=VALUE sets one of its keys, "
+            metavar="RECIPE[:ARG]",
+            help="the recipe: a file (my/recipe.py), or the name of one that the package has "
+            "(stage1, digits/stage1); --config.KEY=VALUE sets one of its keys, "
             "e.g. --config.optim.peak_lr=1e-4",
         )
     if add_arguments is not None:
@@ -159,14 +160,15 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> FrozenConfigDict:
     """Loads a recipe and applies overrides to it.
 
     Args:
-      path: `FILE.py`, or `FILE.py:ARG` to call `get_config(ARG)`.
+      path: `FILE.py`, or the name of a packaged recipe, as `digits/stage1`; `:ARG` behind either
+        calls `get_config(ARG)`.
       overrides: `--config.key=value` words.
 
     Raises:
       ConfigError: no such file, key or type.
     """
-    file, _, argument = path.partition(".py:")
-    module = load_module(file + ".py" if argument else path)
+    _, argument = _split_argument(path)
+    module = load_module(path)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} does not define get_config().")
     with _running(Path(module.__file__ or path)):
@@ -188,13 +190,16 @@ def load_module(path: str) -> ModuleType:
     """Runs a recipe file, as `sweep` does to get at its `sweep(add)`.
 
     A recipe can say `from configs.default import get_config` no matter where the command is called
-    from, and one in a `configs/` folder of your own can build on those of the repository. It can
-    import files beside it too, as `import common` or `from .common import sizes`.
+    from, and one in a `configs/` folder of your own can build on the packaged ones. It can import
+    files beside it too, as `import common` or `from .common import sizes`.
+
+    Args:
+      path: as in `load_config`; what follows a colon is for `get_config` alone.
 
     Raises:
       ConfigError: no such file, or one that is not Python, or that fails.
     """
-    file = _find(path)
+    file = _find(_split_argument(path)[0])
     spec = importlib.util.spec_from_file_location(f"{_BESIDE}.{file.stem}", file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is no Python file; the name of a recipe ends in .py.")
@@ -204,16 +209,33 @@ def load_module(path: str) -> ModuleType:
     return module
 
 
-def _repository() -> Path:
-    return Path(__file__).resolve().parent.parent
+def _split_argument(path: str) -> tuple[str, str]:
+    """The file or name of a recipe, and the argument of its `get_config` ("" if none)."""
+    file, dot, argument = path.partition(".py:")
+    if dot or path.endswith(".py"):
+        return file + dot.removesuffix(":"), argument
+    name, _, argument = path.partition(":")
+    return name, argument
+
+
+def _recipes() -> Path:
+    """The packaged recipes: in the package where it is installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
 
 
 def _find(path: str) -> Path:
-    """The file, which may also be named relative to the repository."""
-    for candidate in (Path(path), _repository() / path):
+    """The file of a path, or the packaged recipe of a name.
+
+    A path is looked for here, then in the folder of `configs/`.
+    """
+    recipes = _recipes()
+    candidates = [Path(path), recipes.parent / path, recipes / f"{path}.py"]
+    for candidate in candidates:
         if candidate.is_file():
             return candidate.resolve()
-    folders = [Path(path).parent, _repository() / "configs"]
+    folders = [Path(path).parent, (recipes / path).parent, recipes]
     found = [str(f) for folder in folders if folder.is_dir() for f in sorted(folder.glob("*.py"))]
     files = list(dict.fromkeys(found))
     by_name = {Path(file).name: file for file in reversed(files)}  # the named folder's go first
@@ -243,13 +265,13 @@ def _running(file: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _importable(file: Path) -> Iterator[None]:
-    """While a recipe is loaded, makes `configs` the folder that it is in, then the repository's.
+    """While a recipe is loaded, makes `configs` the folder that it is in, then the packaged one.
 
     The files beside it are found by their names, as those beside a script are.
     """
     folders = [parent for parent in file.parents if parent.name == "configs"]
     packages = {
-        "configs": [str(folder) for folder in (*folders[:1], _repository() / "configs")],
+        "configs": [str(folder) for folder in (*folders[:1], _recipes())],
         _BESIDE: [str(file.parent)],
     }
     finder = _Beside(file.parent)

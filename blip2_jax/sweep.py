@@ -214,7 +214,7 @@ def read_points(path: str) -> list[dict[str, Any]]:
     Raises:
       ConfigError: it has neither or both, or no points.
     """
-    module = cli.load_module(path.partition(".py:")[0].removesuffix(".py") + ".py")
+    module = cli.load_module(path)
     forms = [form for form in ("sweep", "get_hyper") if hasattr(module, form)]
     if len(forms) != 1:
         has = "both sweep(add) and get_hyper(hyper); keep one" if forms else "no sweep"

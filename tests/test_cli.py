@@ -1,6 +1,7 @@
 import re
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -58,6 +59,33 @@ def test_a_recipe_finds_its_default_from_any_folder(recipe):
     assert args.config.total_steps == 100
     assert args.config.name == "small"
     assert args.config_path == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("stage1", "configs/stage1.py"),
+        ("stage1:vitl-paper", "configs/stage1.py:vitl-paper"),
+        ("digits/stage1", "configs/digits/stage1.py"),
+        ("eval/vqa:vitg-flant5xl", "configs/eval/vqa.py:vitg-flant5xl"),
+    ],
+)
+def test_a_packaged_recipe_has_a_name(name, file, tmp_path, monkeypatch):
+    """From any folder, also where something else has this name."""
+    (tmp_path / "stage1").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert cli.load_config(name) == cli.load_config(file)
+    with pytest.raises(
+        cli.ConfigError, match=r"(?s)no config file digits/stage3.*digits/stage1\.py"
+    ):
+        cli.load_config("digits/stage3")
+
+
+def test_a_file_goes_before_a_packaged_recipe(recipe, monkeypatch):
+    folder = Path(recipe).parents[1]
+    assert cli.load_config("configs/default.py") != cli.load_config(str(folder / "default.py"))
+    monkeypatch.chdir(folder.parent)
+    assert cli.load_config("configs/default.py") == cli.load_config(str(folder / "default.py"))
 
 
 def test_loading_leaves_no_trace(recipe):
