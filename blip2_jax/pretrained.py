@@ -28,7 +28,8 @@ from blip2_jax.weights import checkpoint
 from blip2_jax.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from blip2_jax.recipe import Params, Recipe
+    from blip2_jax.recipe import Recipe
+    from blip2_jax.stages.step import Params
 
 BERT = "bert-base-uncased"  # whose vocabulary every published Q-Former has, and [DEC]
 

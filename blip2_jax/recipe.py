@@ -7,16 +7,17 @@ Nothing is allocated until `Recipe.init_state` or `Recipe.load_frozen` is called
 import dataclasses
 import functools
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from blip2_jax import stages
 from blip2_jax.data import language, tokenizers
 from blip2_jax.data.examples import is_instruction, llm_lengths, llm_tokenizer
 from blip2_jax.models import blip2, lora, opt, t5, vit
@@ -24,20 +25,12 @@ from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.runtime import dtypes, optim
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime import state as states
-from blip2_jax.stages import pretrain_lm, pretrain_vit, stage1, stage2
+from blip2_jax.stages import Stage, stage1, step
 from blip2_jax.stages.step import Params, Spec, State
 from blip2_jax.weights import huggingface
 
-STAGES: dict[str, ModuleType] = {
-    "stage1": stage1,
-    "stage2": stage2,
-    "pretrain_vit": pretrain_vit,
-    "pretrain_lm": pretrain_lm,
-}
-
-
-# The least that counts in a config may be.
-LEAST = {
+# The smallest values that keys of a config may have.
+MINIMUM = {
     "steps": 1,
     "data.batch_size": 1,
     "data.text_length": 2,  # [CLS] and [SEP]
@@ -62,7 +55,7 @@ class Recipe:
 
     Attributes:
       config: what it was made from.
-      stage: the module with the stage's `train_step` and `eval_step`.
+      stage: the module with the stage's loss.
       mesh: the devices.
       spec: what the steps close over.
       model_config: sizes (`Blip2Config`, or a tower's own config in its pre-training).
@@ -73,7 +66,7 @@ class Recipe:
     """
 
     config: ConfigDict
-    stage: ModuleType
+    stage: Stage
     mesh: Mesh
     spec: Spec
     model_config: Any
@@ -179,18 +172,18 @@ class Recipe:
 
     def fingerprints(self, frozen: Params) -> dict[str, str]:
         """Each frozen tower's fingerprint, which must be the config's, if that names one."""
-        found = {}
+        fingerprints = {}
         for key, params in frozen.items():
             tower = self.config.model[key]
-            found[key] = states.fingerprint(params)
-            if tower.fingerprint not in ("", found[key]):
+            fingerprints[key] = states.fingerprint(params)
+            if tower.fingerprint not in ("", fingerprints[key]):
                 raise ValueError(
                     f"The weights of `{key}` in {tower.source} have the fingerprint "
-                    f"{found[key]}, the config asks for {tower.fingerprint}. Install the "
+                    f"{fingerprints[key]}, the config asks for {tower.fingerprint}. Install the "
                     f"weights it was written for, or set --config.model.{key}.fingerprint='' to "
                     "train on these."
                 )
-        return found
+        return fingerprints
 
 
 def _tower_config(
@@ -204,7 +197,7 @@ def _tower_config(
 
 
 def model_config(config: ConfigDict) -> Any:
-    """The model's sizes, of the type that `make_module` knows."""
+    """The model's sizes: a `Blip2Config`, or a tower's own config in its pre-training."""
     model = config.model
     own = {"image_size": model.vit.resolution} if model.vit.resolution else {}
     own |= {"num_layers": model.vit.layers} if model.vit.layers else {}
@@ -215,10 +208,9 @@ def model_config(config: ConfigDict) -> Any:
     llm_config = functools.partial(
         _tower_config, model.llm, huggingface.llm_config, opt.OPTConfig, dropout=model.llm.dropout
     )
-    if config.stage.name == "pretrain_vit":
-        return vit_config()
-    if config.stage.name == "pretrain_lm":
-        return llm_config()
+    tower = stages.load(config.stage.name).TOWER
+    if tower:
+        return {"vit": vit_config, "llm": llm_config}[tower]()
     encoder = vit_config()
     return blip2.Blip2Config(
         vit=encoder,
@@ -232,7 +224,7 @@ def model_config(config: ConfigDict) -> Any:
     )
 
 
-def _at_hand(config: ConfigDict, sizes: Any) -> Any:
+def _held_to_local_tokenizers(config: ConfigDict, sizes: Any) -> Any:
     """A BLIP-2's sizes, held to those of its tokenizers that are on this machine.
 
     Those that have yet to come from the hub are held to them when batches are made.
@@ -268,14 +260,7 @@ def with_tokenizers(
 def make_module(config: ConfigDict, sizes: Any, *, rngs: nnx.Rngs) -> nnx.Module:
     """The model of a config, with freshly initialized parameters."""
     dtype = dtypes.parse(config.dtype, "config.dtype")
-    if isinstance(sizes, vit.ViTConfig):
-        return vit.PatchClassifier(sizes, dict(config.stage.labels), dtype=dtype, rngs=rngs)
-    if isinstance(sizes, opt.OPTConfig):
-        return opt.OPTAlone(sizes, dtype=dtype, rngs=rngs)
-    model = blip2.make_model(sizes, dtype=dtype, rngs=rngs)
-    if isinstance(model, blip2.Blip2Stage2) and config.model.llm.lora.rank:
-        lora.add(model, **config.model.llm.lora, rngs=rngs)
-    return model
+    return stages.load(config.stage.name).make_module(config, sizes, dtype=dtype, rngs=rngs)
 
 
 def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
@@ -288,50 +273,56 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
     Raises:
       ValueError: what does not fit together, naming the key and the remedy.
     """
-    if config.stage.name not in STAGES:
-        raise ValueError(f"config.stage.name is {config.stage.name!r}; known: {', '.join(STAGES)}.")
-    for key, least in LEAST.items():
-        value: Any = functools.reduce(lambda section, name: section[name], key.split("."), config)
-        if value < least:
-            raise ValueError(
-                f"config.{key} is {value}, and at least {least} is needed: --config.{key}={least}."
-            )
-    objectives = set(config.stage.objectives)
-    if not objectives or not objectives <= set(stage1.OBJECTIVES):
-        raise ValueError(
-            f"config.stage.objectives is {tuple(config.stage.objectives)}; it names one or more "
-            f"of {', '.join(stage1.OBJECTIVES)}."
-        )
+    stage = stages.load(config.stage.name)
+    _check_minimum(config)
+    _check_objectives(config)
     mesh = meshes.make_mesh(config.mesh) if mesh is None else mesh
-    devices, parts = meshes.num_batch_shards(mesh), config.stage.accumulate
-    if config.data.batch_size % (devices * parts):
-        many = f" in {parts} parts (config.stage.accumulate)" if parts > 1 else ""
-        raise ValueError(
-            f"config.data.batch_size {config.data.batch_size} does not divide over the "
-            f"{devices} devices of the mesh's data and fsdp axes{many}; take a multiple of "
-            f"{devices * parts}: --config.data.batch_size={_near(config, devices * parts)}."
-        )
-    sizes = _at_hand(config, model_config(config))
-    if (lora.PART in config.trainable) != bool(config.model.llm.lora.rank):
-        raise ValueError(
-            f"Low-rank adaptation takes both: `{lora.PART}` in config.trainable and a rank "
-            f"in config.model.llm.lora.rank, which is {config.model.llm.lora.rank}. Set "
-            f"--config.model.llm.lora.rank={0 if config.model.llm.lora.rank else 16}, or "
-            f"--config.trainable={_trainable(config, lora.PART)}."
-        )
+    _check_batch_size(config, mesh)
+    sizes = _held_to_local_tokenizers(config, model_config(config))
+    _check_lora(config)
 
-    def params_of(key: jax.Array) -> Params:
+    def init_all(key: jax.Array) -> Params:
         module = make_module(config, sizes, rngs=nnx.Rngs(key))
         return lora.partition(nnx.to_pure_dict(nnx.state(module)))
 
-    def trainable_of(key: jax.Array) -> Params:
-        return states.split_by_keys(params_of(key), config.trainable)[0]
+    def init_trainable(key: jax.Array) -> Params:
+        return states.split_by_keys(init_all(key), config.trainable)[0]
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: make_module(config, sizes, rngs=nnx.Rngs(0))))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    trainable, frozen = states.split_by_keys(jax.eval_shape(params_of, key), config.trainable)
+    trainable, frozen = states.split_by_keys(jax.eval_shape(init_all, key), config.trainable)
     frozen_dtype = dtypes.parse(config.frozen_dtype, "config.frozen_dtype")
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, frozen_dtype), frozen)
+    optimizer, schedule = _make_optimizer(config, sizes, trainable)
+
+    shardings_of = functools.partial(
+        meshes.shardings, axes_table=blip2.AXES, rules=config.sharding, mesh=mesh
+    )
+    abstract = states.abstract_state(init_trainable, optimizer)
+    shardings = states.state_shardings(abstract, shardings_of(abstract["params"]), optimizer, mesh)
+    frozen = states.with_shardings(frozen, shardings_of(frozen))
+    spec = Spec(graph, optimizer, schedule, FrozenConfigDict(config.stage), mesh)
+    train_step, eval_step = _jit_steps(stage, spec, shardings, frozen)
+    recipe = Recipe(
+        config=config,
+        stage=stage,
+        mesh=mesh,
+        spec=spec,
+        model_config=sizes,
+        abstract_state=states.with_shardings(abstract, shardings),
+        abstract_frozen=frozen,
+        init_params=init_trainable,
+        train_step=train_step,
+        eval_step=eval_step,
+    )
+    _check_lengths(recipe)
+    return recipe
+
+
+def _make_optimizer(
+    config: ConfigDict, sizes: Any, trainable: Params
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of the trained parameters, and its learning rate as a function of the step."""
     scales = None
     if config.optim.vit_layer_decay != 1.0:
         if "vit" not in trainable:
@@ -345,46 +336,86 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
     vectors: tuple[str, ...] = ()
     if isinstance(sizes, blip2.Blip2Config):
         vectors = tuple(f"vit/{name}" for name in vit.vectors(sizes.vit))
-    optimizer, schedule = optim.make_optimizer(
-        {**config.optim, "total_steps": config.steps}, trainable, scales, vectors
-    )
-    place = functools.partial(
-        meshes.shardings, axes_table=blip2.AXES, rules=config.sharding, mesh=mesh
-    )
-    abstract = states.abstract_state(trainable_of, optimizer)
-    shardings = states.state_shardings(abstract, place(abstract["params"]), optimizer, mesh)
-    frozen = states.with_shardings(frozen, place(frozen))
+    options = {**config.optim, "total_steps": config.steps}
+    return optim.make_optimizer(options, trainable, scales, vectors)
+
+
+def _jit_steps(
+    stage: Stage, spec: Spec, shardings: Any, frozen: Params
+) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
+    """The train and the eval step of a stage, for states and batches placed on the mesh."""
     frozen_shardings = jax.tree.map(lambda x: x.sharding, frozen)
-
-    stage = STAGES[config.stage.name]
-    spec = Spec(graph, optimizer, schedule, FrozenConfigDict(config.stage), mesh)
-    batch, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
-    recipe = Recipe(
-        config=config,
-        stage=stage,
-        mesh=mesh,
-        spec=spec,
-        model_config=sizes,
-        abstract_state=states.with_shardings(abstract, shardings),
-        abstract_frozen=frozen,
-        init_params=trainable_of,
-        train_step=jax.jit(
-            _on_mesh(stage.train_step, spec),
-            in_shardings=(shardings, frozen_shardings, batch, everywhere),
-            out_shardings=(shardings, everywhere),
-            donate_argnums=0,
-        ),
-        eval_step=jax.jit(
-            _on_mesh(stage.eval_step, spec),
-            in_shardings=(shardings["params"], frozen_shardings, batch),
-            out_shardings=everywhere,
-        ),
+    batch, replicated = meshes.batch_sharding(spec.mesh), meshes.replicated(spec.mesh)
+    train_step = jax.jit(
+        _on_mesh(step.train_step, stage, spec),
+        in_shardings=(shardings, frozen_shardings, batch, replicated),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
     )
-    _check_lengths(recipe)
-    return recipe
+    eval_step = jax.jit(
+        _on_mesh(step.eval_step, stage, spec),
+        in_shardings=(shardings["params"], frozen_shardings, batch),
+        out_shardings=replicated,
+    )
+    return train_step, eval_step
 
 
-def _near(config: ConfigDict, multiple: int) -> int:
+def _on_mesh(step: Callable[..., Any], stage: Stage, spec: Spec) -> Callable[..., Any]:
+    """A step of a stage's loss, traced with the mesh in context, which models' activations need."""
+
+    @functools.wraps(step)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(spec.mesh.abstract_mesh):
+            return step(stage.loss_fn, *args, spec=spec)
+
+    return traced
+
+
+# --------------------------------------------------------------------------------------- checks
+
+
+def _check_minimum(config: ConfigDict) -> None:
+    for key, minimum in MINIMUM.items():
+        value: Any = functools.reduce(lambda section, name: section[name], key.split("."), config)
+        if value < minimum:
+            raise ValueError(
+                f"config.{key} is {value}, and at least {minimum} is needed: "
+                f"--config.{key}={minimum}."
+            )
+
+
+def _check_objectives(config: ConfigDict) -> None:
+    objectives = set(config.stage.objectives)
+    if not objectives or not objectives <= set(stage1.OBJECTIVES):
+        raise ValueError(
+            f"config.stage.objectives is {tuple(config.stage.objectives)}; it names one or more "
+            f"of {', '.join(stage1.OBJECTIVES)}."
+        )
+
+
+def _check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
+    devices, parts = meshes.num_batch_shards(mesh), config.stage.accumulate
+    if config.data.batch_size % (devices * parts):
+        in_parts = f" in {parts} parts (config.stage.accumulate)" if parts > 1 else ""
+        raise ValueError(
+            f"config.data.batch_size {config.data.batch_size} does not divide over the "
+            f"{devices} devices of the mesh's data and fsdp axes{in_parts}; take a multiple of "
+            f"{devices * parts}: --config.data.batch_size={_nearest(config, devices * parts)}."
+        )
+
+
+def _check_lora(config: ConfigDict) -> None:
+    rank = config.model.llm.lora.rank
+    if (lora.PART in config.trainable) != bool(rank):
+        raise ValueError(
+            f"Low-rank adaptation takes both: `{lora.PART}` in config.trainable and a rank "
+            f"in config.model.llm.lora.rank, which is {rank}. Set "
+            f"--config.model.llm.lora.rank={0 if rank else 16}, or "
+            f"--config.trainable={_trainable(config, lora.PART)}."
+        )
+
+
+def _nearest(config: ConfigDict, multiple: int) -> int:
     """A batch size like the config's that is a multiple of this."""
     return max(1, round(config.data.batch_size / multiple)) * multiple
 
@@ -397,34 +428,23 @@ def _trainable(config: ConfigDict, part: str) -> str:
 
 
 def _check_lengths(recipe: Recipe) -> None:
-    """Refuses texts that are longer than the tables of positions; JAX would read their last row."""
+    """Refuses texts longer than the tables of positions; JAX would repeat the last position."""
     sizes, batch = recipe.model_config, recipe.abstract_batch
     qformer, llm = getattr(sizes, "qformer", None), getattr(sizes, "llm", sizes)
     queries = qformer.num_query_tokens if qformer else 0
     for name, before, tower in (("text", 0, qformer), ("llm", queries, llm)):
-        room = getattr(tower, "max_position_embeddings", None)  # of those that have such a table
-        if room is None or f"{name}_ids" not in batch:
+        limit = getattr(tower, "max_position_embeddings", None)  # of those that have such a table
+        if limit is None or f"{name}_ids" not in batch:
             continue
         length = batch[f"{name}_ids"].shape[1]  # with a prompt, where that has its own
         key = f"{name}_length"
         if name == "llm" and is_instruction(recipe.config):  # then prompts have their own
             key = max(key, "max_prompt_length", key=recipe.config.data.get)
-        asked = recipe.config.data[key]
-        if before + length > room:
+        given = recipe.config.data[key]
+        if before + length > limit:
             what = f", after {before} queries," if before else ""
             raise ValueError(
-                f"Texts are {length} tokens long{what} and the model has positions for {room}: "
-                f"--config.data.{key}={asked - (before + length - room)}, or less "
-                f"(it is {asked})."
+                f"Texts are {length} tokens long{what} and the model has positions for {limit}: "
+                f"--config.data.{key}={given - (before + length - limit)}, or less "
+                f"(it is {given})."
             )
-
-
-def _on_mesh(step: Callable[..., Any], spec: Spec) -> Callable[..., Any]:
-    """A stage's step, traced with the mesh in context: models hold their activations to it."""
-
-    @functools.wraps(step)
-    def traced(*args: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(spec.mesh.abstract_mesh):
-            return step(*args, spec=spec)
-
-    return traced

@@ -22,7 +22,7 @@ ALLOWED = {
     "evals/metrics": {"evals"},  # no model
     "cli": {"runtime"},
     "recipe": {"stages", "weights", "models", "data", "runtime"},
-    "pretrained": {"recipe", "cli", "inference", "weights", "models", "data", "runtime"},
+    "pretrained": {"recipe", "cli", "stages", "inference", "weights", "models", "data", "runtime"},
     "report": {"runtime"},
 }
 

@@ -6,13 +6,24 @@ scene nobody has seen) teaches little, what follows from the text before it (an 
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
 
-from blip2_jax.models.opt import OPTAlone
-from blip2_jax.stages import losses
-from blip2_jax.stages.step import Batch, Metrics, Params, Spec, State, update
+from blip2_jax.models.opt import OPTAlone, OPTConfig
+from blip2_jax.stages import flops, losses
+from blip2_jax.stages.step import Batch, Metrics, Params, Spec
+
+TOWER = "llm"
+
+
+def make_module(config: ConfigDict, sizes: OPTConfig, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    """See `stages.Stage`."""
+    del config
+    return OPTAlone(sizes, dtype=dtype, rngs=rngs)
 
 
 def loss_fn(
@@ -57,13 +68,7 @@ def _answer_accuracy(hits: jax.Array, answers: jax.Array) -> jax.Array:
     return 1 - (misses > 0).sum() / jnp.maximum(starts.sum(), 1)
 
 
-def train_step(
-    state: State, frozen: Params, batch: Batch, key: jax.Array, *, spec: Spec
-) -> tuple[State, Metrics]:
-    """One update of the language model. Pure; jit it with `state` donated."""
-    return update(loss_fn, state, frozen, batch, key, spec=spec)
-
-
-def eval_step(params: Params, frozen: Params, batch: Batch, *, spec: Spec) -> Metrics:
-    """The same loss without dropout."""
-    return loss_fn(params, frozen, batch, None, spec=spec)[1]
+def flops_per_sample(config: ConfigDict, sizes: OPTConfig) -> dict[str, flops.Flops]:
+    """The whole language model; the last token is not scored."""
+    length = config.data.llm_length
+    return {"llm": flops.decoder(sizes, length, length - 1).flops(trained=True)}

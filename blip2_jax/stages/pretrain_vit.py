@@ -4,12 +4,23 @@ Every patch is classified by what stands there (which digit, which color, which 
 The heads are thrown away; BLIP-2 sees the encoder's patch features only.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
 
-from blip2_jax.models.vit import PatchClassifier
-from blip2_jax.stages import losses
-from blip2_jax.stages.step import Batch, Metrics, Params, Spec, State, update
+from blip2_jax.models.vit import PatchClassifier, ViTConfig
+from blip2_jax.stages import flops, losses
+from blip2_jax.stages.step import Batch, Metrics, Params, Spec
+
+TOWER = "vit"
+
+
+def make_module(config: ConfigDict, sizes: ViTConfig, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    """See `stages.Stage`."""
+    return PatchClassifier(sizes, dict(config.stage.labels), dtype=dtype, rngs=rngs)
 
 
 def loss_fn(
@@ -38,13 +49,7 @@ def loss_fn(
     return loss, {"loss": loss, **metrics}
 
 
-def train_step(
-    state: State, frozen: Params, batch: Batch, key: jax.Array, *, spec: Spec
-) -> tuple[State, Metrics]:
-    """One update of the encoder and its heads. Pure; jit it with `state` donated."""
-    return update(loss_fn, state, frozen, batch, key, spec=spec)
-
-
-def eval_step(params: Params, frozen: Params, batch: Batch, *, spec: Spec) -> Metrics:
-    """The same loss."""
-    return loss_fn(params, frozen, batch, None, spec=spec)[1]
+def flops_per_sample(config: ConfigDict, sizes: ViTConfig) -> dict[str, flops.Flops]:
+    """The encoder, and a linear head for each attribute."""
+    heads = flops.linear(sizes.grid**2, sizes.hidden_size, sum(config.stage.labels.values()))
+    return {"vit": flops.vit(sizes).flops(trained=True), "heads": heads.flops(trained=True)}

@@ -4,24 +4,35 @@ Three objectives over one batch of image-text pairs, all of weight 1: image-text
 matching (ITM) and image-grounded text generation (ITG). A recipe may leave some out. The image is
 encoded once; its cross-attention keys and values are made once and shared by the pass that ITC and
 ITG read and the two that ITM makes of it. The hard negative of a text may be an image on another
-device: then its features come here (`runtime/exchange.py`), before `ln_vision`.
+device: then that device sends its features (`runtime/exchange.py`), before `ln_vision`.
 """
 
 import functools
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import FrozenConfigDict
+from flax import nnx
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from blip2_jax.models.blip2 import Blip2Stage1
+from blip2_jax.models.blip2 import Blip2Config, Blip2Stage1
 from blip2_jax.models.layers import KeysValues, split_key
 from blip2_jax.runtime import exchange
 from blip2_jax.runtime import mesh as meshes
-from blip2_jax.stages import losses
-from blip2_jax.stages.step import Batch, Metrics, Params, Spec, State, update
+from blip2_jax.stages import flops, losses
+from blip2_jax.stages.step import Batch, Metrics, Params, Spec
 
+TOWER = ""
 OBJECTIVES = ("itc", "itm", "itg")
+
+
+def make_module(
+    config: ConfigDict, sizes: Blip2Config, *, dtype: Any, rngs: nnx.Rngs
+) -> nnx.Module:
+    """See `stages.Stage`."""
+    del config
+    return Blip2Stage1(sizes, dtype=dtype, rngs=rngs)
 
 
 def loss_fn(
@@ -90,7 +101,7 @@ def loss_fn(
 
 
 def _keys_values(model: Blip2Stage1, features: jax.Array) -> KeysValues:
-    """What the cross-attentions read of images."""
+    """Keys and values of images for all cross-attentions."""
     return model.qformer.image_keys_values(model.ln_vision(features))
 
 
@@ -105,21 +116,21 @@ def _itm(
 ) -> tuple[jax.Array, jax.Array]:
     """Matching, with a hard negative image for each text and a hard negative text for each image.
 
-    Three rows for each pair, next to each other so that none travels: (text, its image), which
-    match, (text, hard image) and (hard text, image).
+    Three examples for each pair, next to each other so that each stays on its device: (text, its
+    image), which match, (text, hard image) and (hard text, image).
 
     Returns:
-      The loss, and the share of rows that are judged right.
+      The loss, and the share of examples that are classified right.
     """
 
-    def three(*rows: jax.Array, axis: int = 0) -> jax.Array:
-        x = jnp.stack(rows, axis=axis + 1)
+    def interleave(*arrays: jax.Array, axis: int = 0) -> jax.Array:
+        x = jnp.stack(arrays, axis=axis + 1)
         return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
-    three_kv = jax.tree.map(lambda x, hard: three(x, hard, x, axis=1), image_kv, hard_kv)
-    three_ids = three(ids, ids, ids[hard_text])
-    three_mask = three(mask, mask, mask[hard_text])
-    logits = model.match(three_kv, three_ids, three_mask, key)
+    all_kv = jax.tree.map(lambda x, hard: interleave(x, hard, x, axis=1), image_kv, hard_kv)
+    all_ids = interleave(ids, ids, ids[hard_text])
+    all_masks = interleave(mask, mask, mask[hard_text])
+    logits = model.match(all_kv, all_ids, all_masks, key)
     labels = (jnp.arange(len(logits)) % 3 == 0).astype(jnp.int32)
     accuracy = (logits.argmax(axis=-1) == labels).mean(dtype=jnp.float32)
     return losses.cross_entropy(logits, labels).mean(), accuracy
@@ -133,7 +144,7 @@ def _itg(
     options: FrozenConfigDict,
     key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Generation: the text from [DEC] to [SEP], with nothing to look at but the queries.
+    """Generation: the text from [DEC] to [SEP]; of the image it attends to the queries alone.
 
     Returns:
       The loss, and the perplexity of the text (of the loss without label smoothing).
@@ -146,13 +157,31 @@ def _itg(
     return losses.weighted_mean(smoothed, weights), jnp.exp(plain)
 
 
-def train_step(
-    state: State, frozen: Params, batch: Batch, key: jax.Array, *, spec: Spec
-) -> tuple[State, Metrics]:
-    """One update of stage 1. Pure; jit it with `state` donated."""
-    return update(loss_fn, state, frozen, batch, key, spec=spec)
+def flops_per_sample(config: ConfigDict, sizes: Blip2Config) -> dict[str, flops.Flops]:
+    """Passes of the Q-Former: queries (ITC), text (ITC), three pairs (ITM), text (ITG).
 
-
-def eval_step(params: Params, frozen: Params, batch: Batch, *, spec: Spec) -> Metrics:
-    """The same losses without dropout, with fixed negatives."""
-    return loss_fn(params, frozen, batch, None, spec=spec)[1]
+    Keys and values are made of two images a sample, its own and its hard negative, whose features
+    another device may have sent.
+    """
+    c, text, trained = sizes.qformer, config.data.text_length, config.trainable
+    queries, width, image_tokens = c.num_query_tokens, c.hidden_size, sizes.vit.num_tokens
+    qformer = flops.image_keys_values(c, sizes.vit)
+    qformer += flops.qformer(c, queries, 0, image_tokens) + flops.qformer(c, 0, text, 0)
+    if "itm" in config.stage.objectives:
+        qformer += flops.image_keys_values(c, sizes.vit)
+        qformer += flops.qformer(c, queries, text, image_tokens) * 3
+    if "itg" in config.stage.objectives:
+        qformer += flops.qformer(c, 0, text, 0, past=queries)
+    similarity = flops.Work(scores=2.0 * config.data.batch_size * queries * sizes.projection_dim)
+    projections = flops.linear(queries + 1, width, sizes.projection_dim)
+    itm, itg = flops.linear(3 * queries, width, 2), flops.linear(text, width, width, c.vocab_size)
+    heads = {
+        "itc": (projections + similarity).flops(trained=True),
+        "itm": itm.flops(trained="itm_head" in trained),
+        "itg": itg.flops(trained="itg_head" in trained),
+    }
+    return {
+        "vit": flops.vit(sizes.vit).flops(trained="vit" in trained, inputs=False),
+        "qformer": qformer.flops(trained="qformer" in trained),
+        **{name: head for name, head in heads.items() if name in config.stage.objectives},
+    }

@@ -5,13 +5,31 @@ loss is the LLM's language-modeling loss of the caption and its end token. Gradi
 the frozen LLM to the Q-Former; no gradient of the LLM's own weights is ever formed.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
 
-from blip2_jax.models.blip2 import Blip2Stage2
+from blip2_jax.data.examples import llm_lengths
+from blip2_jax.models import lora
+from blip2_jax.models.blip2 import Blip2Config, Blip2Stage2
 from blip2_jax.models.t5 import T5Config
-from blip2_jax.stages import losses
-from blip2_jax.stages.step import WEIGHT, Batch, Metrics, Params, Spec, State, update
+from blip2_jax.stages import flops, losses
+from blip2_jax.stages.step import WEIGHT, Batch, Metrics, Params, Spec
+
+TOWER = ""
+
+
+def make_module(
+    config: ConfigDict, sizes: Blip2Config, *, dtype: Any, rngs: nnx.Rngs
+) -> nnx.Module:
+    """See `stages.Stage`."""
+    model = Blip2Stage2(sizes, dtype=dtype, rngs=rngs)
+    if config.model.llm.lora.rank:
+        lora.add(model, **config.model.llm.lora, rngs=rngs)
+    return model
 
 
 def loss_fn(
@@ -44,24 +62,35 @@ def loss_fn(
     else:
         logits = model.language_logits(prompt, ids, mask, k_llm)
     loss = losses.weighted_mean(losses.cross_entropy(logits, targets), learned)
-    hits = losses.weighted_mean(logits.argmax(axis=-1) == targets, learned)
+    accuracy = losses.weighted_mean(logits.argmax(axis=-1) == targets, learned)
     metrics = {
         "loss": loss,
         "lm/loss": loss,
         "lm/perplexity": jnp.exp(loss),
-        "lm/token_accuracy": hits,
+        "lm/token_accuracy": accuracy,
         WEIGHT: learned.sum(dtype=jnp.float32),
     }
     return loss, metrics
 
 
-def train_step(
-    state: State, frozen: Params, batch: Batch, key: jax.Array, *, spec: Spec
-) -> tuple[State, Metrics]:
-    """One update of stage 2. Pure; jit it with `state` donated."""
-    return update(loss_fn, state, frozen, batch, key, spec=spec)
-
-
-def eval_step(params: Params, frozen: Params, batch: Batch, *, spec: Spec) -> Metrics:
-    """The same loss without dropout."""
-    return loss_fn(params, frozen, batch, None, spec=spec)[1]
+def flops_per_sample(config: ConfigDict, sizes: Blip2Config) -> dict[str, flops.Flops]:
+    """One pass of the Q-Former, and the LLM on its output and the text."""
+    if sizes.llm is None:
+        raise ValueError("A stage-2 model has a language model; Blip2Config.llm is None.")
+    c, trained = sizes.qformer, config.trainable
+    read, learned = llm_lengths(config, encoder_decoder=isinstance(sizes.llm, T5Config))
+    queries = c.num_query_tokens
+    text = config.data.text_length if sizes.qformer_reads_prompt else 0
+    qformer = flops.qformer(c, queries, text, sizes.vit.num_tokens)
+    qformer += flops.image_keys_values(c, sizes.vit)
+    projection = flops.linear(queries, c.hidden_size, sizes.llm.hidden_size)
+    if isinstance(sizes.llm, T5Config):
+        llm = flops.encoder_decoder(sizes.llm, queries + read, learned)
+    else:
+        llm = flops.decoder(sizes.llm, queries + read, learned)
+    return {
+        "vit": flops.vit(sizes.vit).flops(trained="vit" in trained, inputs=False),
+        "qformer": qformer.flops(trained="qformer" in trained),
+        "language_projection": projection.flops(trained="language_projection" in trained),
+        "llm": llm.flops(trained="llm" in trained),
+    }

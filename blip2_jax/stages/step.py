@@ -1,4 +1,4 @@
-"""What the train steps of all stages have in common: the spec they close over, and one update."""
+"""Train and eval steps of any stage's loss, and the spec that both close over."""
 
 import dataclasses
 import functools
@@ -58,15 +58,15 @@ LossFn = Callable[..., tuple[jax.Array, Metrics]]
 WEIGHT = "tokens"
 
 
-def update(
+def train_step(
     loss_fn: LossFn, state: State, frozen: Params, batch: Batch, key: jax.Array, *, spec: Spec
 ) -> tuple[State, Metrics]:
-    """One step of gradient descent on `loss_fn`, whose signature is every stage's.
+    """One step of gradient descent on a stage's loss. Pure; jit it with `state` donated.
 
     Only `state["params"]` is differentiated: frozen parameters get neither gradient nor slot.
 
     Args:
-      loss_fn: (params, frozen, batch, key, *, spec) -> (loss, metrics).
+      loss_fn: (params, frozen, batch, key, *, spec) -> (loss, metrics), as in every stage.
       state: see `State`; the step counter also seeds the step's randomness.
       frozen: parameters that do not change.
       batch: global arrays.
@@ -90,6 +90,13 @@ def update(
     return state, {**metrics, **norms, "learning_rate": rate, "bad_steps": state["bad_steps"]}
 
 
+def eval_step(
+    loss_fn: LossFn, params: Params, frozen: Params, batch: Batch, *, spec: Spec
+) -> Metrics:
+    """The metrics of a stage's loss without dropout, with fixed negatives."""
+    return loss_fn(params, frozen, batch, None, spec=spec)[1]
+
+
 def _accumulated(
     gradient: Callable[..., Any],
     params: Params,
@@ -100,30 +107,33 @@ def _accumulated(
 ) -> tuple[Params, Metrics]:
     """Gradients and metrics of a batch that is computed in parts.
 
-    Parts are weighed by their tokens, so that the result is that of the whole batch. Row i goes
-    to part i mod `parts`: every device splits its own rows, and none travels.
+    Parts are weighted by their tokens, so that the result is that of the whole batch. Example i
+    goes to part i mod `parts`: every device splits its own examples, and sends none.
     """
-    split = lambda x: x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(len(x) // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
     def body(total: Any, part: Any) -> tuple[Any, jax.Array]:
-        rows, key = part
-        found = gradient(params, frozen, rows, key)
-        if WEIGHT not in found[1]:
+        examples, key = part
+        grads, metrics = gradient(params, frozen, examples, key)
+        if WEIGHT not in metrics:
             raise ValueError(
                 "config.stage.accumulate is above 1, but the loss of this stage is over the whole "
                 "batch at once (its contrast needs all pairs): --config.stage.accumulate=1."
             )
-        weighed = jax.tree.map(lambda x: x.astype(jnp.float32) * found[1][WEIGHT], found)
-        return jax.tree.map(jnp.add, total, weighed), found[1][WEIGHT]
+        weight = metrics[WEIGHT]
+        weighted = jax.tree.map(lambda x: x.astype(jnp.float32) * weight, (grads, metrics))
+        return jax.tree.map(jnp.add, total, weighted), weight
 
-    rows = jax.tree.map(split, batch)
+    examples = jax.tree.map(split, batch)
     keys = jax.random.split(key, parts)
-    first = jax.tree.map(lambda x: x[0], (rows, keys))
+    first = jax.tree.map(lambda x: x[0], (examples, keys))
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, jnp.float32),
         jax.eval_shape(gradient, params, frozen, *first),
     )
-    (grads, metrics), weights = jax.lax.scan(body, zeros, (rows, keys))
-    whole = jnp.maximum(weights.sum(), 1e-9)
-    grads, metrics = jax.tree.map(lambda x: x / whole, (grads, metrics))
-    return grads, {**metrics, WEIGHT: whole}
+    (grads, metrics), weights = jax.lax.scan(body, zeros, (examples, keys))
+    total = jnp.maximum(weights.sum(), 1e-9)
+    grads, metrics = jax.tree.map(lambda x: x / total, (grads, metrics))
+    return grads, {**metrics, WEIGHT: total}
