@@ -27,7 +27,7 @@ from blip2_jax.runtime.checkpoint import (
 from blip2_jax.runtime.mesh import nested
 from blip2_jax.weights import files, huggingface, lavis, transfer
 from blip2_jax.weights.files import Tensors, WeightsError
-from blip2_jax.weights.tables import Table
+from blip2_jax.weights.rows import Table
 
 NATIVE = "blip2_jax.json"  # sizes of the model in a native folder
 ARRAYS = "checkpoints/0"  # its arrays

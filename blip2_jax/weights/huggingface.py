@@ -25,7 +25,7 @@ from blip2_jax.models.vit import ViTConfig
 from blip2_jax.weights import configs, files, images, published, tables, transfer
 from blip2_jax.weights.files import Tensors, WeightsError
 from blip2_jax.weights.positions import Resized
-from blip2_jax.weights.tables import Table
+from blip2_jax.weights.rows import Table
 
 PACKAGE = "package:"
 EXTRAS = "stage1_heads.safetensors"  # what `Blip2ForImageTextRetrieval` has no place for

@@ -17,7 +17,7 @@ from blip2_jax.runtime import atomic
 from blip2_jax.weights import configs, files, tables, transfer
 from blip2_jax.weights.files import Tensors, TorchFiles, WeightsError
 from blip2_jax.weights.positions import Resized
-from blip2_jax.weights.tables import Table
+from blip2_jax.weights.rows import Table
 
 LN_VISION_EPS = 1e-5  # torch's default; Hugging Face's port computes with its encoder's 1e-6
 HEAD_DIM = 64  # of BERT-base, and so of every Q-Former that LAVIS trains

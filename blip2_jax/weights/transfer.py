@@ -21,7 +21,7 @@ from tqdm import tqdm
 from blip2_jax.runtime.mesh import flatten_with_names, nested
 from blip2_jax.runtime.watchdog import alive
 from blip2_jax.weights.files import Tensors, WeightsError
-from blip2_jax.weights.tables import KINDS, Row, Table
+from blip2_jax.weights.rows import KINDS, Row, Table
 
 Leaves = Mapping[str, Any]
 

@@ -15,7 +15,7 @@ from blip2_jax.models.blip2 import LLMS
 from blip2_jax.models.llama import frequencies
 from blip2_jax.models.vit import ViT, normalize_images
 from blip2_jax.weights import checkpoint, configs, huggingface
-from blip2_jax.weights.defaults import DEFAULTS
+from blip2_jax.weights.configs.defaults import DEFAULTS
 from blip2_jax.weights.files import WeightsError
 from tests.weights import models
 
