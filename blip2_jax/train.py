@@ -34,6 +34,7 @@ from blip2_jax import cli, identity, recipe
 from blip2_jax.data import loader
 from blip2_jax.data.faults import Skipped, TooManySkipped
 from blip2_jax.evaluate import DuringTraining
+from blip2_jax.planning import chips
 from blip2_jax.runtime import agreement, distributed, jobs, mesh, run_dir
 from blip2_jax.runtime.bad_steps import BadSteps
 from blip2_jax.runtime.checkpoint import Checkpointer, SaveError, restore_params_into
@@ -149,7 +150,12 @@ def _train(
             run_dir.write_done(workdir, {**done, **what})
         return _finished_before(config, workdir)
     flops = sum(part.total for part in flops_per_sample(config, run.model_config).values())
-    timer = Timer(examples=config.data.batch_size, flops=flops)
+    chip = chips.of_device_kind(jax.devices()[0].device_kind)
+    timer = Timer(
+        examples=config.data.batch_size,
+        flops=flops,
+        peak_flops=None if chip is None else chip.peak_flops,
+    )
     if distributed.is_first_process():
         print(describe(run, fingerprints, flops), flush=True)
         if losses is not None and losses.batch_size != config.eval.batch_size:

@@ -276,7 +276,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Both stages on both sides, each in a process of its own, in turn."""
-    from blip2_jax.runtime import chips
+    from blip2_jax.planning import chips
 
     print(f"{'':<8}{'batch':>6}{'blip2_jax':>22}{'PyTorch':>22}{'ratio':>9}{'MFU':>8}")
     for stage in args.stages.split(","):

@@ -20,9 +20,13 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from blip2_jax import cli, plan
-from blip2_jax.runtime import slices
-from blip2_jax.runtime.chips import GIB
+from blip2_jax import cli
+from blip2_jax.planning import topology
+from blip2_jax.planning.candidates import candidates, nearest_batch
+from blip2_jax.planning.chips import GIB
+from blip2_jax.planning.compilation import prepare_process, versions
+from blip2_jax.planning.estimate import make_plan
+from blip2_jax.planning.text import mesh_label
 
 RECIPES = (
     "stage1.py:vitg-paper",
@@ -65,43 +69,43 @@ def main() -> int:
     parser.add_argument("--topologies", default="", help="instead of the table's, with commas")
     parser.add_argument("--show", action="store_true", help="only what there is; compile nothing")
     args = parser.parse_args()
-    plan.prepare_process()
+    prepare_process()
     if args.what == "scaling":
         return scaling(args)
     names = [name for name in RECIPES if fnmatch.fnmatch(name, args.recipes)]
     if not names:
         parser.error(f"--recipes={args.recipes} names none of {', '.join(RECIPES)}.")
     topologies = args.topologies.split(",") if args.topologies else TOPOLOGIES
-    wheres = [slices.parse(name) for name in topologies]
-    rows = [(name, where) for name in names for where in wheres]
-    for name, where in tqdm(rows, desc="plans", unit="plan", disable=args.show):
+    slices = [topology.parse(name) for name in topologies]
+    rows = [(name, tpu_slice) for name in names for tpu_slice in slices]
+    for name, tpu_slice in tqdm(rows, desc="plans", unit="plan", disable=args.show):
         if not args.show:
-            row(name, where, args.workdir)
+            row(name, tpu_slice, args.workdir)
     print(table(rows, args.workdir))
     return 0
 
 
-def kept(name: str, where: slices.Slice, workdir: Path) -> Path:
-    return workdir / "table" / f"{name.replace('.py:', '-')}.{where.name}.json"
+def kept(name: str, tpu_slice: topology.Slice, workdir: Path) -> Path:
+    return workdir / "table" / f"{name.replace('.py:', '-')}.{tpu_slice.name}.json"
 
 
-def row(name: str, where: slices.Slice, workdir: Path) -> None:
+def row(name: str, tpu_slice: topology.Slice, workdir: Path) -> None:
     """One recipe on one slice: as it is, or else the first way of a search that fits."""
     config = ConfigDict(cli.load_config(f"configs/{name}").to_dict())
     published = config.data.batch_size
     samples = config.steps * published
-    config, _ = plan.nearest_batch(config, where)
-    path = kept(name, where, workdir)
-    identity = {"config": config.to_dict(), "figures": dataclasses.asdict(where.chip)}
-    identity = json.loads(json.dumps({**identity, "versions": plan.versions()}))
+    config, _ = nearest_batch(config, tpu_slice)
+    path = kept(name, tpu_slice, workdir)
+    identity = {"config": config.to_dict(), "figures": dataclasses.asdict(tpu_slice.chip)}
+    identity = json.loads(json.dumps({**identity, "versions": versions()}))
     if path.is_file() and identity.items() <= json.loads(path.read_text()).items():
         return
-    found = plan.make_plan(config, where, workdir, samples=samples)
-    own = {"own_mesh": plan.way(found), "own_mesh_fits": found["fits"]}
+    found = make_plan(config, tpu_slice, workdir, samples=samples)
+    own = {"own_mesh": mesh_label(found), "own_mesh_fits": found["fits"]}
     if not found["fits"] and not found["refused"]:
-        ways = itertools.chain.from_iterable(plan.candidates(config, where))
+        ways = itertools.chain.from_iterable(candidates(config, tpu_slice))
         for other in itertools.islice(ways, TRIES):
-            found = plan.make_plan(other, where, workdir, samples=samples)
+            found = make_plan(other, tpu_slice, workdir, samples=samples)
             if found["fits"]:
                 break
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +113,7 @@ def row(name: str, where: slices.Slice, workdir: Path) -> None:
     path.write_text(json.dumps({**found, **more}, indent=2) + "\n")
 
 
-def table(rows: list[tuple[str, slices.Slice]], workdir: Path) -> str:
+def table(rows: list[tuple[str, topology.Slice]], workdir: Path) -> str:
     """A table in Markdown of the rows there are; a star where the recipe's own mesh is none."""
     lines = [
         "| recipe | slice | batch (published) | data x fsdp x tensor | GiB a chip (of) "
@@ -117,8 +121,8 @@ def table(rows: list[tuple[str, slices.Slice]], workdir: Path) -> str:
         "| --- | --- | ---: | --- | ---: | ---: | ---: |",
     ]
     missing = 0
-    for name, where in rows:
-        path = kept(name, where, workdir)
+    for name, tpu_slice in rows:
+        path = kept(name, tpu_slice, workdir)
         if not path.is_file():
             missing += 1
             continue
@@ -126,7 +130,7 @@ def table(rows: list[tuple[str, slices.Slice]], workdir: Path) -> str:
         batch = f"{p['batch_size']}"
         if p["batch_size"] != p["published_batch_size"]:
             batch += f" ({p['published_batch_size']})"
-        start = f"| `{name}` | {where.name} | {batch} | {plan.way(p)}"
+        start = f"| `{name}` | {tpu_slice.name} | {batch} | {mesh_label(p)}"
         star = "" if p["own_mesh_fits"] else " *"
         if not p["fits"]:
             said = "does not compile" if p["refused"] else "does not fit"
@@ -158,14 +162,14 @@ def scaling(args: argparse.Namespace) -> int:
         if not fnmatch.fnmatch(name, args.recipes):
             continue
         plans = []
-        for where in map(slices.parse, topologies):
+        for tpu_slice in map(topology.parse, topologies):
             config = ConfigDict(cli.load_config(f"configs/{name}").to_dict())
-            config.mesh.update({"data": where.num_chips // 16, "fsdp": 16, "tensor": 1})
-            config.data.batch_size = ROWS_PER_CHIP * where.num_chips
-            path = args.workdir / "scaling" / kept(name, where, args.workdir).name
+            config.mesh.update({"data": tpu_slice.num_chips // 16, "fsdp": 16, "tensor": 1})
+            config.data.batch_size = ROWS_PER_CHIP * tpu_slice.num_chips
+            path = args.workdir / "scaling" / kept(name, tpu_slice, args.workdir).name
             if not path.is_file() and not args.show:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(plan.make_plan(config, where, args.workdir)))
+                path.write_text(json.dumps(make_plan(config, tpu_slice, args.workdir)))
             plans.append(json.loads(path.read_text()) if path.is_file() else None)
         print(scaling_rows(name, plans))
     return 0

@@ -20,6 +20,7 @@ ALLOWED = {
     "inference": {"models", "data", "runtime"},
     "evals": {"inference", "data", "runtime"},
     "evals/metrics": {"evals"},  # no model
+    "planning": {"recipe", "stages", "runtime"},
     "cli": {"runtime"},
     "recipe": {"stages", "weights", "models", "data", "runtime"},
     "pretrained": {"recipe", "cli", "stages", "inference", "weights", "models", "data", "runtime"},

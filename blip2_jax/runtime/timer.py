@@ -9,8 +9,6 @@ from collections.abc import Iterator
 
 import jax
 
-from blip2_jax.runtime import chips
-
 
 class Timer:
     """Measures one process of a run.
@@ -22,11 +20,11 @@ class Timer:
     Args:
       examples: in a step.
       flops: of one example in a step (`stages.flops`).
+      peak_flops: FLOP/s of one chip (`planning.chips`); None: not known.
     """
 
-    def __init__(self, *, examples: int, flops: float):
-        self._examples, self._flops = examples, flops
-        self._chip = chips.of_device_kind(jax.devices()[0].device_kind)
+    def __init__(self, *, examples: int, flops: float, peak_flops: float | None = None):
+        self._examples, self._flops, self._peak_flops = examples, flops, peak_flops
         self._started = time.monotonic()
         self._productive_seconds = 0.0
         self._since = self._steps = self._waited = self._paused = 0.0
@@ -66,8 +64,8 @@ class Timer:
 
         Returns:
           `examples_per_second`, of all chips and of one; `data_wait`, a share of the time;
-          `goodput`; and `mfu` on chips with a row in `runtime.chips`: the share of their stated
-          bfloat16 FLOP/s that the model's own FLOPs make, rematerialization not counted.
+          `goodput`; and, where `peak_flops` is known, `mfu`: the share of it that the model's own
+          FLOPs make, rematerialization not counted.
         """
         now = time.monotonic()
         seconds = max(now - self._since - self._paused, 1e-9)
@@ -81,7 +79,7 @@ class Timer:
             "data_wait": wait / seconds,
             "goodput": self._productive_seconds / self.seconds,
         }
-        if self._chip is not None:
-            peak = self._chip.peak_flops * jax.device_count()
+        if self._peak_flops is not None:
+            peak = self._peak_flops * jax.device_count()
             timing["mfu"] = rate * self._flops / peak
         return timing

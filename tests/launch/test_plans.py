@@ -3,7 +3,7 @@
 import json
 
 from blip2_jax import cli
-from blip2_jax.runtime import slices
+from blip2_jax.planning import topology
 
 plans = cli.load_module("launch/plans.py")
 
@@ -26,7 +26,7 @@ def test_scaling_shows_all_that_is_sent_and_its_spread():
 
 
 def test_the_table_says_what_fits_how_and_what_is_missing(tmp_path):
-    where = slices.parse("v5e-16")
+    where = topology.parse("v5e-16")
     common = {
         "mesh": {"data": 1, "fsdp": 16, "tensor": 1},
         "remat": {"llm": "full"},

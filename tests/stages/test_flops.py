@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 import tests.tiny as tiny
 from blip2_jax import cli, recipe
-from blip2_jax.runtime import chips
+from blip2_jax.planning import chips
 from blip2_jax.stages.flops import flops_per_sample
 from blip2_jax.weights import published
 

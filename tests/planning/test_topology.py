@@ -2,7 +2,7 @@
 
 import pytest
 
-from blip2_jax.runtime import slices
+from blip2_jax.planning import topology
 
 
 @pytest.mark.parametrize(
@@ -18,20 +18,20 @@ from blip2_jax.runtime import slices
     ],
 )
 def test_names_of_the_cloud(name, chip, shape, count):
-    found = slices.parse(name)
+    found = topology.parse(name)
     assert (found.chip.name, found.shape, found.num_slices) == (chip, shape, count)
 
 
 @pytest.mark.parametrize("name", ["v5e-48", "v7-8", "v5p-3", "h100-8", "v5e-4x4x4", "0xv5e-16", ""])
 def test_an_unknown_slice_lists_those_there_are(name):
     with pytest.raises(ValueError, match=r"v5p-128(.|\n)*v5e-256"):
-        slices.parse(name)
+        topology.parse(name)
 
 
 def test_a_missing_compiler_says_what_to_install(monkeypatch):
     def missing(**_):
         raise RuntimeError("Could not find libtpu.so")
 
-    monkeypatch.setattr(slices.topologies, "get_topology_desc", missing)
-    with pytest.raises(slices.NoCompiler, match=r"Could not find libtpu.*pip install .*\[plan\]"):
-        slices.parse("v5e-4").devices()
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", missing)
+    with pytest.raises(topology.NoCompiler, match=r"Could not find libtpu.*pip install .*\[plan\]"):
+        topology.parse("v5e-4").devices()

@@ -15,7 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4, "c64": 64, "c128": 128}
+from blip2_jax.planning.hlo_text import (
+    ARRAY,
+    Computation,
+    Op,
+    dims_of,
+    find,
+    num_bytes,
+    parse,
+)
 
 
 class Collective(NamedTuple):
@@ -66,10 +74,10 @@ def read(text: str, mesh_shape: Mapping[str, int], num_slices: int = 1) -> Progr
     """
     first, *others = mesh_shape.items()
     mesh_shape = {first[0]: first[1] // num_slices, **dict(others)}
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     starts = _starts(computations)
     started = {channel for channels in starts.values() for channel in channels}
-    found: dict[tuple[str, str, str], Collective] = {}
+    collectives: dict[tuple[str, str, str], Collective] = {}
     flops, open_loops = 0.0, 0
     for run in _walk(computations, entry, 1, entry):
         for op in computations[run.name].values():
@@ -80,18 +88,18 @@ def read(text: str, mesh_shape: Mapping[str, int], num_slices: int = 1) -> Progr
             elif collective := _collective(op, computations[run.name], run, mesh_shape, num_slices):
                 channel = _channel(op)
                 if channel in started and channel not in starts.get(run.name, ()):
-                    continue  # on its way
+                    continue  # a piece of one that was started elsewhere
                 key = (run.inside, collective.kind, channel or op.name)
-                found.setdefault(key, collective)
-    return Program(list(found.values()), flops, open_loops)
+                collectives.setdefault(key, collective)
+    return Program(list(collectives.values()), flops, open_loops)
 
 
-def _channel(op: "_Op") -> str:
-    found = re.search(r"channel_id=(\d+)", op.attributes)
-    return found.group(1) if found else ""
+def _channel(op: Op) -> str:
+    match = re.search(r"channel_id=(\d+)", op.attributes)
+    return match.group(1) if match else ""
 
 
-def _starts(computations: Mapping[str, "_Computation"]) -> dict[str, set[str]]:
+def _starts(computations: Mapping[str, Computation]) -> dict[str, set[str]]:
     """Computations that set an asynchronous collective going -> the channels they use.
 
     On TPUs a collective goes on in pieces, each fused with other work and possibly in another loop,
@@ -102,86 +110,6 @@ def _starts(computations: Mapping[str, "_Computation"]) -> dict[str, set[str]]:
         for name, ops in computations.items()
         if any("AsyncCollectiveStart" in op.attributes for op in ops.values())
     }
-
-
-# ----------------------------------------------------------------------------------- the text
-
-
-@dataclasses.dataclass(frozen=True)
-class _Op:
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    attributes: str
-    argument: str  # what stands between the parentheses: the value of a constant
-    root: bool
-
-    def called(self, key: str) -> str:
-        found = re.search(rf"\b{key}=%([\w.\-]+)", self.attributes)
-        return found.group(1) if found else ""
-
-
-_Computation = dict[str, _Op]
-_HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{\s*$")
-_LINE = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = ")
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
-
-
-def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    """Computations by name, each a dict of its operations by name; and the entry's name."""
-    computations: dict[str, _Computation] = {}
-    entry, current = "", {}
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            current = computations.setdefault(header.group(2), {})
-            if header.group(1):
-                entry = header.group(2)
-        elif start := _LINE.match(line):
-            rest = re.sub(r"/\*.*?\*/", "", line[start.end() :])
-            end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-            shape, rest = rest[:end], rest[end:].lstrip()
-            opcode, _, _ = rest.partition("(")
-            close = _closing(rest, len(opcode))
-            argument = rest[len(opcode) + 1 : close]
-            operands = tuple(re.findall(r"%([\w.\-]+)", argument))
-            name, root = start.group(2), bool(start.group(1))
-            op = _Op(name, shape, opcode, operands, rest[close + 1 :], argument, root)
-            current[name] = op
-    if not entry:
-        raise ValueError("This is not the text of an XLA program: it has no ENTRY computation.")
-    return computations, entry
-
-
-def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
-    depth = 0
-    for place in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
-        if depth == 0:
-            return place
-    raise ValueError(f"A parenthesis does not close: {text[start : start + 80]}")
-
-
-def num_bytes(shape: str) -> float:
-    """Of an array or of a tuple of them, as XLA writes shapes."""
-    total = 0.0
-    for kind, dims in _ARRAY.findall(shape):
-        bits = BITS.get(kind) or int((re.search(r"\d+", kind) or [0])[0])
-        total += bits / 8 * math.prod(_dims(dims))
-    return total
-
-
-def _find(pattern: str | re.Pattern[str], text: str) -> re.Match[str]:
-    """What must be there, as XLA writes programs."""
-    found = re.search(pattern, text)
-    if found is None:
-        raise ValueError(f"XLA writes this program in a way that is not known: {text[:200]}")
-    return found
-
-
-def _dims(text: str) -> list[int]:
-    return [int(n) for n in text.split(",") if n]
 
 
 # ------------------------------------------------------------------------------ what is run
@@ -195,12 +123,12 @@ class _Run(NamedTuple):
     inside: str
     trips: Mapping[str, int | None]
 
-    def open_loop(self, loop: _Op) -> bool:
+    def open_loop(self, loop: Op) -> bool:
         return self.trips[loop.name] is None
 
 
 def _walk(
-    computations: Mapping[str, _Computation], name: str, times: int, inside: str
+    computations: Mapping[str, Computation], name: str, times: int, inside: str
 ) -> Iterator[_Run]:
     """Every computation that runs, as often as it is called; of a condition, all branches."""
     ops = computations[name]
@@ -221,7 +149,7 @@ def _walk(
             yield from _walk(computations, called, times, own if op.opcode == "call" else inside)
 
 
-def _trips(loop: _Op, ops: _Computation, computations: Mapping[str, _Computation]) -> int | None:
+def _trips(loop: Op, ops: Computation, computations: Mapping[str, Computation]) -> int | None:
     """How often a counted loop runs; None where that is decided at run time."""
     condition = computations[loop.called("condition")]
     body = computations[loop.called("body")]
@@ -238,8 +166,8 @@ def _trips(loop: _Op, ops: _Computation, computations: Mapping[str, _Computation
 
     counter = _element(test.operands[0], condition)
     limit = _constant(test.operands[1], condition)
-    if limit is None and (place := _element(test.operands[1], condition)) is not None:
-        limit = initially(place)
+    if limit is None and (index := _element(test.operands[1], condition)) is not None:
+        limit = initially(index)
     if counter is None or limit is None:
         return None
     first = initially(counter)
@@ -253,8 +181,8 @@ def _trips(loop: _Op, ops: _Computation, computations: Mapping[str, _Computation
 
 
 def _unfused(
-    op: _Op, ops: _Computation, computations: Mapping[str, _Computation]
-) -> tuple[_Op, _Computation]:
+    op: Op, ops: Computation, computations: Mapping[str, Computation]
+) -> tuple[Op, Computation]:
     """The root of a fusion in place of the fusion, its parameters being the fusion's operands."""
     if op.opcode != "fusion":
         return op, ops
@@ -268,7 +196,7 @@ def _unfused(
     return root, {**ops, **inner}
 
 
-def _source(name: str, ops: _Computation) -> _Op | None:
+def _source(name: str, ops: Computation) -> Op | None:
     """Through what changes no value."""
     op = ops.get(name)
     while op is not None and op.opcode in ("copy", "bitcast", "convert", "reshape"):
@@ -276,16 +204,16 @@ def _source(name: str, ops: _Computation) -> _Op | None:
     return op
 
 
-def _element(name: str, ops: _Computation) -> int | None:
+def _element(name: str, ops: Computation) -> int | None:
     """The index in the loop's tuple, of what is taken from it."""
     op = _source(name, ops)
     if op is None or op.opcode != "get-tuple-element":
         return None
-    found = re.search(r"index=(\d+)", op.attributes)
-    return int(found.group(1)) if found else None
+    match = re.search(r"index=(\d+)", op.attributes)
+    return int(match.group(1)) if match else None
 
 
-def _constant(name: str, ops: _Computation) -> int | None:
+def _constant(name: str, ops: Computation) -> int | None:
     op = _source(name, ops)
     if op is not None and op.opcode == "constant" and re.fullmatch(r"-?\d+", op.argument):
         return int(op.argument)
@@ -293,7 +221,7 @@ def _constant(name: str, ops: _Computation) -> int | None:
 
 
 def _step(
-    name: str, counter: int, ops: _Computation, computations: Mapping[str, _Computation]
+    name: str, counter: int, ops: Computation, computations: Mapping[str, Computation]
 ) -> int | None:
     """What a turn of the loop adds to its counter."""
     op = _source(name, ops)
@@ -311,14 +239,14 @@ def _step(
 # --------------------------------------------------------------------------- matrix products
 
 
-def _matmul_flops(op: _Op, ops: _Computation) -> float:
+def _matmul_flops(op: Op, ops: Computation) -> float:
     """Two a multiplication. TPU programs write all products as convolutions."""
-    left, right = (_dims(_find(_ARRAY, ops[name].shape)[2]) for name in op.operands[:2])
-    out = _dims(_find(_ARRAY, op.shape)[2])
+    left, right = (dims_of(find(ARRAY, ops[name].shape)[2]) for name in op.operands[:2])
+    out = dims_of(find(ARRAY, op.shape)[2])
     if op.opcode == "dot":
-        found = _find(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
-        return 2.0 * math.prod(out) * math.prod([left[i] for i in _dims(found[1])])
-    labels = _find(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
+        match = find(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
+        return 2.0 * math.prod(out) * math.prod([left[i] for i in dims_of(match[1])])
+    labels = find(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
     of_left, of_right, of_out = labels.groups()
     inputs = right[of_right.index("i")]
     flops = 2.0 * out[of_out.index("b")] * out[of_out.index("f")] * inputs
@@ -334,9 +262,12 @@ def _matmul_flops(op: _Op, ops: _Computation) -> float:
 
 def _window(attributes: str, number: int) -> dict[str, int]:
     """Stride, dilations and low padding of one spatial axis."""
-    window = _find(r"window=\{([^}]*)\}", attributes)
+    window = find(r"window=\{([^}]*)\}", attributes)
     fields = dict(re.findall(r"(\S+?)=(\S+)", window[1]))
-    pick = lambda key, default: fields[key].split("x")[number] if key in fields else default  # noqa: E731
+
+    def pick(key: str, default: str) -> str:
+        return fields[key].split("x")[number] if key in fields else default
+
     return {
         "stride": int(pick("stride", "1")),
         "low": int(pick("pad", "0_0").split("_")[0]),
@@ -350,9 +281,9 @@ def _taps(size: int, kernel: int, out: int, window: Mapping[str, int]) -> int:
 
     A batched product is written as a convolution in which each output meets exactly one.
     """
-    place = np.arange(out)[:, None] * window["stride"] - window["low"]
-    place = place + np.arange(kernel)[None, :] * window["rhs"]
-    inside = (place >= 0) & (place <= (size - 1) * window["lhs"]) & (place % window["lhs"] == 0)
+    index = np.arange(out)[:, None] * window["stride"] - window["low"]
+    index = index + np.arange(kernel)[None, :] * window["rhs"]
+    inside = (index >= 0) & (index <= (size - 1) * window["lhs"]) & (index % window["lhs"] == 0)
     return int(inside.sum())
 
 
@@ -365,7 +296,7 @@ KINDS = (
 
 
 def _collective(
-    op: _Op, ops: _Computation, run: _Run, mesh_shape: Mapping[str, int], num_slices: int
+    op: Op, ops: Computation, run: _Run, mesh_shape: Mapping[str, int], num_slices: int
 ) -> Collective | None:
     kind = op.opcode.removesuffix("-start")
     axes: tuple[str, ...]
@@ -377,14 +308,14 @@ def _collective(
         sizes = sizes[:1]  # the other operand is a token
     elif kind in KINDS:
         members, size = _groups(op.attributes, math.prod(mesh_shape.values()))
-        places = np.unravel_index(members, tuple(mesh_shape.values()))
+        coordinates = np.unravel_index(members, tuple(mesh_shape.values()))
         axes = tuple(
-            name for name, at in zip(mesh_shape, places, strict=True) if len(np.unique(at)) > 1
+            name for name, at in zip(mesh_shape, coordinates, strict=True) if len(np.unique(at)) > 1
         )
     else:
         return None
     if size == 1:
-        return None  # nobody to talk to
+        return None  # a group of one device sends nothing
     # Gradients are summed and split in one: XLA for TPU writes it as a fusion of an all-reduce.
     if kind == "all-reduce" and "all-reduce-scatter" in run.name:
         kind = "reduce-scatter"
@@ -413,17 +344,17 @@ def _groups(attributes: str, devices: int) -> tuple[list[int], int]:
         moving = [(int(a), int(b)) for a, b in re.findall(r"(\d+),(\d+)", pairs.group(1)) if a != b]
         if not moving:
             return [], 1
-        return list(moving[0]), len({place for pair in moving for place in pair})
+        return list(moving[0]), len({device for pair in moving for device in pair})
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        members = _dims(listed.group(1))
+        members = dims_of(listed.group(1))
         return members, len(members)
     if iota := re.search(
         r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
     ):
         shape, of, order = iota.groups()
-        ids = np.arange(devices).reshape(_dims(of))
-        ids = ids.transpose(_dims(order)) if order else ids
-        members = ids.reshape(_dims(shape))[0].tolist()
+        ids = np.arange(devices).reshape(dims_of(of))
+        ids = ids.transpose(dims_of(order)) if order else ids
+        members = ids.reshape(dims_of(shape))[0].tolist()
         return members, len(members)
     if named := re.search(r"replica_groups=mesh\[(.*?)\](.*?)\{([^}]*)\}", attributes):
         return _named_group(named[1], named[2], named[3], devices)
@@ -438,20 +369,20 @@ def _named_group(axes: str, order: str, over: str, devices: int) -> tuple[list[i
     ids = np.arange(devices)
     if given := re.search(r"device_ids=\(?\[([\d,]+)\](?:<=\[([\d,]+)\])?T?\(?([\d,]+)?", order):
         shape, of, transposed = given.groups()
-        ids = ids.reshape(_dims(of or shape))
-        ids = ids.transpose(_dims(transposed)) if transposed else ids
+        ids = ids.reshape(dims_of(of or shape))
+        ids = ids.transpose(dims_of(transposed)) if transposed else ids
     ids = ids.reshape(tuple(sizes.values()))
     wanted = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", over)
     # A part 'b':(pre)size of an axis: its index is pre * size * rest, of which the middle moves.
     picks = [np.array([0])] * len(sizes)
     for name, before, size in wanted:
-        place = list(sizes).index(name)
+        axis = list(sizes).index(name)
         if size:
             rest = sizes[name] // (int(before) * int(size))
             extra = np.arange(int(size)) * rest
-            picks[place] = np.unique(np.add.outer(picks[place], extra))
+            picks[axis] = np.unique(np.add.outer(picks[axis], extra))
         else:
-            picks[place] = np.arange(sizes[name])
+            picks[axis] = np.arange(sizes[name])
     members = ids[np.ix_(*picks)].ravel().tolist()
     return members, len(members)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blip2_jax.runtime import hlo
+from blip2_jax.planning import hlo
 from blip2_jax.runtime import mesh as meshes
 
 LAYERS, ROWS, WIDTH = 5, 16, 32

@@ -17,7 +17,7 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from blip2_jax.runtime.chips import CHIPS, Chip
+from blip2_jax.planning.chips import CHIPS, Chip
 
 Shapes = dict[int, tuple[int, ...]]  # by the number of chips
 
