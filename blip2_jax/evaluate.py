@@ -49,7 +49,7 @@ from blip2_jax.evals.metrics import vqa
 from blip2_jax.evals.tasks.task import Lines, Metrics, Rows, Task
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.models.blip2 import Blip2Config
-from blip2_jax.report import write_report
+from blip2_jax.reporting.run_page import write_report
 from blip2_jax.runtime import distributed, run_dir
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.distributed import Host

@@ -42,8 +42,9 @@ from typing import Any
 import numpy as np
 
 from blip2_jax import cli
-from blip2_jax.data import card, datasets, files, shards, sources, tars, transforms
+from blip2_jax.data import datasets, files, shards, sources, tars, transforms
 from blip2_jax.data.faults import RecordError, Skipped
+from blip2_jax.reporting import dataset_card
 from blip2_jax.runtime.outputs import Own, replacing_folder
 
 DONE = "done.json"
@@ -270,7 +271,10 @@ def _finish(plan: shards.Plan, splits: dict[str, Any], summary: dict[str, Any]) 
     splits = {**splits, plan.split: summary}
     lengths = {name: (of["lengths"], of["totals"]["bytes"]) for name, of in splits.items()}
     shards.write_metadata(plan, "Image-text pairs, prepared by blip2_jax.", lengths)
-    texts = (card.card(plan.name, splits), card.page(plan.name, splits))
+    texts = (
+        dataset_card.markdown_card(plan.name, splits),
+        dataset_card.histogram_page(plan.name, splits),
+    )
     for name, text in zip(PAGES, texts, strict=True):
         if files.is_local(plan.out):
             with Own(Path(plan.out), "blip2 prepare").replacing(name) as draft:

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2_jax import cli
-from blip2_jax.report import write_sweep_report
+from blip2_jax.reporting.sweep_page import write_sweep_report
 from blip2_jax.runtime import atomic, compare, jobs, run_dir, values
 from blip2_jax.runtime.distributed import PREEMPTED
 from blip2_jax.runtime.metrics import METRICS_FILE, read_jsonl

@@ -24,7 +24,7 @@ ALLOWED = {
     "cli": {"runtime"},
     "recipe": {"stages", "weights", "models", "data", "runtime"},
     "pretrained": {"recipe", "cli", "stages", "inference", "weights", "models", "data", "runtime"},
-    "report": {"runtime"},
+    "reporting": {"runtime"},
 }
 
 

@@ -1,10 +1,9 @@
 """A prepared data set's card (README.md) and its page of histograms and pictures (report.html)."""
 
 import base64
-from importlib import resources
 from typing import Any
 
-import jinja2
+from blip2_jax.reporting import page
 
 SHOWN = 24  # pictures
 
@@ -17,7 +16,7 @@ def _amount(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def card(name: str, splits: dict[str, dict[str, Any]]) -> str:
+def markdown_card(name: str, splits: dict[str, dict[str, Any]]) -> str:
     """The card, in Markdown.
 
     Args:
@@ -29,7 +28,7 @@ def card(name: str, splits: dict[str, dict[str, Any]]) -> str:
     lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for split, summary in splits.items():
         totals = summary["totals"]
-        left_out = sum(found["count"] for found in summary["skipped"].values())
+        left_out = sum(entry["count"] for entry in summary["skipped"].values())
         lines.append(
             f"| {split} | {totals['records']:,} | {totals['captions']:,} | "
             f"{totals['questions']:,} | {_amount(totals['bytes'])} | {len(summary['lengths'])} | "
@@ -38,13 +37,13 @@ def card(name: str, splits: dict[str, dict[str, Any]]) -> str:
     for split, summary in splits.items():
         lines += ["", f"## {split}", ""]
         lines += [f"- {key}: `{value}`" for key, value in summary["settings"].items() if value]
-        words = summary["totals"]["words"] / max(1, summary["totals"]["captions"])
-        lines.append(f"- words of a caption, on average: {words:.1f}")
+        mean_words = summary["totals"]["words"] / max(1, summary["totals"]["captions"])
+        lines.append(f"- words of a caption, on average: {mean_words:.1f}")
         if summary["skipped"]:
             lines += ["", "| left out because | records | for example |", "| --- | ---: | --- |"]
-            for reason, found in summary["skipped"].items():
-                places = "<br>".join(f"`{place}`" for place in found["examples"][:3] if place)
-                lines.append(f"| {reason} | {found['count']:,} | {places} |")
+            for reason, entry in summary["skipped"].items():
+                places = "<br>".join(f"`{place}`" for place in entry["examples"][:3] if place)
+                lines.append(f"| {reason} | {entry['count']:,} | {places} |")
     lines += ["", "## Reading it", "", "```python", "import tensorflow_datasets as tfds", ""]
     lines += [
         'builder = tfds.builder_from_directory("THIS_FOLDER")',
@@ -59,7 +58,7 @@ def card(name: str, splits: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def page(name: str, splits: dict[str, dict[str, Any]]) -> str:
+def histogram_page(name: str, splits: dict[str, dict[str, Any]]) -> str:
     """The page: HTML that needs nothing beside it."""
     shown = []
     for split, summary in splits.items():
@@ -86,8 +85,7 @@ def page(name: str, splits: dict[str, dict[str, Any]]) -> str:
                 "settings": {k: v for k, v in summary["settings"].items() if v},
             }
         )
-    text = (resources.files("blip2_jax.data") / "card.html.j2").read_text()
-    return jinja2.Template(text, autoescape=True).render(name=name, splits=shown)
+    return page.fill("dataset.html.j2", name=name, splits=shown)
 
 
 def _chart(title: str, counts: dict[str, int]) -> dict[str, Any]:

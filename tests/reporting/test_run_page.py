@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip2_jax import report
+from blip2_jax.reporting import charts, pictures, run_page, scores
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -46,7 +46,7 @@ class Page(HTMLParser):
 
 def write(tmp_path, **parts):
     empty = dict(metrics={}, curves={}, examples=[], attention=[], timings={}, versions={})
-    path = report.write_report(
+    path = run_page.write_report(
         tmp_path / "new" / "report.html", **({"title": "Run", "config": ""} | empty | parts)
     )
     return path.read_text(encoding="utf-8")
@@ -176,9 +176,9 @@ def test_all_text_is_escaped(tmp_path):
 
 
 def test_baselines_are_found_by_name_and_retrieval_has_its_chance():
-    rows = report.score_rows(full_parts()["metrics"])
-    scores = {"vqa/accuracy", "vqa/count", "caption/cider", "retrieval/text_to_image_r5"}
-    assert set(rows) == scores
+    rows = scores.score_rows(full_parts()["metrics"])
+    names = {"vqa/accuracy", "vqa/count", "caption/cider", "retrieval/text_to_image_r5"}
+    assert set(rows) == names
     assert rows["vqa/accuracy"]["against"] == "no image" and rows["vqa/accuracy"]["better"]
     assert rows["vqa/count"]["baseline"] is None
     assert rows["caption/cider"]["gain"] == "\N{MINUS SIGN}0.78"
@@ -198,18 +198,18 @@ def test_chance_with_several_texts_per_image_is_that_of_drawing():
     rng = np.random.default_rng(0)
     owners = np.repeat(np.arange(20), 5)
     drawn = np.mean([0 in rng.permutation(owners)[:5] for _ in range(4000)])
-    shown = float(report.score_rows(metrics)["r/image_to_text_r5"]["baseline"].rstrip("%")) / 100
+    shown = float(scores.score_rows(metrics)["r/image_to_text_r5"]["baseline"].rstrip("%")) / 100
     assert shown == pytest.approx(drawn, abs=0.02)
 
 
 def test_overlay_glows_where_attention_is_high():
     attention = np.zeros((4, 4))
     attention[1, 2] = 5.0
-    shown = report.overlay(np.full((64, 96, 3), 100, np.uint8), attention).sum(axis=2)
+    shown = pictures.overlay(np.full((64, 96, 3), 100, np.uint8), attention).sum(axis=2)
     assert shown.shape == (192, 288)
     row, column = np.unravel_index(shown.argmax(), shown.shape)
     assert 48 <= row < 96 and 144 <= column < 216
-    even = report.overlay(np.full((64, 64, 3), 100, np.uint8), np.ones((4, 4)))
+    even = pictures.overlay(np.full((64, 64, 3), 100, np.uint8), np.ones((4, 4)))
     assert np.ptp(even) == 0
 
 
@@ -241,10 +241,10 @@ def test_no_curve_is_drawn_twice_and_held_out_ones_are_dashed():
     one[-1] |= {"eval/loss": 1.0, "eval/lm/loss": 1.0}
     many = [{"step": s, "loss": 3.0 / s, "itc/loss": 1.0 / s, "itm/loss": 2.0 / s} for s in (1, 2)]
     many += [{"step": s, "eval/loss": 4.0 / s, "eval/itc/loss": 2.0 / s} for s in (1, 2)]
-    (_, first), (_, second) = report._draw_curves({"stage2": one, "stage1": many})
+    (_, first), (_, second) = charts.draw_curves({"stage2": one, "stage1": many})
     assert legend(first) == ["loss"] and legend(second) == ["total", "itc", "itm"]
     assert second.count("stroke-dasharray") == 2
-    for color in report._CURVE_COLORS[:2]:  # a line, its place in the legend, and the dashed one
+    for color in charts._CURVE_COLORS[:2]:  # a line, its place in the legend, and the dashed one
         assert second.count(f"stroke: {color}") == 3
 
 
