@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from blip2_jax.models.language import LanguageModel, Memory
+from blip2_jax.models.kv_cache import KVCache
+from blip2_jax.models.language import LanguageModel
 
 NEVER = -1e9  # a score that loses to every real one, and still adds and divides
 UNWRITTEN = 1.0  # in place of a log-probability, which cannot be above 0
@@ -158,8 +159,8 @@ class State(NamedTuple):
     Attributes:
       step: int32[], tokens chosen so far.
       new: int32[B, W], the last ones chosen, which the language model has not read yet.
-      memory: the language model's.
-      lineage: bool[B, W, T * W], which slots of the memory each branch is made of.
+      cache: the language model's.
+      lineage: bool[B, W, T * W], which slots of the cache each branch is made of.
       said: bool[B, W, V], tokens that the repetition penalty bears on; V = 0 without one.
       prefix_ids, prefix_mask: int32[B, P], what repeated n-grams may begin in; P = 0 without.
       tokens: int32[B, W, T], the branches, padded.
@@ -176,7 +177,7 @@ class State(NamedTuple):
 
     step: jax.Array
     new: jax.Array
-    memory: Memory
+    cache: KVCache
     lineage: jax.Array
     said: jax.Array
     prefix_ids: jax.Array
@@ -251,7 +252,7 @@ def begin(
 ) -> State:
     """Reads the prompts, and chooses the first tokens."""
     batch, width, length = len(prompt.mask), how.branches, how.max_new_tokens
-    scores, memory = llm.start(prompt.embeds, prompt.mask, length * width)
+    scores, cache = llm.prefill(prompt.embeds, prompt.mask, length * width)
     vocabulary = scores.shape[-1]
     seen = prompt.said_mask * how.penalties_include_prompt
     said = jnp.zeros((batch, width, 0), bool)
@@ -270,7 +271,7 @@ def begin(
     state = State(
         step=jnp.int32(0),
         new=tokens[..., 0],
-        memory=memory,
+        cache=cache,
         lineage=jnp.zeros((batch, width, length * width), bool),
         said=said,
         prefix_ids=prompt.said_ids[:, prefix],
@@ -301,10 +302,10 @@ def advance(
 ) -> State:
     """Lets the language model read the last tokens, and chooses the next."""
     width, step = state.new.shape[1], state.step - 1
-    scores, memory = llm.extend(state.new, state.memory, state.lineage, step)
+    scores, cache = llm.decode_step(state.new, state.cache, state.lineage, step)
     slot = jnp.arange(state.lineage.shape[-1]) - step * width
     lineage = state.lineage | (slot == jnp.arange(width)[:, None])
-    state = state._replace(memory=memory, lineage=lineage)
+    state = state._replace(cache=cache, lineage=lineage)
     return _choose(scores, state, how, eos_ids, pad_id, key)
 
 

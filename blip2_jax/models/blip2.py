@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from blip2_jax.models import qformer, vit
+from blip2_jax.models.attention import KeysValues
 from blip2_jax.models.language import LanguageModel
-from blip2_jax.models.layers import KeysValues, Linear, layer_norm, linear, normal
+from blip2_jax.models.layers import Linear, layer_norm, linear, normal
 from blip2_jax.models.llama import Llama, LlamaConfig
 from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.qformer import (
@@ -122,7 +123,7 @@ class Blip2Base(nnx.Module):
         return hidden[:, :num_queries]
 
     def attention_maps(self, images: jax.Array) -> jax.Array:
-        """Where each query looks, in the last layer that looks, averaged over heads.
+        """Each query's attention to the image, in the last cross-attention, averaged over heads.
 
         Args:
           images: uint8[B, H, W, 3].
@@ -169,7 +170,7 @@ class Blip2Stage1(Blip2Base):
     def generate_logits(
         self, past: KeysValues, ids: jax.Array, mask: jax.Array, key: jax.Array | None = None
     ) -> jax.Array:
-        """ITG: text continues what the queries left in `past`; float32[B, T, V]."""
+        """ITG: text continues the queries' keys and values, `past`; float32[B, T, V]."""
         num_queries = self.config.qformer.num_query_tokens
         hidden, _ = self.qformer(
             text_ids=ids, mask=multimodal_causal_mask(mask, num_queries), past=past, key=key
@@ -195,7 +196,7 @@ class Blip2Stage2(Blip2Base):
         text: tuple[jax.Array, jax.Array] | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """The image, as the LLM reads it.
+        """The image, as the LLM reads it: soft prompts.
 
         Args:
           images: uint8[B, H, W, 3].
@@ -230,7 +231,7 @@ class Blip2Stage2(Blip2Base):
         *,
         prefix: tuple[jax.Array, jax.Array] | None = None,
     ) -> jax.Array:
-        """Scores of the text that follows a visual prompt.
+        """Logits of the text that follows a visual prompt.
 
         Args:
           prompt: float[B, Q, D_llm].
@@ -240,7 +241,7 @@ class Blip2Stage2(Blip2Base):
             prefix: its encoder reads it after the visual prompt).
 
         Returns:
-          float32[B, T, V]: position t holds the scores of token t, given the prompt and the
+          float32[B, T, V]: position t holds the logits of token t, given the prompt and the
           tokens before it.
         """
         prompt_mask = jnp.ones(prompt.shape[:2], mask.dtype)

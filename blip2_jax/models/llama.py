@@ -1,7 +1,7 @@
 """The Llama family (Touvron et al. 2023): Vicuna for InstructBLIP, and today's open LLMs.
 
 Pre-norm transformer with RMSNorm, rotary positions, grouped-query attention and a gated SiLU
-feed-forward. Offers what `opt.OPT` does, so everything above it takes either.
+feed-forward.
 """
 
 import dataclasses
@@ -14,18 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from blip2_jax.models.language import DecoderOnly, Memory, segments
+from blip2_jax.models.attention import Attention, KeysValues, MaskedKV
+from blip2_jax.models.kv_cache import KVCache, cached_keys_values
+from blip2_jax.models.language import DecoderOnly
 from blip2_jax.models.layers import (
-    Attention,
     Embed,
     GatedMLP,
-    KeysValues,
-    Segment,
     Stack,
     linear,
     normal,
     rms_norm,
-    vocabulary_scores,
+    vocabulary_logits,
 )
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -90,7 +89,7 @@ class LlamaConfig:
 
     @property
     def max_length(self) -> int | None:
-        """The longest row that can be read, in tokens; None: any."""
+        """The longest sequence that can be read, in tokens; None: any."""
         return self.max_position_embeddings if self.rope.kind in ("dynamic", "longrope") else None
 
 
@@ -128,7 +127,7 @@ def frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 def rotate(
     x: jax.Array, positions: jax.Array, rates: np.ndarray, magnitude: float = 1.0
 ) -> jax.Array:
-    """Turns each pair of channels (i, i + K / 2) by position times rate.
+    """Rotates each pair of channels (i, i + K / 2) by position times rate.
 
     Args:
       x: float[B, H, T, K], queries or keys.
@@ -139,12 +138,12 @@ def rotate(
     angles = positions[:, None, :, None].astype(jnp.float32) * rates
     cos, sin = magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 class LlamaBlock(nnx.Module):
-    """Self-attention and a gated feed-forward, each after its RMSNorm, each added to the stream."""
+    """Self-attention and a gated feed-forward, each after its RMSNorm, with residuals."""
 
     def __init__(self, config: LlamaConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         width, eps = config.hidden_size, config.rms_norm_eps
@@ -166,15 +165,15 @@ class LlamaBlock(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        turn: Callable[[jax.Array], jax.Array],
+        rotary: Callable[[jax.Array], jax.Array],
         mask: jax.Array,
-        past: Sequence[Segment],
+        past: Sequence[MaskedKV],
     ) -> tuple[jax.Array, KeysValues]:
-        """The new stream, and this block's keys (turned by position) and values of x."""
+        """The new residual stream, and this block's keys (rotated by position) and values."""
         h = self.input_norm(x)
         k, v = self.self_attn.keys_values(h)
-        keys_values = (turn(k), v)
-        queries = turn(self.self_attn.queries(h))
+        keys_values = (rotary(k), v)
+        queries = rotary(self.self_attn.queries(h))
         x = x + self.self_attn(h, keys_values, queries=queries, mask=mask, past=past)
         return x + self.mlp(self.post_attention_norm(x)), keys_values
 
@@ -209,7 +208,7 @@ class Llama(DecoderOnly):
         return self.embed_tokens(ids)
 
     def empty_cache(self, batch: int, slots: int, dtype: Any) -> Any:
-        """Room for keys and values of `slots` tokens a row, by layer."""
+        """See `DecoderOnly.empty_cache`."""
         c = self.config
         return self.layers.empty_cache((batch, c.num_kv_heads, slots, c.head_dim), dtype)
 
@@ -218,10 +217,10 @@ class Llama(DecoderOnly):
         embeds: jax.Array,
         positions: jax.Array,
         mask: jax.Array,
-        memory: Memory | None = None,
-        seen: jax.Array | None = None,
+        cache: KVCache | None = None,
+        ancestor_mask: jax.Array | None = None,
         *,
-        keep: bool = False,
+        return_kv: bool = False,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """See `DecoderOnly.run`. There is no dropout: `key` is taken for the interface's sake."""
@@ -229,22 +228,24 @@ class Llama(DecoderOnly):
         rates = frequencies(self.config.rope, self.config.head_dim)
         positions = jnp.maximum(positions, 0)
 
-        def turn(x: jax.Array) -> jax.Array:
+        def rotary(x: jax.Array) -> jax.Array:
             return rotate(x, positions, rates, self.config.rope.magnitude)
 
         def step(block: LlamaBlock, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            x, keys_values = block(x, turn, mask, segments(layer[0], memory, seen))
-            return x, keys_values if keep else None
+            x, keys_values = block(
+                x, rotary, mask, cached_keys_values(layer[0], cache, ancestor_mask)
+            )
+            return x, keys_values if return_kv else None
 
-        past = None if memory is None else self.layers.together(memory.prompt, memory.written)
+        past = None if cache is None else self.layers.zip_layers(cache.prompt, cache.generated)
         x, keys_values = self.layers(step, embeds, past)
         return self.norm(x), keys_values
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Next-token scores: float[B, T, D] -> float32[B, T, V]."""
+        """Next-token logits: float[B, T, D] -> float32[B, T, V]."""
         table = (
             self.embed_tokens.embedding[...].T
             if self.config.tied_head
             else self.lm_head.kernel[...]
         )
-        return vocabulary_scores(hidden, table)
+        return vocabulary_logits(hidden, table)

@@ -12,24 +12,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from blip2_jax.models.language import DecoderOnly, Memory, segments
+from blip2_jax.models.attention import Attention, KeysValues, MaskedKV
+from blip2_jax.models.kv_cache import KVCache, cached_keys_values
+from blip2_jax.models.language import DecoderOnly
 from blip2_jax.models.layers import (
     MLP,
-    Attention,
     Embed,
-    KeysValues,
-    Segment,
     Stack,
     dropout,
     layer_norm,
     linear,
     normal,
     split_key,
-    vocabulary_scores,
+    vocabulary_logits,
 )
 
 LAYER_NORM_EPS = 1e-5  # torch's default; OPT's config has no key for it
-POSITION_OFFSET = 2  # the first two rows of the position table are unused (fairseq's heritage)
+POSITION_OFFSET = 2  # the first two rows of the position table are unused, as in fairseq
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +59,20 @@ class OPTConfig:
 
     @property
     def max_length(self) -> int:
-        """The longest row that can be read, in tokens."""
+        """The longest sequence that can be read, in tokens."""
         return self.max_position_embeddings
 
 
+def _norm(width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return layer_norm(width, eps=LAYER_NORM_EPS, dtype=dtype, rngs=rngs)
+
+
 class OPTBlock(nnx.Module):
-    """Self-attention and a feed-forward, each after its LayerNorm, each added to the stream."""
+    """Self-attention and a feed-forward, each after its LayerNorm, with residuals."""
 
     def __init__(self, config: OPTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         width = config.hidden_size
-        norm = lambda: layer_norm(width, eps=LAYER_NORM_EPS, dtype=dtype, rngs=rngs)  # noqa: E731
-        self.self_attn_layer_norm = norm()
+        self.self_attn_layer_norm = _norm(width, dtype, rngs)
         self.self_attn = Attention(
             width,
             config.num_heads,
@@ -78,7 +80,7 @@ class OPTBlock(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.final_layer_norm = norm()
+        self.final_layer_norm = _norm(width, dtype, rngs)
         self.mlp = MLP(
             width,
             config.ffn_dim,
@@ -90,9 +92,9 @@ class OPTBlock(nnx.Module):
         self.dropout = config.dropout
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array, past: Sequence[Segment], key: jax.Array | None
+        self, x: jax.Array, mask: jax.Array, past: Sequence[MaskedKV], key: jax.Array | None
     ) -> tuple[jax.Array, KeysValues]:
-        """The new stream, and this block's keys and values of x."""
+        """The new residual stream, and this block's keys and values of x."""
         k1, k2 = split_key(key, 2)
         h = self.self_attn_layer_norm(x)
         keys_values = self.self_attn.keys_values(h)
@@ -122,9 +124,11 @@ class OPT(DecoderOnly):
 
     def __init__(self, config: OPTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config = config
-        embed = lambda rows, init: Embed(  # noqa: E731
-            rows, config.hidden_size, embedding_init=init, dtype=dtype, rngs=rngs
-        )
+
+        def embed(rows: int, init: Callable[..., jax.Array]) -> Embed:
+            width = config.hidden_size
+            return Embed(rows, width, embedding_init=init, dtype=dtype, rngs=rngs)
+
         self.embed_tokens = embed(config.vocab_size, normal(0.02))
         self.embed_positions = embed(
             config.max_position_embeddings + POSITION_OFFSET,
@@ -137,9 +141,7 @@ class OPT(DecoderOnly):
             scan=config.scan,
             rngs=rngs,
         )
-        self.final_layer_norm = layer_norm(
-            config.hidden_size, eps=LAYER_NORM_EPS, dtype=dtype, rngs=rngs
-        )
+        self.final_layer_norm = _norm(config.hidden_size, dtype, rngs)
         if not config.tied_head:
             self.lm_head = linear(
                 config.hidden_size, config.vocab_size, bias=False, dtype=dtype, rngs=rngs
@@ -150,7 +152,7 @@ class OPT(DecoderOnly):
         return self.embed_tokens(ids)
 
     def empty_cache(self, batch: int, slots: int, dtype: Any) -> Any:
-        """Room for keys and values of `slots` tokens a row, by layer."""
+        """See `DecoderOnly.empty_cache`."""
         c = self.config
         shape = (batch, c.num_heads, slots, c.hidden_size // c.num_heads)
         return self.layers.empty_cache(shape, dtype)
@@ -160,32 +162,32 @@ class OPT(DecoderOnly):
         embeds: jax.Array,
         positions: jax.Array,
         mask: jax.Array,
-        memory: Memory | None = None,
-        seen: jax.Array | None = None,
+        cache: KVCache | None = None,
+        ancestor_mask: jax.Array | None = None,
         *,
-        keep: bool = False,
+        return_kv: bool = False,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """See `DecoderOnly.run`."""
 
         def step(block: OPTBlock, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             past, key = layer
-            x, keys_values = block(x, mask, segments(past, memory, seen), key)
-            return x, keys_values if keep else None
+            x, keys_values = block(x, mask, cached_keys_values(past, cache, ancestor_mask), key)
+            return x, keys_values if return_kv else None
 
-        past = None if memory is None else self.layers.together(memory.prompt, memory.written)
+        past = None if cache is None else self.layers.zip_layers(cache.prompt, cache.generated)
         x = embeds + self.embed_positions(positions + POSITION_OFFSET)
         x, keys_values = self.layers(step, x, past, key=key)
         return self.final_layer_norm(x), keys_values
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Next-token scores: float[B, T, D] -> float32[B, T, V]."""
+        """Next-token logits: float[B, T, D] -> float32[B, T, V]."""
         table = (
             self.embed_tokens.embedding[...].T
             if self.config.tied_head
             else self.lm_head.kernel[...]
         )
-        return vocabulary_scores(hidden, table)
+        return vocabulary_logits(hidden, table)
 
 
 class OPTAlone(nnx.Module):

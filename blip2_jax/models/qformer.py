@@ -1,8 +1,8 @@
-"""The Querying Transformer (paper, section 3.1): a BERT whose learned queries look at an image.
+"""The Querying Transformer (paper, section 3.1): a BERT whose learned queries read an image.
 
 Queries and text share self-attention; every `cross_attention_frequency`-th layer lets the queries
 (never the text) attend to the image; queries and text have feed-forwards of their own. One module
-serves all objectives; what sees what is decided by which inputs are given, and by the mask:
+serves all objectives; which inputs are given and the mask decide what attends to what:
 
     uni-modal (ITC)          bi-directional (ITM)       multi-modal causal (ITG)
            q q t t                  q q t t                    q q t t
@@ -12,7 +12,7 @@ serves all objectives; what sees what is decided by which inputs are given, and 
         t  . . x x               t  x x x x                 t  x x x x
 
 Uni-modal is two calls, one with queries and one with text. Multi-modal causal is a call with text
-alone on top of the keys and values that the queries left behind: since queries never see text
+alone on top of the keys and values of the queries' own pass: since queries never see text
 there, it computes the same as a call with both.
 """
 
@@ -24,20 +24,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from blip2_jax.models import layers
+from blip2_jax.models.attention import Attention, KeysValues, causal_mask
 from blip2_jax.models.layers import (
     ACTIVATIONS,
     MLP,
-    Attention,
     Embed,
-    KeysValues,
     Stack,
-    causal_mask,
     dropout,
     layer_norm,
     linear,
     normal,
     split_key,
-    vocabulary_scores,
+    vocabulary_logits,
 )
 
 AXES = (
@@ -174,36 +172,38 @@ class QFormerGroup(nnx.Module):
 
         Returns:
           The new x; the self-attention keys and values, two of float[f, B, H, Q + T, K]; and
-          where the queries look in the image, float32[B, H, Q, N], or None unless `maps`.
+          cross-attention of the queries to the image, float32[B, H, Q, N], or None unless `maps`.
         """
-        looks = None
+        attention_map = None
         keys = split_key(key, 4 * self.frequency)
         graph, params = nnx.split(self.layers)
-        written = []
+        keys_values = []
         for i in range(self.frequency):
             k_self, k_cross, k_query, k_text = keys[4 * i : 4 * i + 4]
             layer = nnx.merge(graph, jax.tree.map(lambda p: p[i], params))  # noqa: B023
-            own = layer.attention.attention.keys_values(x)
-            written.append(own)
+            layer_kv = layer.attention.attention.keys_values(x)
+            keys_values.append(layer_kv)
             if past is not None:
-                own = jax.tree.map(
-                    lambda p, o: jnp.concatenate([p[i], o], axis=-2),  # noqa: B023
+                layer_kv = jax.tree.map(
+                    lambda p, new: jnp.concatenate([p[i], new], axis=-2),  # noqa: B023
                     past,
-                    own,
+                    layer_kv,
                 )
-            x = layer.attention(x, own, mask=mask, key=k_self)
+            x = layer.attention(x, layer_kv, mask=mask, key=k_self)
             parts = []
             if num_queries:
                 queries = x[:, :num_queries]
                 if i == 0 and image_kv is not None:
                     if maps:
-                        looks = self.crossattention.attention.probabilities(queries, image_kv[0])
+                        attention_map = self.crossattention.attention.probabilities(
+                            queries, image_kv[0]
+                        )
                     queries = self.crossattention(queries, image_kv, key=k_cross)
                 parts.append(layer.mlp_query(queries, k_query))
             if x.shape[1] > num_queries:
                 parts.append(layer.mlp_text(x[:, num_queries:], k_text))
             x = jnp.concatenate(parts, axis=1)
-        return x, (jax.tree.map(lambda *kv: jnp.stack(kv), *written), looks)
+        return x, (jax.tree.map(lambda *kv: jnp.stack(kv), *keys_values), attention_map)
 
 
 class QFormer(nnx.Module):
@@ -222,11 +222,10 @@ class QFormer(nnx.Module):
         self.config, self.text = config, text
         if text:
             init = normal(config.initializer_range)
-            embed = lambda rows: Embed(  # noqa: E731
-                rows, config.hidden_size, embedding_init=init, dtype=dtype, rngs=rngs
+            width, rows = config.hidden_size, (config.vocab_size, config.max_position_embeddings)
+            self.word_embeddings, self.position_embeddings = (
+                Embed(n, width, embedding_init=init, dtype=dtype, rngs=rngs) for n in rows
             )
-            self.word_embeddings = embed(config.vocab_size)
-            self.position_embeddings = embed(config.max_position_embeddings)
         self.norm = _norm(config, dtype, rngs)
         self.groups = Stack(
             lambda r: QFormerGroup(config, text, dtype=dtype, rngs=r),
@@ -273,7 +272,7 @@ class QFormer(nnx.Module):
         return x, keys_values
 
     def attention_maps(self, queries: jax.Array, image_kv: KeysValues) -> jax.Array:
-        """Where the queries look in the image: float32[groups, B, H, Q, N], rows sum to 1."""
+        """Cross-attention of the queries: float32[groups, B, H, Q, N], each row sums to 1."""
         _, (_, maps) = self._run(queries, None, image_kv, None, None, None, maps=True)
         return maps
 
@@ -288,7 +287,7 @@ class QFormer(nnx.Module):
         *,
         maps: bool = False,
     ) -> tuple[jax.Array, tuple[KeysValues, jax.Array]]:
-        """One pass: hidden states, keys and values, and where the queries look (with `maps`)."""
+        """One pass: hidden states, keys and values, and attention maps (with `maps`)."""
         k_embed, k_layers = split_key(key, 2)
         parts = [] if queries is None else [queries]
         if text_ids is not None:
@@ -317,7 +316,7 @@ class LMHead(nnx.Module):
     def __call__(self, hidden: jax.Array, word_embeddings: Embed) -> jax.Array:
         """float[B, T, D] -> float32[B, T, V]."""
         x = self.norm(ACTIVATIONS["gelu"](self.dense(hidden)))
-        logits = vocabulary_scores(x, word_embeddings.embedding[...].T)
+        logits = vocabulary_logits(x, word_embeddings.embedding[...].T)
         return logits + self.bias[...].astype(jnp.float32)
 
 

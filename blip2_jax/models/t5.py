@@ -16,22 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from blip2_jax.models.language import Memory, own_only
+from blip2_jax.models.attention import Attention, KeysValues, MaskedKV, causal_mask
+from blip2_jax.models.kv_cache import KVCache, new_token_mask, update_cache
 from blip2_jax.models.layers import (
-    Attention,
     Embed,
     GatedMLP,
-    KeysValues,
-    Segment,
     Stack,
-    causal_mask,
     dropout,
     linear,
     normal,
     rms_norm,
     split_key,
-    vocabulary_scores,
-    write,
+    vocabulary_logits,
 )
 
 
@@ -42,7 +38,7 @@ class T5Config:
     is_encoder_decoder: ClassVar[bool] = True
     end_of_text: ClassVar[str] = ""  # ends in its own end token
     bos_token_id: ClassVar[None] = None
-    max_length: ClassVar[None] = None  # relative positions have no end
+    max_length: ClassVar[None] = None  # relative positions are unbounded
 
     vocab_size: int = 32128
     hidden_size: int = 2048
@@ -93,17 +89,22 @@ class T5Block(nnx.Module):
 
     def __init__(self, config: T5Config, decoder: bool, *, dtype: Any = None, rngs: nnx.Rngs):
         width = config.hidden_size
-        norm = lambda: rms_norm(width, eps=config.rms_norm_eps, dtype=dtype, rngs=rngs)  # noqa: E731
-        attention = lambda: Attention(  # noqa: E731
-            width,
-            config.num_heads,
-            head_dim=config.head_dim,
-            bias="",
-            scale=1.0,
-            dropout_rate=config.dropout,
-            dtype=dtype,
-            rngs=rngs,
-        )
+
+        def norm() -> nnx.RMSNorm:
+            return rms_norm(width, eps=config.rms_norm_eps, dtype=dtype, rngs=rngs)
+
+        def attention() -> Attention:
+            return Attention(
+                width,
+                config.num_heads,
+                head_dim=config.head_dim,
+                bias="",
+                scale=1.0,
+                dropout_rate=config.dropout,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
         self.self_attn_norm, self.self_attn = norm(), attention()
         if decoder:
             self.cross_attn_norm, self.cross_attn = norm(), attention()
@@ -123,10 +124,10 @@ class T5Block(nnx.Module):
         x: jax.Array,
         mask: jax.Array,
         bias: jax.Array,
-        past: Sequence[Segment],
+        past: Sequence[MaskedKV],
         key: jax.Array | None,
     ) -> tuple[jax.Array, KeysValues]:
-        """Self-attention on the stream; returns it, and this block's keys and values of x."""
+        """Self-attention; returns the residual stream, and this block's keys and values of x."""
         k1, k2 = split_key(key, 2)
         h = self.self_attn_norm(x)
         keys_values = self.self_attn.keys_values(h)
@@ -142,7 +143,7 @@ class T5Block(nnx.Module):
         return x + dropout(out, self.dropout, k2)
 
     def feed_forward(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """The feed-forward after its norm, added to the stream: float[B, T, D] -> the same."""
+        """The feed-forward after its norm, with a residual: float[B, T, D] -> float[B, T, D]."""
         k1, k2 = split_key(key, 2)
         return x + dropout(self.mlp(self.mlp_norm(x), k1), self.dropout, k2)
 
@@ -153,17 +154,22 @@ class T5(nnx.Module):
     def __init__(self, config: T5Config, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config = config
         width = config.hidden_size
-        embed = lambda rows, d: Embed(  # noqa: E731
-            rows, d, embedding_init=normal(0.02), dtype=dtype, rngs=rngs
-        )
-        norm = lambda: rms_norm(width, eps=config.rms_norm_eps, dtype=dtype, rngs=rngs)  # noqa: E731
-        stack = lambda depth, decoder: Stack(  # noqa: E731
-            lambda r: T5Block(config, decoder, dtype=dtype, rngs=r),
-            depth,
-            remat=config.remat,
-            scan=config.scan,
-            rngs=rngs,
-        )
+
+        def embed(rows: int, d: int) -> Embed:
+            return Embed(rows, d, embedding_init=normal(0.02), dtype=dtype, rngs=rngs)
+
+        def norm() -> nnx.RMSNorm:
+            return rms_norm(width, eps=config.rms_norm_eps, dtype=dtype, rngs=rngs)
+
+        def stack(depth: int, decoder: bool) -> Stack[T5Block]:
+            return Stack(
+                lambda r: T5Block(config, decoder, dtype=dtype, rngs=r),
+                depth,
+                remat=config.remat,
+                scan=config.scan,
+                rngs=rngs,
+            )
+
         self.embed_tokens = embed(config.vocab_size, width)
         self.encoder_relative_bias = embed(config.relative_buckets, config.num_heads)
         self.encoder, self.encoder_norm = stack(config.num_layers, False), norm()
@@ -195,11 +201,11 @@ class T5(nnx.Module):
         k_embed, k_layers, k_out = split_key(key, 3)
         length = embeds.shape[1]
         bias = self._bias(self.encoder_relative_bias, length, length, both_ways=True)[None]
-        seen = (mask > 0)[:, None, None]
+        key_mask = (mask > 0)[:, None, None]
 
         def step(block: T5Block, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             k1, k2 = split_key(layer[1], 2)
-            x, _ = block.attend_self(x, seen, bias, (), k1)
+            x, _ = block.attend_self(x, key_mask, bias, (), k1)
             return block.feed_forward(x, k2), None
 
         x = dropout(embeds, self.config.dropout, k_embed)
@@ -218,9 +224,9 @@ class T5(nnx.Module):
         encoder_kv: Any,
         encoder_mask: jax.Array,
         *,
-        written: Any = None,
-        past: tuple[jax.Array, jax.Array] | None = None,
-        keep: bool = False,
+        cached: Any = None,
+        cached_mask_and_bias: tuple[jax.Array, jax.Array] | None = None,
+        return_kv: bool = False,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Runs the decoder.
@@ -229,28 +235,27 @@ class T5(nnx.Module):
           ids: int32[B, T], target tokens, shifted right by the caller.
           mask, bias: broadcastable to [B, H, T, T]: who sees whom among these, and how far off.
           encoder_kv, encoder_mask: see `encoder_keys_values`; int32[B, S_encoder].
-          written: keys and values of what was written before, by layer, or None.
-          past: mask and bias of those, broadcastable to [B, H, T, S].
-          keep: whether to return keys and values.
+          cached: keys and values of the tokens before these, by layer, or None.
+          cached_mask_and_bias: of those, broadcastable to [B, H, T, S].
+          return_kv: whether to return keys and values.
           key: randomness for dropout, or None.
 
         Returns:
-          float[B, T, D] after the final norm; and keys and values by layer (None unless `keep`).
+          float[B, T, D] after the final norm; and keys and values by layer, or None.
         """
         k_embed, k_layers, k_out = split_key(key, 3)
-        encoder_seen = (encoder_mask > 0)[:, None, None]
+        encoder_key_mask = (encoder_mask > 0)[:, None, None]
 
         def step(block: T5Block, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            (encoder_kv, *written), layer_key = layer
+            (encoder_kv, *cached), layer_key = layer
             k1, k2, k3 = split_key(layer_key, 3)
-            segments = [Segment(k, v, *(past or (None, None))) for k, v in written]
-            x, keys_values = block.attend_self(x, mask, bias, segments, k1)
-            x = block.attend_encoder(x, encoder_kv, encoder_seen, k2)
-            return block.feed_forward(x, k3), keys_values if keep else None
+            past = [MaskedKV(k, v, *(cached_mask_and_bias or (None, None))) for k, v in cached]
+            x, keys_values = block.attend_self(x, mask, bias, past, k1)
+            x = block.attend_encoder(x, encoder_kv, encoder_key_mask, k2)
+            return block.feed_forward(x, k3), keys_values if return_kv else None
 
         x = dropout(self.embed(ids), self.config.dropout, k_embed)
-        earlier = [] if written is None else [written]
-        layers = self.decoder.together(encoder_kv, *earlier)
+        layers = self.decoder.zip_layers(encoder_kv, *([] if cached is None else [cached]))
         x, keys_values = self.decoder(step, x, layers, key=k_layers)
         return dropout(self.decoder_norm(x), self.config.dropout, k_out), keys_values
 
@@ -280,45 +285,45 @@ class T5(nnx.Module):
         )
         return self.logits(hidden)
 
-    def start(self, prompt: jax.Array, mask: jax.Array, slots: int) -> tuple[jax.Array, Memory]:
-        """See `LanguageModel.start`. The start token's keys and values stand before the slots."""
+    def prefill(self, prompt: jax.Array, mask: jax.Array, slots: int) -> tuple[jax.Array, KVCache]:
+        """See `LanguageModel.prefill`. The start token's keys and values stand before the slots."""
         encoder_kv = self.encoder_keys_values(self.encode(prompt, mask))
         ids = jnp.full((len(prompt), 1), self.config.decoder_start_id, jnp.int32)
-        near = self._bias(self.decoder_relative_bias, 1, 1, both_ways=False)
-        hidden, new = self.decode(ids, own_only(1), near, encoder_kv, mask, keep=True)
+        bias = self._bias(self.decoder_relative_bias, 1, 1, both_ways=False)
+        hidden, new = self.decode(ids, new_token_mask(1), bias, encoder_kv, mask, return_kv=True)
         shape = (len(prompt), self.config.num_heads, 1 + slots, self.config.head_dim)
-        written = write(self.decoder.empty_cache(shape, hidden.dtype), new, 0)
-        return self.logits(hidden)[:, 0], Memory(encoder_kv, mask > 0, written)
+        generated = update_cache(self.decoder.empty_cache(shape, hidden.dtype), new, 0)
+        return self.logits(hidden)[:, 0], KVCache(encoder_kv, mask > 0, generated)
 
-    def extend(
-        self, ids: jax.Array, memory: Memory, seen: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, Memory]:
-        """See `LanguageModel.extend`."""
-        width, slots = ids.shape[1], seen.shape[-1]
+    def decode_step(
+        self, ids: jax.Array, cache: KVCache, ancestor_mask: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """See `LanguageModel.decode_step`."""
+        width, slots = ids.shape[1], ancestor_mask.shape[-1]
         steps = slots // width
-        # How far back each slot is: the start token first, then W slots a step.
+        # The step that each slot belongs to: the start token's first, then W slots a step.
         slot_step = np.concatenate([[-1], np.repeat(np.arange(steps), width)])
-        back = self._bias(self.decoder_relative_bias, steps + 1, steps + 1, both_ways=False)
-        by_distance = back[:, -1, ::-1]  # float32[H, steps + 1]
+        bias = self._bias(self.decoder_relative_bias, steps + 1, steps + 1, both_ways=False)
+        by_distance = bias[:, -1, ::-1]  # float32[H, steps + 1]
         bias = by_distance[:, jnp.clip(step - slot_step, 0, steps)][None, :, None]
-        seen = jnp.pad(seen, ((0, 0), (0, 0), (1, 0)), constant_values=True)[:, None]
+        mask = jnp.pad(ancestor_mask, ((0, 0), (0, 0), (1, 0)), constant_values=True)[:, None]
         hidden, new = self.decode(
             ids,
-            own_only(width),
+            new_token_mask(width),
             by_distance[None, :, :1, None],
-            memory.prompt,
-            memory.prompt_mask,
-            written=memory.written,
-            past=(seen, bias),
-            keep=True,
+            cache.prompt,
+            cache.prompt_mask,
+            cached=cache.generated,
+            cached_mask_and_bias=(mask, bias),
+            return_kv=True,
         )
-        written = write(memory.written, new, 1 + step * width)
-        return self.logits(hidden), memory._replace(written=written)
+        generated = update_cache(cache.generated, new, 1 + step * width)
+        return self.logits(hidden), cache._replace(generated=generated)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Next-token scores: float[B, T, D] -> float32[B, T, V]."""
+        """Next-token logits: float[B, T, D] -> float32[B, T, V]."""
         c = self.config
         table = self.embed_tokens.embedding[...].T if c.tied_head else self.lm_head.kernel[...]
         if c.scale_logits:
             hidden = hidden * c.hidden_size**-0.5
-        return vocabulary_scores(hidden, table)
+        return vocabulary_logits(hidden, table)

@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 
 from blip2_jax.models import layers
-from blip2_jax.models.layers import MLP, Attention, Stack, layer_norm, linear, normal, split_key
+from blip2_jax.models.attention import Attention
+from blip2_jax.models.layers import MLP, Stack, layer_norm, linear, normal, split_key
 
 # Mean and standard deviation of RGB in 0..1: CLIP's, used by BLIP-2 with both encoders.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -75,11 +76,14 @@ def normalize_images(
 
 
 class ViTBlock(nnx.Module):
-    """Self-attention and a feed-forward, each after its LayerNorm, each added to the stream."""
+    """Self-attention and a feed-forward, each after its LayerNorm, with residuals."""
 
     def __init__(self, config: ViTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         width = config.hidden_size
-        norm = lambda: layer_norm(width, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)  # noqa: E731
+
+        def norm() -> nnx.LayerNorm:
+            return layer_norm(width, eps=config.layer_norm_eps, dtype=dtype, rngs=rngs)
+
         self.norm1 = norm()
         self.attn = Attention(
             width, config.num_heads, bias=config.attention_bias, dtype=dtype, rngs=rngs

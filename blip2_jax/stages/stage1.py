@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from blip2_jax.models.attention import KeysValues
 from blip2_jax.models.blip2 import Blip2Config, Blip2Stage1
-from blip2_jax.models.layers import KeysValues, split_key
+from blip2_jax.models.layers import split_key
 from blip2_jax.runtime import exchange
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.stages import flops, losses

@@ -11,7 +11,7 @@ import transformers
 from flax import nnx
 
 import tests.weights.models as published
-from blip2_jax.models import layers, opt, qformer, t5
+from blip2_jax.models import attention, layers, opt, qformer, t5
 from blip2_jax.models.qformer import QFormer, QFormerConfig
 from blip2_jax.weights import configs
 
@@ -28,7 +28,7 @@ def ours(monkeypatch):
             seen.append(x.shape)
         return x
 
-    for module in (layers, opt, qformer, t5):
+    for module in (attention, layers, opt, qformer, t5):
         monkeypatch.setattr(module, "dropout", dropout)
     return seen
 

@@ -22,7 +22,10 @@ def load(kind, theirs, folder, **sizes):
     """Our model with transformers' weights, by way of a folder; `sizes` are changed."""
     theirs.save_pretrained(folder)
     sizes = huggingface.llm_config(str(folder), **sizes)
-    make = lambda: kind(sizes, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
+
+    def make():
+        return kind(sizes, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
     abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make)))
     params = huggingface.load(str(folder), sizes, abstract)
     return nnx.merge(nnx.graphdef(nnx.eval_shape(make)), params)
@@ -98,7 +101,7 @@ def test_t5_logits_equal_transformers(activation, tied, tmp_path):
     ids, mask = rng.integers(3, 61, (2, 150)), np.ones((2, 150), int)
     mask[1, 100:] = 0
     targets = rng.integers(3, 61, (2, 140))
-    # Position t of `score` holds the scores of token t, given those before it.
+    # Position t of `score` holds the logits of token t, given those before it.
     following = jnp.asarray(np.concatenate([targets[:, 1:], targets[:, :1]], axis=1))
     ones = jnp.ones(targets.shape, jnp.int32)
     targets[:, 0] = ours.config.decoder_start_id
@@ -112,7 +115,7 @@ def test_t5_logits_equal_transformers(activation, tied, tmp_path):
     np.testing.assert_allclose(got, want, atol=1e-4 * max(1.0, np.abs(want).max()))
 
 
-WRITERS = {
+CONFIGS = {
     "opt": OPTConfig(40, 24, 3, 3, 32, 40),
     "llama": LlamaConfig(40, 32, 3, 4, 2, 8, 48),
     "t5": T5Config(40, 24, 2, 3, 4, 6, 32),
@@ -120,21 +123,24 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "listed"])
-@pytest.mark.parametrize("family", WRITERS)
-def test_two_branches_written_token_by_token_equal_each_text_scored_whole(family, scan):
-    """The cache, the positions, and that no branch sees the other; for prompts of any length."""
-    config = WRITERS[family]
-    make = lambda c: LLMS[type(c)](c, rngs=nnx.Rngs(0))  # noqa: E731
+@pytest.mark.parametrize("family", CONFIGS)
+def test_two_sequences_decoded_token_by_token_equal_each_scored_whole(family, scan):
+    """The cache, the positions, and that no sequence sees the other; for prompts of any length."""
+    config = CONFIGS[family]
+
+    def make(c):
+        return LLMS[type(c)](c, rngs=nnx.Rngs(0))
+
     whole = make(config)
     shaken = jax.tree.map(
         lambda x: x + 0.2 * np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32),
         nnx.to_pure_dict(nnx.state(whole)),
     )
     nnx.update(whole, shaken)
-    writer = whole
+    decoder = whole
     if not scan:
         graph = nnx.graphdef(make(dataclasses.replace(config, scan=False)))
-        writer = nnx.merge(graph, unstack(jax.tree.map(jnp.copy, shaken)))
+        decoder = nnx.merge(graph, unstack(jax.tree.map(jnp.copy, shaken)))
     rng = np.random.default_rng(0)
     mask = np.array([[1] * 6, [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
     mask = mask[:, ::-1] if family == "t5" else mask
@@ -144,14 +150,14 @@ def test_two_branches_written_token_by_token_equal_each_text_scored_whole(family
         np.asarray(whole.score(prompt, jnp.asarray(mask), texts[:, b], np.ones((3, 7), int)))
         for b in range(2)
     ]
-    scores, memory = writer.start(prompt, jnp.asarray(mask), 14)
-    seen = np.zeros((3, 2, 14), bool)
+    logits, cache = decoder.prefill(prompt, jnp.asarray(mask), 14)
+    ancestors = np.zeros((3, 2, 14), bool)
     for step in range(7):
-        for branch in range(2):
-            got = scores if step == 0 else scores[:, branch]
-            np.testing.assert_allclose(got, want[branch][:, step], atol=2e-5)
-        scores, memory = writer.extend(texts[:, :, step], memory, jnp.asarray(seen), step)
-        seen[:, [0, 1], [2 * step, 2 * step + 1]] = True
+        for sequence in range(2):
+            got = logits if step == 0 else logits[:, sequence]
+            np.testing.assert_allclose(got, want[sequence][:, step], atol=2e-5)
+        logits, cache = decoder.decode_step(texts[:, :, step], cache, jnp.asarray(ancestors), step)
+        ancestors[:, [0, 1], [2 * step, 2 * step + 1]] = True
 
 
 def test_other_families_are_named(tmp_path):

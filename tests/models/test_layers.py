@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from blip2_jax.models import layers
+from blip2_jax.models import attention, layers
 
 
 def test_dropout_keeps_the_mean():
@@ -28,7 +28,7 @@ def test_attention_in_bfloat16_has_float32_scores(kv_heads):
         for heads, length in ((4, 5), (kv_heads, 9), (kv_heads, 9))
     )
     mask = jnp.arange(9) < jnp.array([9, 6])[:, None, None, None]
-    out = layers.attend(q, k, v, mask=mask, scale=4.0)
+    out = attention.dot_product_attention(q, k, v, mask=mask, scale=4.0)
     wide = (np.asarray(x, np.float64) for x in (q, k, v))
     q, k, v = (np.repeat(x, 4 // x.shape[1], axis=1) for x in wide)
     scores = np.where(mask, 4.0 * np.einsum("bhtk,bhsk->bhts", q, k), -np.inf)
