@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from blip2_jax import stages
 from blip2_jax.data import language, tokenizers
 from blip2_jax.data.examples import is_instruction, llm_lengths, llm_tokenizer
-from blip2_jax.models import blip2, lora, opt, t5, vit
+from blip2_jax.models import blip2, lora, opt, vit
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.runtime import dtypes, optim
 from blip2_jax.runtime import mesh as meshes
@@ -110,8 +110,8 @@ class Recipe:
             if config.stage.name == "stage1" or sizes.qformer_reads_prompt:
                 arrays |= words(data.text_length, "text_ids", "text_mask")
             if config.stage.name == "stage2":
-                two = isinstance(sizes.llm, t5.T5Config)
-                read, learned = llm_lengths(config, encoder_decoder=two)
+                both = sizes.llm.is_encoder_decoder
+                read, learned = llm_lengths(config, encoder_decoder=both)
                 arrays |= words(read, "llm_ids", "llm_mask") | words(learned, "llm_labels")
         place = meshes.batch_sharding(self.mesh)
         return {

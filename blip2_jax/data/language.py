@@ -11,10 +11,18 @@ IMAGE_TOKEN = "<image>"  # of transformers' processors: stands for the queries, 
 
 
 class LanguageConfig(Protocol):
-    """The part of `models.opt.OPTConfig` and its siblings that texts need."""
+    """The traits of a language model that texts depend on, as `models.opt.OPTConfig` has them."""
 
-    is_encoder_decoder: ClassVar[bool]  # whether an encoder reads the prompt, as T5's does
+    padding_side: ClassVar[str]  # of prompts: "left" where they are continued at their right end
     end_of_text: ClassVar[str]  # ends a text where `eos_token_ids` is empty (OPT: a newline)
+
+    @property
+    def family(self) -> str:
+        """One of "opt", "llama" and "t5"."""
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether an encoder reads the prompt, as T5's does."""
 
     @property
     def vocab_size(self) -> int:
@@ -156,8 +164,3 @@ def pad_id(tokenizer: Any, llm: LanguageConfig | None = None) -> int:
     if llm is None or said is None or said >= llm.vocab_size:
         said = tokenizer.pad_token_id
     return 0 if said is None else int(said)
-
-
-def padding_side(llm: LanguageConfig) -> str:
-    """On which side prompts are padded: a decoder-only model writes on at their right end."""
-    return "right" if llm.is_encoder_decoder else "left"

@@ -26,8 +26,6 @@ from blip2_jax.inference.decode import Decoding, Prompt
 from blip2_jax.inference.defaults import DEFAULTS, Task
 from blip2_jax.models.blip2 import Blip2Config, Blip2Stage1, Blip2Stage2, LLMConfig, make_model
 from blip2_jax.models.layers import unstack
-from blip2_jax.models.opt import OPTConfig
-from blip2_jax.models.t5 import T5Config
 from blip2_jax.runtime import dtypes
 from blip2_jax.runtime.mesh import batch_sharding, replicated
 from blip2_jax.runtime.values import did_you_mean
@@ -449,9 +447,8 @@ class Blip2:
     def family(self) -> str:
         """Row of `defaults.DEFAULTS`."""
         if self.config.qformer_reads_prompt:
-            return "instruct-t5" if isinstance(self.config.llm, T5Config) else "instruct"
-        names = {OPTConfig: "opt", T5Config: "t5"}
-        return names.get(type(self.config.llm), "llama")
+            return "instruct-t5" if self._language.is_encoder_decoder else "instruct"
+        return self._language.family
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -564,7 +561,6 @@ class Blip2:
         """Reader of rows of a generation: row numbers, prompts, what is seen."""
         tokenizer = self.llm_tokenizer
         llm = self._language
-        side = language.padding_side(llm)
         rows = prompting.tokenize(tokenizer, prompts, _check_truncate(truncate), llm=llm)
         queries = self.config.qformer.num_query_tokens
         room = llm.max_length
@@ -582,7 +578,9 @@ class Blip2:
 
         def read(start: int, stop: int) -> list[Any]:
             length = _power_of_two(max(map(len, rows[start:stop])), SHORTEST)
-            ids, mask = tokenizers.pad_rows(tokenizer, rows[start:stop], length, side=side, llm=llm)
+            ids, mask = tokenizers.pad_rows(
+                tokenizer, rows[start:stop], length, side=llm.padding_side, llm=llm
+            )
             arrays = [np.arange(start, stop, dtype=np.int32), ids, mask]
             return arrays if seen is None else [*arrays, seen(start, stop)]
 
@@ -993,7 +991,7 @@ def _loglikelihood(
     """Sum over the labels' tokens of their log-probability, float32[B]; arrays as in training."""
     learned = labels >= 0
     targets = jnp.where(learned, labels, 0)
-    if isinstance(model.config.llm, T5Config):
+    if model.language_config.is_encoder_decoder:
         real = learned.astype(mask.dtype)
         logits = model.language_logits(visual, targets, real, prefix=(ids, mask))
     else:

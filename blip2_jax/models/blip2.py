@@ -185,6 +185,7 @@ class Blip2Stage2(Blip2Base):
         if config.llm is None:
             raise ValueError("A stage-2 model has a language model; Blip2Config.llm is None.")
         super().__init__(config, dtype=dtype, rngs=rngs)
+        self.language_config = config.llm
         self.language_projection = _head(
             config.qformer.hidden_size, config.llm.hidden_size, dtype, rngs
         )

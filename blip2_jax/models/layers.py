@@ -300,8 +300,8 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
     for name, part in params.items():
         if name == "blocks":
             leaves, structure = jax.tree.flatten(part)
-            by_layer = zip(*map(_split, leaves), strict=True)
-            out[name] = dict(enumerate(map(structure.unflatten, by_layer)))
+            layers = zip(*map(_split, leaves), strict=True)
+            out[name] = {i: jax.tree.unflatten(structure, x) for i, x in enumerate(layers)}
         else:
             out[name] = unstack(part) if isinstance(part, dict) else part
     return out

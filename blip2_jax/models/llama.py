@@ -7,7 +7,7 @@ feed-forward.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,9 @@ class RopeConfig:
 class LlamaConfig:
     """Sizes of a Llama; the defaults are those of 7B and of Vicuna-7B."""
 
-    is_encoder_decoder: ClassVar[bool] = False
+    family: ClassVar[Literal["llama"]] = "llama"  # traits: see `data.language.LanguageConfig`
+    is_encoder_decoder: ClassVar[Literal[False]] = False
+    padding_side: ClassVar[str] = "left"
     end_of_text: ClassVar[str] = ""  # ends in its own end token
 
     vocab_size: int = 32000

@@ -6,7 +6,7 @@ counted over the attention mask, so padding on either side changes nothing.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,9 @@ POSITION_OFFSET = 2  # the first two rows of the position table are unused, as i
 class OPTConfig:
     """Sizes of an OPT; the defaults are OPT-2.7B's."""
 
-    is_encoder_decoder: ClassVar[bool] = False
+    family: ClassVar[Literal["opt"]] = "opt"  # traits: see `data.language.LanguageConfig`
+    is_encoder_decoder: ClassVar[Literal[False]] = False
+    padding_side: ClassVar[str] = "left"
     end_of_text: ClassVar[str] = "\n"  # of BLIP-2's texts (LAVIS `blip2_opt.py`), not its own </s>
 
     vocab_size: int = 50272

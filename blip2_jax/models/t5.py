@@ -9,7 +9,7 @@ overrides it and the published checkpoints' configs say so.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,9 @@ from blip2_jax.models.layers import (
 class T5Config:
     """Sizes of a T5 v1.1; the defaults are FlanT5-XL's, as BLIP-2 uses it."""
 
-    is_encoder_decoder: ClassVar[bool] = True
+    family: ClassVar[Literal["t5"]] = "t5"  # traits: see `data.language.LanguageConfig`
+    is_encoder_decoder: ClassVar[Literal[True]] = True
+    padding_side: ClassVar[str] = "right"
     end_of_text: ClassVar[str] = ""  # ends in its own end token
     bos_token_id: ClassVar[None] = None
     max_length: ClassVar[None] = None  # relative positions are unbounded

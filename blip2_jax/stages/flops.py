@@ -118,7 +118,7 @@ def qformer(c: QFormerConfig, queries: int, text: int, image_tokens: int, past: 
 def decoder(c: OPTConfig | LlamaConfig, tokens: int, scored: int) -> Work:
     """A decoder-only LLM on a row of tokens, of which so many are scored."""
     width = c.hidden_size
-    if isinstance(c, LlamaConfig):
+    if c.family == "llama":
         heads, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         feed_forward = linear(3 * tokens, width, c.mlp_dim)  # gate, up and down
     else:

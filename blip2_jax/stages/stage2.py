@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from blip2_jax.data.examples import llm_lengths
 from blip2_jax.models import lora
 from blip2_jax.models.blip2 import Blip2Config, Blip2Stage2
-from blip2_jax.models.t5 import T5Config
 from blip2_jax.stages import flops, losses
 from blip2_jax.stages.step import WEIGHT, Batch, Metrics, Params, Spec
 
@@ -56,7 +55,7 @@ def loss_fn(
     prompt = model.visual_prompt(batch["image"], text, key=k_queries)
     learned = batch["llm_labels"] >= 0
     targets = jnp.where(learned, batch["llm_labels"], 0)
-    if isinstance(model.config.llm, T5Config):
+    if model.language_config.is_encoder_decoder:
         real = learned.astype(mask.dtype)
         logits = model.language_logits(prompt, targets, real, k_llm, prefix=(ids, mask))
     else:
@@ -78,13 +77,13 @@ def flops_per_sample(config: ConfigDict, sizes: Blip2Config) -> dict[str, flops.
     if sizes.llm is None:
         raise ValueError("A stage-2 model has a language model; Blip2Config.llm is None.")
     c, trained = sizes.qformer, config.trainable
-    read, learned = llm_lengths(config, encoder_decoder=isinstance(sizes.llm, T5Config))
+    read, learned = llm_lengths(config, encoder_decoder=sizes.llm.is_encoder_decoder)
     queries = c.num_query_tokens
     text = config.data.text_length if sizes.qformer_reads_prompt else 0
     qformer = flops.qformer(c, queries, text, sizes.vit.num_tokens)
     qformer += flops.image_keys_values(c, sizes.vit)
     projection = flops.linear(queries, c.hidden_size, sizes.llm.hidden_size)
-    if isinstance(sizes.llm, T5Config):
+    if sizes.llm.is_encoder_decoder:
         llm = flops.encoder_decoder(sizes.llm, queries + read, learned)
     else:
         llm = flops.decoder(sizes.llm, queries + read, learned)

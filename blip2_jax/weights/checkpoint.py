@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from blip2_jax.models.blip2 import LLMS, Blip2Config, make_model
-from blip2_jax.models.llama import LlamaConfig, RopeConfig
+from blip2_jax.models.llama import RopeConfig
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.models.vit import ViTConfig
 from blip2_jax.runtime.checkpoint import (
@@ -225,7 +225,7 @@ def _open_lavis(source: str, vit: str, llm: str) -> Checkpoint:
         table, held = huggingface.tower(llm, config.llm)
         parts.append((table.inside("llm/"), held))
     companions = huggingface.find(llm) if llm else None
-    special = lavis.LLAMA_TOKENS if isinstance(config.llm, LlamaConfig) else {}
+    special = lavis.LLAMA_TOKENS if config.llm is not None and config.llm.family == "llama" else {}
     return Checkpoint(source, config, tuple(parts), companions, special)
 
 

@@ -18,9 +18,6 @@ from safetensors.numpy import save_file
 
 from blip2_jax.data import language, tokenizers
 from blip2_jax.models.blip2 import Blip2Config, LLMConfig
-from blip2_jax.models.llama import LlamaConfig
-from blip2_jax.models.opt import OPTConfig
-from blip2_jax.models.t5 import T5Config
 from blip2_jax.models.vit import ViTConfig
 from blip2_jax.weights import configs, files, images, published, tables, transfer
 from blip2_jax.weights.files import Tensors, WeightsError
@@ -103,9 +100,9 @@ def llm_config(source: str, **overrides: Any) -> LLMConfig:
         sizes = _with_ends(source, configs.parse_text(config, source))
     else:
         sizes = _with_ends(source, configs.parse(config, configs.LLMS, source))
-        if isinstance(sizes, OPTConfig):
+        if sizes.family == "opt":
             sizes = dataclasses.replace(sizes, eos_token_ids=())
-        if isinstance(sizes, T5Config) and sizes.activation == "gelu_new":
+        if sizes.family == "t5" and sizes.activation == "gelu_new":
             sizes = dataclasses.replace(sizes, activation="gelu")
     names = {field.name for field in dataclasses.fields(sizes)}
     return dataclasses.replace(sizes, **{k: v for k, v in overrides.items() if k in names})
@@ -119,7 +116,7 @@ def _with_ends(source: str, sizes: LLMConfig) -> LLMConfig:
     document = _read_json(path)
     if document.get("eos_token_id") is None:
         return sizes
-    said = configs.Fields(document, configs.FAMILIES[type(sizes)], str(path))
+    said = configs.Fields(document, sizes.family, str(path))
     return dataclasses.replace(sizes, eos_token_ids=said.tokens("eos_token_id"))
 
 
@@ -137,9 +134,9 @@ def vit_config(source: str, **overrides: Any) -> ViTConfig:
 
 def llm_table(sizes: LLMConfig) -> Table:
     """The name table of a language model with these sizes."""
-    if isinstance(sizes, OPTConfig):
+    if sizes.family == "opt":
         return tables.opt(sizes.tied_head, sizes.bias)
-    if isinstance(sizes, LlamaConfig):
+    if sizes.family == "llama":
         return tables.llama(sizes.tied_head)
     return tables.t5(sizes.tied_head)
 
@@ -308,8 +305,8 @@ def _image_token_index(config: Blip2Config, companions: Path | None, tokenizer: 
         if known is not None:
             return known
     # It is a row of the embeddings that is never read.
-    published = {"OPTConfig": 50265, "T5Config": 32100, "LlamaConfig": 32001}
-    return min(published[type(config.llm).__name__], config.llm.vocab_size - 1)
+    published = {"opt": 50265, "t5": 32100, "llama": 32001}
+    return min(published[config.llm.family], config.llm.vocab_size - 1)
 
 
 def _write_processor(draft: Path, config: Blip2Config, tokenizer: Any) -> None:

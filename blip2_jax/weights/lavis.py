@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2_jax.models.blip2 import Blip2Config, LLMConfig
-from blip2_jax.models.llama import LlamaConfig
-from blip2_jax.models.opt import OPTConfig
 from blip2_jax.models.qformer import QFormerConfig
-from blip2_jax.models.t5 import T5Config
 from blip2_jax.models.vit import ViTConfig
 from blip2_jax.runtime import atomic
 from blip2_jax.weights import configs, files, tables, transfer
@@ -247,5 +244,5 @@ def save(
 
 def head_name(config: Blip2Config) -> str:
     """What LAVIS calls the projection into this model's LLM; "" without one."""
-    names = {OPTConfig: "opt", T5Config: "t5", LlamaConfig: "llm"}
-    return names[type(config.llm)] if config.llm else ""
+    names = {"opt": "opt", "t5": "t5", "llama": "llm"}
+    return names[config.llm.family] if config.llm else ""

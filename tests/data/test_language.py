@@ -76,8 +76,6 @@ def test_padding_is_the_configs_and_inside_the_embeddings(opt):
     assert language.pad_id(opt, OPTConfig(pad_token_id=None)) == opt.pad_token_id
     assert language.pad_id(opt, LlamaConfig(pad_token_id=32000)) == opt.pad_token_id  # no such row
     assert language.pad_id(words(), LlamaConfig()) == 0
-    assert language.padding_side(OPTConfig()) == "left"
-    assert language.padding_side(T5Config()) == "right"
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(opt):
@@ -97,4 +95,7 @@ def test_configs_of_the_families_have_what_texts_need():
         for name in ("vocab_size", "bos_token_id", "eos_token_ids", "pad_token_id", "end_of_text"):
             assert hasattr(llm, name)
         assert dataclasses.replace(llm, eos_token_ids=(5,)).eos_token_ids == (5,)
-    assert [llm.is_encoder_decoder for llm in (OPTConfig, LlamaConfig, T5Config)] == [0, 0, 1]
+    kinds = (OPTConfig, LlamaConfig, T5Config)
+    assert [llm.family for llm in kinds] == ["opt", "llama", "t5"]
+    assert [llm.is_encoder_decoder for llm in kinds] == [False, False, True]
+    assert [llm.padding_side for llm in kinds] == ["left", "left", "right"]

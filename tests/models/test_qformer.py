@@ -52,7 +52,10 @@ def test_generation_from_the_cache_equals_one_pass_under_the_whole_mask(setup):
 def test_generation_cannot_see_the_future(setup):
     qformer, queries, image, ids, mask = setup
     _, past = qformer(queries, image_kv=qformer.image_keys_values(image))
-    run = lambda ids: qformer(text_ids=ids, mask=multimodal_causal_mask(mask, 5), past=past)[0]  # noqa: E731
+
+    def run(ids):
+        return qformer(text_ids=ids, mask=multimodal_causal_mask(mask, 5), past=past)[0]
+
     before, after = run(ids), run(ids.at[0, 3].set((ids[0, 3] + 1) % 49))
     np.testing.assert_array_equal(before[0, :3], after[0, :3])
     assert np.abs(before[0, 3:] - after[0, 3:]).min(axis=-1).max() > 0

@@ -10,11 +10,10 @@ from blip2_jax.weights.configs.blip2 import (
     write_blip2,
 )
 from blip2_jax.weights.configs.fields import Fields, parse
-from blip2_jax.weights.configs.towers import FAMILIES, LLMS, VITS, write
+from blip2_jax.weights.configs.towers import LLMS, VITS, write
 from blip2_jax.weights.configs.vit import is_clip
 
 __all__ = [
-    "FAMILIES",
     "GENERATION",
     "INSTRUCT",
     "LLMS",

@@ -16,7 +16,6 @@ VITS = {
     "blip_2_vision_model": vit.read_eva,
     "instructblip_vision_model": vit.read_eva,
 }
-FAMILIES: dict[type, str] = {OPTConfig: "opt", LlamaConfig: "llama", T5Config: "t5"}
 WRITERS: dict[type, Callable[[Any], dict[str, Any]]] = {
     OPTConfig: opt.write,
     LlamaConfig: llama.write,
