@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from blip2_jax import cli
 from blip2_jax.data import examples, sources, tokenizers
-from blip2_jax.evaluate import DuringTraining
+from blip2_jax.evals.training import TrainingEvaluator
 from blip2_jax.runtime import compare, run_dir
 
 STARTS = ("checkpoint", "bert")  # keys of config.init
@@ -23,7 +23,7 @@ def contents(
     fingerprints: Mapping[str, str],
     source: Any,
     eval_source: Any = None,
-    scores: DuringTraining | None = None,
+    evals: TrainingEvaluator | None = None,
 ) -> dict[str, Any]:
     """Digests of all that a run reads.
 
@@ -32,7 +32,7 @@ def contents(
       fingerprints: of the frozen towers.
       source: the records that are trained on.
       eval_source: those that losses are evaluated on; None: none are.
-      scores: the evaluation in the run; None: there is none.
+      evals: the evaluations in the run; None: there are none.
     """
     texts_of = examples.tokenizers_of(config)
     return {
@@ -40,7 +40,7 @@ def contents(
         "data": sources.identity(source),  # other records would be other batches
         "eval_data": None if eval_source is None else sources.identity(eval_source),
         "tokenizers": {name: tokenizers.digest(found) for name, found in texts_of.items()},
-        "evaluation": None if scores is None else scores.identity(),
+        "evals": None if evals is None else evals.identity(),
     }
 
 

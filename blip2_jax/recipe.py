@@ -46,6 +46,7 @@ MINIMUM = {
     "eval.batches": 0,
     "eval.batch_size": 1,
     "eval.tasks_every": 0,
+    "eval.tasks_batch_size": 1,
 }
 
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from blip2_jax import cli, identity, recipe
 from blip2_jax.data import loader
 from blip2_jax.data.faults import Skipped, TooManySkipped
-from blip2_jax.evaluate import DuringTraining
+from blip2_jax.evals.training import TrainingEvaluator
 from blip2_jax.planning import chips
 from blip2_jax.runtime import agreement, distributed, jobs, mesh, run_dir
 from blip2_jax.runtime.bad_steps import BadSteps
@@ -138,8 +138,8 @@ def _train(
     with cli.mistakes_in_config(), agreement.together("start") as facts:
         fingerprints = run.fingerprints(frozen)
         scores = None
-        if config.eval.tasks:
-            scores = DuringTraining(run, frozen, config.eval.tasks, between_batches)
+        if config.evals:
+            scores = TrainingEvaluator(run, frozen, between_batches)
         eval_source = None if losses is None else losses.source
         what |= identity.contents(config, fingerprints, source, eval_source, scores)
         facts |= what
@@ -296,7 +296,7 @@ def loop(
     source: Any,
     skipped: Skipped,
     losses: "EvalLosses | None",
-    scores: DuringTraining | None,
+    scores: TrainingEvaluator | None,
     timer: Timer,
     bad_steps: BadSteps,
 ) -> tuple[State, bool]:

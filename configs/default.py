@@ -232,10 +232,18 @@ def get_config() -> ConfigDict:
     config.log = ConfigDict({"every": 50})
     # A trace of so many steps in workdir/profile, after the first few of this start; 0: none.
     config.profile = ConfigDict({"after": 10, "steps": 0})
-    # Losses on `data.eval_split`; 0: never. `batches` 0: all of it. `tasks`: an evaluation too
-    # ("configs/eval/X.py:ARG", see there; its models are not used), every `tasks_every` steps and
-    # at the end; its scores go into metrics.jsonl as eval/NAME.
     config.eval = ConfigDict(
-        {"every": 0, "batches": 0, "batch_size": 64, "tasks": "", "tasks_every": 0}
+        {
+            "every": 0,  # steps between losses on `data.eval_split`; 0: never
+            "batches": 0,  # of these; 0: all of the split
+            "batch_size": 64,  # global
+            "tasks_every": 0,  # steps between the tasks of `evals`; 0: only at the end
+            "tasks_batch_size": 32,  # images, questions or texts that are computed at once
+        }
     )
+    # Tasks that the trained parameters are scored on, by name, as `blip2 evaluate` does it; scores
+    # go into metrics.jsonl as eval/NAME/SCORE. A recipe takes them from an evaluation's config
+    # (`config.evals = caption.get_config("vitg-opt2.7b").tasks`) or makes its own, with `task` of
+    # configs/eval/default.py. Their keys `model` and `examples` are not used.
+    config.evals = ConfigDict()
     return config.lock()

@@ -23,6 +23,7 @@ from blip2_jax import cli, evaluate
 from blip2_jax.data.heldout import Heldout
 from blip2_jax.evals import submissions, tasks
 from blip2_jax.evals.metrics import vqa
+from blip2_jax.evals.predictions import Predictions
 from blip2_jax.inference.decode import Decoding
 from blip2_jax.inference.defaults import DEFAULTS
 from tests.evals.metrics.test_captioning import bleu, cider_d, needs_java, rouge_l
@@ -33,6 +34,7 @@ from tests.inference import published
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parent.parent
+ADD = "blip2_jax.evals.predictions.Predictions.add"  # an event; see `tests.interrupted`
 
 
 def config(tmp_path, tasks: str, **changes) -> str:
@@ -208,18 +210,18 @@ def write_gqa(folder: Path):
 def test_vqa_scores_equal_the_official_rules_in_both_forms(tmp_path, source, name):
     truth = write_vqa(tmp_path / "data", name=name)
     rng = np.random.default_rng(1)
-    said = {key: str(rng.choice([*answers, *ANSWERS])) for key, answers in truth.items()}
-    submissions.write(tmp_path / "said.json", "vqa", said)
+    predicted = {key: str(rng.choice([*answers, *ANSWERS])) for key, answers in truth.items()}
+    submissions.write(tmp_path / "predictions.json", "vqa", predicted)
     file = config(tmp_path, f'"val": task("vqa", "{source}", "val", "{tmp_path}/data")')
-    metrics = run(file, tmp_path / "out", f"--predictions={tmp_path}/said.json")
+    metrics = run(file, tmp_path / "out", f"--predictions={tmp_path}/predictions.json")
     for key, form in (("accuracy", "lavis"), ("accuracy_official", "official")):
-        each = {q: literal_accuracy(said[q], answers, form) for q, answers in truth.items()}
+        each = {q: literal_accuracy(predicted[q], answers, form) for q, answers in truth.items()}
         assert metrics[f"val/{key}"] == pytest.approx(np.mean(list(each.values())))
         if form == "lavis":
             odd = [score for q, score in each.items() if q % 2]
             assert metrics["val/yes_no"] == pytest.approx(np.mean(odd))
     assert 0 < metrics["val/accuracy"] < 1 and metrics["val/accuracy"] != metrics["val/other"]
-    assert submissions.read(tmp_path / "out" / "predictions" / "val.json", "vqa") == said
+    assert submissions.read(tmp_path / "out" / "predictions" / "val.json", "vqa") == predicted
     settings = metrics["settings"]["tasks"]["val"]
     assert settings["forms"] == ["lavis", "official"]
     assert settings["decoding"]["num_beams"] is None  # as the model's family has it; there is none
@@ -229,18 +231,18 @@ def test_vqa_scores_equal_the_official_rules_in_both_forms(tmp_path, source, nam
 def test_gqa_is_exact_match_of_normalized_texts(tmp_path):
     truth = write_gqa(tmp_path / "data")
     rng = np.random.default_rng(2)
-    said = {key: str(rng.choice(["2", "Sofa.", "red", "dark red"])) for key in truth}
-    submissions.write(tmp_path / "said.json", "gqa", said)
+    predicted = {key: str(rng.choice(["2", "Sofa.", "red", "dark red"])) for key in truth}
+    submissions.write(tmp_path / "predictions.json", "gqa", predicted)
     file = config(
         tmp_path,
         f'"gqa": task("vqa", "gqa", "testdev_balanced", "{tmp_path}/data", metric="exact")',
     )
-    metrics = run(file, tmp_path / "out", f"--predictions={tmp_path}/said.json")
+    metrics = run(file, tmp_path / "out", f"--predictions={tmp_path}/predictions.json")
 
     def normal(text):
         return literal_words(literal_punctuation(text))
 
-    hits = [normal(said[key]) == normal(answer) for key, answer in truth.items()]
+    hits = [normal(predicted[key]) == normal(answer) for key, answer in truth.items()]
     assert metrics["gqa/accuracy"] == pytest.approx(np.mean(hits)) and 0 < np.mean(hits) < 1
     rows = json.loads((tmp_path / "out" / "predictions" / "gqa.json").read_text())
     assert rows[0].keys() == {"questionId", "prediction"}
@@ -253,9 +255,9 @@ def test_questions_without_an_answer_are_counted_and_not_scored(tmp_path, empty)
     document = json.loads(path.read_text())
     document["annotations"][3]["answers"] = empty
     path.write_text(json.dumps(document))
-    submissions.write(tmp_path / "said.json", "vqa", dict.fromkeys(truth, "None"))
+    submissions.write(tmp_path / "predictions.json", "vqa", dict.fromkeys(truth, "None"))
     file = config(tmp_path, f'"val": task("vqa", "vqav2", "val", "{tmp_path}/data")')
-    metrics = run(file, tmp_path / "out", f"--predictions={tmp_path}/said.json")
+    metrics = run(file, tmp_path / "out", f"--predictions={tmp_path}/predictions.json")
     scored = [answers for n, answers in enumerate(truth.values()) if n != 3]
     each = [literal_accuracy("None", answers, "lavis") for answers in scored]
     assert metrics["val/accuracy"] == pytest.approx(np.mean(each)) and np.mean(each) < 1
@@ -268,11 +270,15 @@ def test_images_without_a_reference_are_counted_and_not_scored(tmp_path):
     rows.append({"image": "4.jpg", "question": "What?", "answer": "x", "image_id": 4})
     made.write_images(tmp_path, 5)
     (tmp_path / "x.json").write_text(json.dumps(rows))
-    submissions.write(tmp_path / "said.json", "captions", {n: "a red dog 1" for n in range(5)})
+    submissions.write(
+        tmp_path / "predictions.json", "captions", {n: "a red dog 1" for n in range(5)}
+    )
     tasks = (
         f'"c": task("captioning", "files", "", "{tmp_path}/x.json", scores=("bleu4", "rouge_l"))'
     )
-    metrics = run(config(tmp_path, tasks), tmp_path / "out", f"--predictions={tmp_path}/said.json")
+    metrics = run(
+        config(tmp_path, tasks), tmp_path / "out", f"--predictions={tmp_path}/predictions.json"
+    )
     expected = np.mean([rouge_l("a red dog 1", [f"a red dog {n}"]) for n in range(4)])
     assert metrics["c/rouge_l"] == pytest.approx(expected)
     assert metrics["left_out"]["c/references"] == "1 of 5 images have none"
@@ -286,39 +292,43 @@ def plain(text: str) -> str:
 
 def test_coco_scores_equal_their_definitions_and_ids_come_from_file_names(tmp_path):
     truth = write_coco(tmp_path / "data")
-    said = {key: f"a red dog {key % 5} runs (left)" for key in truth}
-    submissions.write(tmp_path / "said.json", "captions", said)
+    predicted = {key: f"a red dog {key % 5} runs (left)" for key in truth}
+    submissions.write(tmp_path / "predictions.json", "captions", predicted)
     tasks = f'"coco": task("captioning", "coco", "test", "{tmp_path}/data",'
     file = config(tmp_path, tasks + "scores=('cider', 'bleu4', 'rouge_l'))")
-    metrics = run(file, tmp_path / "out", f"--predictions={tmp_path}/said.json")
-    tokens = {key: plain(text) for key, text in said.items()}
+    metrics = run(file, tmp_path / "out", f"--predictions={tmp_path}/predictions.json")
+    tokens = {key: plain(text) for key, text in predicted.items()}
     references = {key: [plain(text) for text in texts] for key, texts in truth.items()}
     assert metrics["coco/cider"] == pytest.approx(cider_d(tokens, references), rel=1e-9)
     assert metrics["coco/bleu4"] == pytest.approx(bleu(tokens, references, 4), rel=1e-6)
     expected = np.mean([rouge_l(tokens[k], references[k]) for k in tokens])
     assert metrics["coco/rouge_l"] == pytest.approx(expected)
-    assert submissions.read(tmp_path / "out" / "predictions" / "coco.json", "captions") == said
+    assert submissions.read(tmp_path / "out" / "predictions" / "coco.json", "captions") == predicted
 
 
 def test_nocaps_is_scored_whole_and_by_domain(tmp_path):
     truth = write_nocaps(tmp_path / "data")
-    said = {key: f"a red thing {key % 4} in a picture" for key in truth}
-    submissions.write(tmp_path / "said.json", "captions", said)
+    predicted = {key: f"a red thing {key % 4} in a picture" for key in truth}
+    submissions.write(tmp_path / "predictions.json", "captions", predicted)
     tasks = f'"nocaps": task("captioning", "nocaps", "val", "{tmp_path}/data", by="domain",'
     tasks += "scores=('cider',), tokenizer='fallback')"
-    metrics = run(config(tmp_path, tasks), tmp_path / "out", f"--predictions={tmp_path}/said.json")
+    metrics = run(
+        config(tmp_path, tasks), tmp_path / "out", f"--predictions={tmp_path}/predictions.json"
+    )
     for part, start in (("in_", 0), ("near_", 1), ("out_", 2), ("", None)):
         keys = [k for k in truth if start is None or k % 3 == start]
-        some = {k: said[k] for k in keys}, {k: truth[k] for k in keys}
+        some = {k: predicted[k] for k in keys}, {k: truth[k] for k in keys}
         assert metrics[f"nocaps/{part}cider"] == pytest.approx(cider_d(*some), rel=1e-9)
 
 
-def test_without_java_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
+def test_without_java_what_is_left_out_is_reported(tmp_path, monkeypatch, capsys):
     truth = write_coco(tmp_path / "data")
-    submissions.write(tmp_path / "said.json", "captions", {key: "a red dog" for key in truth})
+    submissions.write(
+        tmp_path / "predictions.json", "captions", {key: "a red dog" for key in truth}
+    )
     monkeypatch.setenv("PATH", "")
     file = config(tmp_path, f'"coco": task("captioning", "coco", "test", "{tmp_path}/data")')
-    metrics = run(file, tmp_path / "out", f"--predictions={tmp_path}/said.json")
+    metrics = run(file, tmp_path / "out", f"--predictions={tmp_path}/predictions.json")
     assert "coco/meteor" not in metrics and metrics["coco/tokenizer"] == "fallback"
     assert metrics["left_out"].keys() == {"coco/meteor", "coco/spice", "coco/ptb"}
     assert "Left out: coco/meteor: needs Java" in capsys.readouterr().out
@@ -328,9 +338,11 @@ def test_without_java_what_is_left_out_is_said(tmp_path, monkeypatch, capsys):
 @needs_java
 def test_with_java_meteor_is_there(tmp_path):
     truth = write_coco(tmp_path / "data")
-    submissions.write(tmp_path / "said.json", "captions", {key: "a red dog" for key in truth})
+    submissions.write(
+        tmp_path / "predictions.json", "captions", {key: "a red dog" for key in truth}
+    )
     file = config(tmp_path, f'"coco": task("captioning", "coco", "test", "{tmp_path}/data")')
-    metrics = run(file, tmp_path / "out", f"--predictions={tmp_path}/said.json")
+    metrics = run(file, tmp_path / "out", f"--predictions={tmp_path}/predictions.json")
     assert 0 < metrics["coco/meteor"] < 1 and metrics["coco/tokenizer"] == "ptb"
 
 
@@ -356,13 +368,13 @@ def test_answers_are_those_of_the_model_one_by_one(tmp_path, models, monkeypatch
     monkeypatch.undo()
     model = blip2_jax.load(models / "opt")
     how = metrics["settings"]["tasks"]["val"]["decoding"]
-    said = submissions.read(tmp_path / "out" / "predictions" / "val.json", "vqa")
-    assert said.keys() == truth.keys() and len(set(said.values())) > 1
+    predicted = submissions.read(tmp_path / "out" / "predictions" / "val.json", "vqa")
+    assert predicted.keys() == truth.keys() and len(set(predicted.values())) > 1
     for number, path in enumerate(images_of(tmp_path / "data")):
         key = (100 + 7 * number) * 1000
         asked = f"what colour is number 0? it's {number}"  # cleaned as LAVIS does
-        assert model.answer(path, asked, prompt="{}", **how) == [said[key]]
-    each = [literal_accuracy(said[q], answers, "lavis") for q, answers in truth.items()]
+        assert model.answer(path, asked, prompt="{}", **how) == [predicted[key]]
+    each = [literal_accuracy(predicted[q], answers, "lavis") for q, answers in truth.items()]
     assert metrics["val/accuracy"] == pytest.approx(np.mean(each))
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("should be") >= 1 and "number 1?" in page
@@ -378,7 +390,7 @@ def test_files_of_others_in_the_workdir_are_left_alone(name, tmp_path, models):
     path.write_text("mine")
     with pytest.raises(SystemExit, match=rf"blip2 evaluate would write, .*{name}"):
         run(config(tmp_path, tasks), tmp_path / "out", f"--model={models}/opt")
-    assert path.read_text() == "mine" and not (tmp_path / "out/lines").exists()
+    assert path.read_text() == "mine" and not list((tmp_path / "out").rglob("*.jsonl"))
 
 
 def test_a_split_without_public_answers_gives_a_file_and_a_note(tmp_path, models):
@@ -452,14 +464,14 @@ def test_ranking_takes_the_likeliest_candidate(tmp_path, models):
         out = tmp_path / name
         metrics = run(config(tmp_path, tasks), out, f"--model={models}/{name}", words)
         model = blip2_jax.load(models / name)
-        said = submissions.read(out / "predictions" / "choices.json", "gqa")
+        predicted = submissions.read(out / "predictions" / "choices.json", "gqa")
         for i in range(3):
             scores = model.rank(
                 tmp_path / "photos" / f"{i}.jpg", "what digit?", [rows[i]["choices"]]
             )
-            assert said[i] == rows[i]["choices"][int(scores[0].argmax())]
+            assert predicted[i] == rows[i]["choices"][int(scores[0].argmax())]
         assert "1 x not JSON" in metrics["left_out"]["choices/records"]
-        hits = [answer == "seven" for answer in said.values()]
+        hits = [answer == "seven" for answer in predicted.values()]
         assert metrics["choices/accuracy"] == pytest.approx(np.mean(hits))
 
 
@@ -482,21 +494,21 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(tmp_path, models, pairs):
     whole = run(file, tmp_path / "whole")
     command = [sys.executable, "-m", "tests.interrupted", "evaluate", f"--config={file}"]
     command += [f"--workdir={tmp_path}/killed"]
-    # The rest of the first task takes ten calls; those that add no line count as well.
-    for name, adds, lines in (("flickr", 4, 4), ("val", 10 + 3, 3)):
-        event = {"INTERRUPT": f"blip2_jax.evaluate.Lines.add:{adds}:SIGKILL"}
+    # The rest of the first task takes ten calls; those that add none count as well.
+    for name, adds, kept in (("flickr", 4, 4), ("val", 10 + 3, 3)):
+        event = {"INTERRUPT": f"{ADD}:{adds}:SIGKILL"}
         alone = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **event}
         killed = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-        with (tmp_path / "killed" / "lines" / f"{name}.0.jsonl").open("r+") as file_:
-            assert len(file_.read().splitlines()) == 1 + lines
-            file_.write('{"row": 4, "id"')  # as if in the middle of a line
+        with (tmp_path / "killed" / "predictions" / f"{name}.0.jsonl").open("r+") as file_:
+            assert len(file_.read().splitlines()) == 1 + kept
+            file_.write('{"record": 4, "id"')  # as if in the middle of a line
     assert without_times(run(file, tmp_path / "killed")) == without_times(whole)
     for name, count in (("flickr", 11), ("val", 5)):
         for folder in ("whole", "killed"):
-            text = (tmp_path / folder / "lines" / f"{name}.0.jsonl").read_text()
+            text = (tmp_path / folder / "predictions" / f"{name}.0.jsonl").read_text()
             rows = [json.loads(line) for line in text.splitlines()]
-            assert sorted(row["row"] for row in rows[1:]) == list(range(count))
+            assert sorted(row["record"] for row in rows[1:]) == list(range(count))
 
 
 def test_told_to_stop_an_evaluation_leaves_after_its_batch_and_goes_on(
@@ -505,16 +517,16 @@ def test_told_to_stop_an_evaluation_leaves_after_its_batch_and_goes_on(
     write_vqa(tmp_path / "data")
     tasks = f'"val": task("vqa", "vqav2", "val", "{tmp_path}/data", {DECODING})'
     words = [f"--config={config(tmp_path, tasks)}", f"--model={models}/opt"]
-    add, before = evaluate.Lines.add, signal.getsignal(signal.SIGTERM)
+    add, before = Predictions.add, signal.getsignal(signal.SIGTERM)
 
-    def told(lines, rows):
+    def told(predictions, new):
         os.kill(os.getpid(), signal.SIGTERM)
-        add(lines, rows)
+        add(predictions, new)
 
     def count(name):
-        return (tmp_path / name / "lines" / "val.0.jsonl").read_text().count("\n") - 1
+        return (tmp_path / name / "predictions" / "val.0.jsonl").read_text().count("\n") - 1
 
-    monkeypatch.setattr(evaluate.Lines, "add", told)
+    monkeypatch.setattr(Predictions, "add", told)
     for done in (4, 5):  # in batches of four images; the last is scored at the next start
         ended = evaluate.main([*words, f"--workdir={tmp_path}/stopped"])
         assert ended == (42 if done == 4 else 0) and count("stopped") == done
@@ -522,7 +534,7 @@ def test_told_to_stop_an_evaluation_leaves_after_its_batch_and_goes_on(
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_lines_of_other_settings_are_refused_and_scoring_may_change(tmp_path, models):
+def test_predictions_of_other_settings_are_refused_and_scoring_may_change(tmp_path, models):
     write_vqa(tmp_path / "data")
     tasks = f'"val": task("vqa", "vqav2", "val", "{tmp_path}/data", {DECODING})'
     file, model = config(tmp_path, tasks), f"--model={models}/opt"
@@ -561,20 +573,20 @@ def test_missing_images_stop_before_the_model_or_are_counted(tmp_path, models):
         run(file, tmp_path / "out", model, f"{allow}=0.17")
     metrics = run(file, tmp_path / "out", model, f"{allow}=0.34")
     assert metrics["coco/unreadable"] == 2 and "2 of 6" in metrics["left_out"]["coco/images"]
-    said = submissions.read(tmp_path / "out" / "predictions" / "coco.json", "captions")
-    assert sorted(said) == sorted(truth)[2:]
+    predicted = submissions.read(tmp_path / "out" / "predictions" / "coco.json", "captions")
+    assert sorted(predicted) == sorted(truth)[2:]
     gone.write_bytes(made.jpeg(0))  # mended: only these are left to do
     broken.write_bytes(made.jpeg(1))
     metrics = run(file, tmp_path / "out", model)
     assert "coco/unreadable" not in metrics
-    said = submissions.read(tmp_path / "out" / "predictions" / "coco.json", "captions")
-    assert said.keys() == truth.keys()
+    predicted = submissions.read(tmp_path / "out" / "predictions" / "coco.json", "captions")
+    assert predicted.keys() == truth.keys()
 
 
 def test_predictions_that_do_not_fit_are_named(tmp_path):
     truth = write_vqa(tmp_path / "data")
     file = config(tmp_path, f'"val": task("vqa", "vqav2", "val", "{tmp_path}/data")')
-    path = tmp_path / "said.json"
+    path = tmp_path / "predictions.json"
 
     def refused(content, message):
         path.write_text(content)
@@ -615,7 +627,9 @@ def test_predictions_that_do_not_fit_are_named(tmp_path):
         ("'x': task('vqa', 'vqav2', 'dev', '{data}'", ["--model=none"], "holds no vqav2"),
     ],
 )
-def test_what_does_not_fit_is_said_at_once(tmp_path, models, monkeypatch, tasks, words, message):
+def test_what_does_not_fit_is_reported_at_once(
+    tmp_path, models, monkeypatch, tasks, words, message
+):
     data = tmp_path / "data"
     write_vqa(data)
     write_coco(data / "c")
@@ -755,8 +769,7 @@ def test_a_task_of_ones_own_is_decoded_as_its_family(models, tmp_path):
     config = make("vqa", "vqav2", "val", f"{tmp_path}/vqa", decoding={"num_beams": 2})
     for name, penalty in (("opt", 0.0), ("instruct", 0.0)):
         task = tasks.make("val", config, Heldout(config.data), 1)
-        task.model = blip2_jax.load(models / name)
-        how = task.settings()["decoding"]
+        how = task.settings(blip2_jax.load(models / name))["decoding"]
         assert how["num_beams"] == 2 and how["length_penalty"] == penalty
         assert how["max_new_tokens"] == 10
     with pytest.raises(KeyError, match="promt"):
@@ -791,7 +804,7 @@ def mesh():
     return [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
 
 
-def test_eight_devices_say_and_score_the_same(tmp_path, models, pairs, mesh, monkeypatch):
+def test_eight_devices_predict_and_score_the_same(tmp_path, models, pairs, mesh, monkeypatch):
     file = config(tmp_path, two_tasks(tmp_path, models))
     spread = run(file, tmp_path / "spread", *mesh)
     devices = jax.devices()[:1]
@@ -799,12 +812,12 @@ def test_eight_devices_say_and_score_the_same(tmp_path, models, pairs, mesh, mon
     alone = run(file, tmp_path / "alone")
     scores = [name for name in alone if name.startswith(("val/", "flickr/"))]
     assert len(scores) > 15 and all(spread[name] == alone[name] for name in scores)
-    said = [tmp_path / name / "predictions" / "val.json" for name in ("spread", "alone")]
-    assert said[0].read_text() == said[1].read_text()
+    predicted = [tmp_path / name / "predictions" / "val.json" for name in ("spread", "alone")]
+    assert predicted[0].read_text() == predicted[1].read_text()
 
 
 def test_two_processes_share_the_images_and_resume(tmp_path, models, pairs):
-    """Each says its share, the first scores all of it; one process may go on with their lines.
+    """Each predicts its share, the first scores all; one may go on with the predictions of both.
 
     One that is told to stop stops both, which leave with 42.
     """
@@ -822,7 +835,7 @@ def test_two_processes_share_the_images_and_resume(tmp_path, models, pairs):
                 "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "BLIP2_DISTRIBUTED": "1",
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(index), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-                "INTERRUPT": "blip2_jax.evaluate.Lines.add:1:SIGTERM:process=1" if stop else "",
+                "INTERRUPT": f"{ADD}:1:SIGTERM:process=1" if stop else "",
             }  # fmt: skip
             words = [f"--config={file}", f"--workdir={out}"]
             processes.append(
@@ -832,12 +845,12 @@ def test_two_processes_share_the_images_and_resume(tmp_path, models, pairs):
                 )
             )  # fmt: skip
         try:
-            said = [process.communicate(timeout=300)[0].decode() for process in processes]
+            printed = [process.communicate(timeout=300)[0].decode() for process in processes]
         finally:
             for process in processes:
                 process.kill()
-        assert [process.returncode for process in processes] == [42 * stop] * 2, said
-        assert stop == ("The same command goes on" in said[0])
+        assert [process.returncode for process in processes] == [42 * stop] * 2, printed
+        assert stop == ("The same command goes on" in printed[0])
         return None if stop else json.loads((out / "metrics.json").read_text())
 
     def same(metrics):
@@ -847,9 +860,11 @@ def test_two_processes_share_the_images_and_resume(tmp_path, models, pairs):
     assert together(stop=True) is None and not (out / "metrics.json").exists()
     assert same(together())
     for name, count in (("val", 5), ("flickr", 11)):
-        shares = [(out / "lines" / f"{name}.{i}.jsonl").read_text().count("\n") - 1 for i in (0, 1)]
+        shares = [
+            (out / "predictions" / f"{name}.{i}.jsonl").read_text().count("\n") - 1 for i in (0, 1)
+        ]
         assert sum(shares) == count and min(shares) >= count // 2
-    cut = out / "lines" / "val.1.jsonl"
-    cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:2]) + '{"row"')
-    (out / "lines" / "flickr.0.jsonl").unlink()
+    cut = out / "predictions" / "val.1.jsonl"
+    cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:2]) + '{"record"')
+    (out / "predictions" / "flickr.0.jsonl").unlink()
     assert same(run(file, out))

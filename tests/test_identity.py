@@ -17,7 +17,13 @@ from blip2_jax.runtime.compare import moved, run_differences
 CONFIG = json.loads(
     cli.config_to_json(
         tiny.config(
-            **{"data.mixture": {"web": {"dir": "/a", "images": "/b", "weight": 1.0}}, "steps": 10}
+            **{
+                "data.mixture": {"web": {"dir": "/a", "images": "/b", "weight": 1.0}},
+                "evals": {
+                    "coco": {"model": "", "prompt": "a", "data": {"dir": "", "split": "val"}}
+                },
+                "steps": 10,
+            }
         )
     )
 )
@@ -43,7 +49,7 @@ def changed(path, value):
     [
         "config.data.dir", "config.data.images", "config.data.mixture.web.dir",
         "config.data.mixture.web.images", "config.data.llm_tokenizer", "config.model.vit.source",
-        "config.init.checkpoint", "config.eval.tasks",
+        "config.init.checkpoint", "config.evals.coco.data.dir",
     ],
 )  # fmt: skip
 def test_places_are_free_and_known_to_differ(path):
@@ -53,7 +59,13 @@ def test_places_are_free_and_known_to_differ(path):
 
 
 @pytest.mark.parametrize(
-    "path", ["config.mesh.fsdp", "config.checkpoint.every", "config.data.workers"]
+    "path",
+    [
+        "config.mesh.fsdp",
+        "config.checkpoint.every",
+        "config.data.workers",
+        "config.evals.coco.model",
+    ],
 )
 def test_execution_is_free(path):
     now = changed(path, 7)
@@ -73,6 +85,8 @@ def test_steps_may_become_more():
         ("data.web.records", "data.web.records: 3 saved.*config.data leads to other records"),
         ("tokenizers.llm", "tokenizers.llm: '0' saved.*another tokenizer"),
         ("config.seed", "config.seed: 0 saved"),
+        ("config.evals.coco.prompt", "config.evals.coco.prompt: 'a' saved"),
+        ("config.evals.coco.data.split", "config.evals.coco.data.split: 'val' saved"),
     ],
 )
 def test_contents_are_not_free_and_named(path, said):

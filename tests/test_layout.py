@@ -18,14 +18,18 @@ ALLOWED = {
     "stages": {"models", "data", "runtime"},
     "weights": {"models", "data", "runtime"},
     "inference": {"models", "data", "runtime"},
-    "evals": {"inference", "data", "runtime"},
+    "evals": {
+        "cli", "data", "inference", "models", "pretrained", "recipe", "reporting", "runtime",
+        "__version__",
+    },
+    "evals/tasks": {"data", "evals", "inference", "runtime"},
     "evals/metrics": {"evals"},  # no model
     "planning": {"recipe", "stages", "runtime"},
     "cli": {"runtime"},
     "recipe": {"stages", "weights", "models", "data", "runtime"},
     "pretrained": {"recipe", "cli", "stages", "inference", "weights", "models", "data", "runtime"},
     "reporting": {"runtime"},
-}
+}  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:

@@ -15,6 +15,9 @@ EXECUTION = frozenset(
         "config.data.threads",
         "config.data.workers",
         "config.data.index_dir",
+        "config.evals.*.data.index_dir",
+        "config.evals.*.examples",  # of the page of `blip2 evaluate`
+        "config.evals.*.model",  # of `blip2 evaluate`; here it is the run's own
         "config.data.max_skipped",
     }
 )
@@ -31,7 +34,8 @@ PLACES = frozenset(
         "config.model.llm.source",
         "config.init.checkpoint",
         "config.init.bert",
-        "config.eval.tasks",
+        "config.evals.*.data.dir",
+        "config.evals.*.data.images",
     }
 )
 STEPS = "config.steps"  # a run may go on for more
@@ -42,7 +46,7 @@ HINTS = {
     "data": "config.data leads to other records",
     "eval_data": "config.data.eval_split has other records",
     "tokenizers": "another tokenizer in config.data.NAME_tokenizer, or in config.model.llm.source",
-    "evaluation": "config.eval.tasks holds another evaluation, or it has other data",
+    "evals": "config.evals.NAME.data leads to other records",
     "init": "the run was started from something else; take a new workdir to start from this",
 }
 

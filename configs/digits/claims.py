@@ -23,6 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from blip2_jax.sweep import as_text, run_name
+from configs.digits import evaluate
 
 SEEDS = (1, 2, 3)
 FOLDER = "runs/claims"
@@ -36,8 +37,9 @@ WAYS: dict[str, dict[str, Any]] = {
 def under(config: ConfigDict, task: str, every: int) -> ConfigDict:
     """A recipe of the embedded world, scored on one task every so many steps."""
     config.eval.every = 0
-    config.eval.tasks = f"configs/digits/evaluate.py:{task}"
-    config.eval.tasks_every = every
+    evaluation = evaluate.get_config(task)
+    config.evals = evaluation.tasks
+    config.eval.update({"tasks_every": every, "tasks_batch_size": evaluation.batch_size})
     return config
 
 

@@ -2,8 +2,9 @@
 
 ```bash
 blip2 evaluate --config=configs/digits/evaluate.py --workdir=runs/quickstart
-blip2 train ... --config.eval.tasks=configs/digits/evaluate.py:vqa+caption
 ```
+
+A training recipe takes some of them as `config.evals = get_config("vqa+caption").tasks`.
 """
 
 from typing import Any

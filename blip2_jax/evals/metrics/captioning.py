@@ -219,20 +219,17 @@ def caption_metrics(
 
 
 def facts_metrics(
-    predictions: Mapping[Any, str],
-    scenes: Mapping[Any, Any],
-    is_correct: Callable[[str, Any], bool],
+    predictions: Mapping[Any, str], checks: Mapping[Any, Callable[[str], bool]]
 ) -> dict[str, float]:
-    """The share of captions of which every claim holds, where the truth of a scene is known.
+    """The share of captions of which every claim holds, where that can be checked.
 
     Args:
       predictions: one caption by image id.
-      scenes: by image id, whatever `is_correct` understands.
-      is_correct: whether a caption is true of a scene, e.g. `data.world.facts_correct`.
+      checks: by image id, whether a caption is true of the image (`metrics.truth`).
 
     Returns:
       {"facts_correct": 0..1}.
     """
-    check_ids(predictions, scenes, "images")
-    right = sum(bool(is_correct(predictions[key], scene)) for key, scene in scenes.items())
-    return {"facts_correct": right / len(scenes)}
+    check_ids(predictions, checks, "images")
+    correct = sum(check(predictions[key]) for key, check in checks.items())
+    return {"facts_correct": correct / len(checks)}

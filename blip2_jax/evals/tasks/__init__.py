@@ -1,14 +1,13 @@
 """What can be evaluated: question answering, captioning, retrieval, ranking of candidate answers.
 
-A task reads a data set with a model, one line an image, and scores what was said:
+A task predicts something for each image of a data set, and scores the predictions:
 
     task = tasks.make("vqav2_val", config, dataset, threads)
-    task.model = model
-    task.predict(lines, host)              what the model says, into lines that survive a kill
-    metrics, left_out = task.score(lines.rows)
+    task.predict(model, predictions)
+    metrics, left_out = task.score(predictions.by_record)
 
-Nothing is scored that was not predicted for every image, unless the config allows some of them to
-be unreadable; then the result says how many.
+Scoring reads the predictions and the data set, and knows no model. It wants a prediction for every
+image, unless the config allows some of them to be unreadable; then the result says how many.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +19,7 @@ from blip2_jax.evals.tasks.retrieval import Retrieval
 from blip2_jax.evals.tasks.task import Task
 from blip2_jax.evals.tasks.vqa import Vqa
 
-TASKS = {kind.kind: kind for kind in (Retrieval, Captioning, Vqa, Ranking)}
+TASKS: dict[str, type[Task]] = {task.kind: task for task in (Retrieval, Captioning, Vqa, Ranking)}
 
 
 def make(name: str, config: ConfigDict, dataset: Heldout, threads: int) -> Task:

@@ -1,16 +1,18 @@
 """A caption an image, scored as the paper's tables are."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from blip2_jax.data import world
-from blip2_jax.data.containers import Row
 from blip2_jax.evals import submissions
-from blip2_jax.evals.metrics import captioning, check_ids
-from blip2_jax.evals.tasks.task import Metrics, Rows, Task
+from blip2_jax.evals.metrics import captioning, check_ids, truth
+from blip2_jax.evals.predictions import Prediction, PredictionsByRecord
+from blip2_jax.evals.tasks.task import Metrics, Reasons, Task
+from blip2_jax.inference.pipeline import Blip2
+
+Records = dict[int, dict[str, Any]]  # by number
 
 
 class Captioning(Task):
@@ -23,48 +25,55 @@ class Captioning(Task):
         """See `Task`."""
         return "captions"
 
-    def settings(self) -> Row:
+    # ------------------------------------------------------------------------ with a model
+
+    def settings(self, model: Blip2 | None = None) -> dict[str, Any]:
         """See `Task`; with the prompt and the decoding that the model resolves them to."""
-        settings = super().settings()
-        if self.model is not None:
+        settings = super().settings(model)
+        if model is not None:
             options = self.config.decoding.to_dict()
-            how = self.model.settings("caption", prompt=self.config.prompt, **options)
-            settings |= {"prompt": how.prompt, "decoding": dataclasses.asdict(how.decoding)}
+            resolved = model.settings("caption", prompt=self.config.prompt, **options)
+            decoding = dataclasses.asdict(resolved.decoding)
+            settings |= {"prompt": resolved.prompt, "decoding": decoding}
         return settings
 
-    def _describe(self, numbers: list[int], images: list[np.ndarray]) -> list[Row]:
-        how = {"truncate": self.config.truncate or None, **self.config.decoding.to_dict()}
-        said = self._reader.caption(images, prompt=self.config.prompt, **how)
-        rows = [
-            {"row": number, "id": self.dataset.records[number]["id"], "caption": text}
-            for number, text in zip(numbers, said, strict=True)
+    def _predict_batch(
+        self, model: Blip2, numbers: list[int], images: list[np.ndarray]
+    ) -> list[Prediction]:
+        options = {"truncate": self.config.truncate or None, **self.config.decoding.to_dict()}
+        captions = model.caption(images, prompt=self.config.prompt, **options)
+        predictions: list[Prediction] = [
+            {"record": number, "id": self.dataset.records[number]["id"], "caption": caption}
+            for number, caption in zip(numbers, captions, strict=True)
         ]
         if self.config.blind:  # without an image all captions are one
-            prompt = self._reader.settings("caption", prompt=self.config.prompt).prompt
-            (blind,) = self._reader.generate(None, [prompt], **how)
-            rows = [{**row, "blind": blind} for row in rows]
-        return rows
+            prompt = model.settings("caption", prompt=self.config.prompt).prompt
+            (blind,) = model.generate(None, [prompt], **options)
+            predictions = [{**each, "blind": blind} for each in predictions]
+        return predictions
 
-    def _ids(self) -> dict[int, Any]:
-        """Official number of each record."""
+    # -------------------------------------------------------- from saved predictions alone
+
+    def _official_ids(self) -> dict[int, Any]:
+        """The data set's own number of each record."""
         ids = {n: self.dataset.records[n]["id"] for n in range(len(self.dataset))}
         official = submissions.official_ids(ids.values())
         return {n: official[key] for n, key in ids.items()}
 
-    def predictions(self, rows: Rows) -> dict[Any, str]:
+    def texts(self, predictions: PredictionsByRecord) -> dict[Any, str]:
         """See `Task`."""
-        official = self._ids()
-        return {official[n]: row["caption"] for n, row in rows.items() if "unreadable" not in row}
+        official = self._official_ids()
+        return {official[n]: p["caption"] for n, p in predictions.items() if "unreadable" not in p}
 
-    def _rows_of(self, predictions: dict[Any, str]) -> Rows:
-        number = {official: n for n, official in self._ids().items()}
-        check_ids(predictions, number, "images")
+    def _from_texts(self, texts: Mapping[Any, str]) -> dict[int, Prediction]:
+        numbers = {official: n for n, official in self._official_ids().items()}
+        check_ids(texts, numbers, "images")
         return {
-            number[key]: {"row": number[key], "caption": text} for key, text in predictions.items()
+            numbers[key]: {"record": numbers[key], "caption": text} for key, text in texts.items()
         }
 
-    def _score(self, rows: Rows) -> tuple[Metrics, dict[str, str]]:
-        records = {n: self.dataset.records[n] for n in rows}
+    def _score(self, predictions: PredictionsByRecord) -> tuple[Metrics, Reasons]:
+        records = {n: self.dataset.records[n] for n in predictions}
         reasons = captioning.left_out(self.config.scores)
         bare = [n for n, record in records.items() if not record["captions"]]
         if len(bare) == len(records):
@@ -72,27 +81,27 @@ class Captioning(Task):
         if bare:
             reasons["references"] = f"{len(bare)} of {len(records)} images have none"
             records = {n: record for n, record in records.items() if record["captions"]}
-            rows = {n: rows[n] for n in records}
-        scores = [name for name in self.config.scores if name not in reasons]
+            predictions = {n: predictions[n] for n in records}
+        names = [name for name in self.config.scores if name not in reasons]
         metrics: Metrics = {}
         for suffix, key in (("", "caption"), ("_blind", "blind")):
-            if all(key in row for row in rows.values()):
-                said = {n: row[key] for n, row in rows.items()}
-                found = self._numbers(said, records, scores)
-                metrics |= {f"{name}{suffix}": found[name] for name in found if name != "tokenizer"}
-                metrics["tokenizer"] = found["tokenizer"]
+            if all(key in each for each in predictions.values()):
+                captions = {n: each[key] for n, each in predictions.items()}
+                scores = self._scores(captions, records, names)
+                metrics |= {f"{n}{suffix}": x for n, x in scores.items() if n != "tokenizer"}
+                metrics["tokenizer"] = scores["tokenizer"]
         if self.config.by:
-            for part, some in self._parts(records).items():
-                said = {n: rows[n]["caption"] for n in some}
-                found = self._numbers(said, some, scores)
-                metrics |= {f"{part}_{name}": found[name] for name in scores}
+            for part, part_records in self._parts(records).items():
+                captions = {n: predictions[n]["caption"] for n in part_records}
+                scores = self._scores(captions, part_records, names)
+                metrics |= {f"{part}_{name}": scores[name] for name in names}
         if metrics["tokenizer"] != "ptb" and self.config.tokenizer == "auto":
             reasons["ptb"] = "the Penn Treebank tokenizer needs Java; a stand-in cut the captions"
         return metrics, reasons
 
-    def _parts(self, records: Rows) -> dict[str, Rows]:
+    def _parts(self, records: Records) -> dict[str, Records]:
         """Records by the field that the config names: NoCaps' "in-domain" becomes "in"."""
-        parts: dict[str, Rows] = {}
+        parts: dict[str, Records] = {}
         for number, record in records.items():
             if not isinstance(record.get(self.config.by), str):
                 raise ValueError(
@@ -104,12 +113,15 @@ class Captioning(Task):
             parts.setdefault(part, {})[number] = record
         return parts
 
-    def _numbers(self, said: dict[int, str], records: Rows, scores: Sequence[str]) -> Metrics:
-        references = {n: records[n]["captions"] for n in said}
-        found = captioning.caption_metrics(
-            said, references, scores=scores, tokenizer=self.config.tokenizer
+    def _scores(
+        self, captions: Mapping[int, str], records: Records, names: Sequence[str]
+    ) -> Metrics:
+        references = {n: records[n]["captions"] for n in captions}
+        scores = captioning.caption_metrics(
+            captions, references, scores=names, tokenizer=self.config.tokenizer
         )
-        if all("scene" in record for record in records.values()):  # the embedded world
-            scenes = {n: world.scene_from_json(records[n]["scene"]) for n in said}
-            found |= captioning.facts_metrics(said, scenes, world.facts_correct)
-        return found
+        checks = {n: truth.truth_check(record) for n, record in records.items()}
+        known = {n: check for n, check in checks.items() if check is not None}
+        if len(known) == len(records):
+            scores |= captioning.facts_metrics(captions, known)
+        return scores

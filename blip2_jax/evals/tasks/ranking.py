@@ -1,9 +1,12 @@
 """Questions about images, answered by the likeliest of some candidate answers."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
-from blip2_jax.data.containers import Row
-from blip2_jax.evals.tasks.vqa import Vqa
+from blip2_jax.evals.tasks.vqa import Question, Vqa
+from blip2_jax.inference.pipeline import Blip2
 
 
 class Ranking(Vqa):
@@ -11,31 +14,32 @@ class Ranking(Vqa):
 
     kind = "ranking"
 
-    def _units(self) -> list[int]:
-        units = super()._units()
-        asked = (q for n in units for q in self.dataset.questions(n))
-        bare = [q["id"] for q in asked if not self._candidates(q)]
-        if bare:
+    def _select_records(self) -> list[int]:
+        numbers = super()._select_records()
+        questions = (q for n in numbers for q in self.dataset.questions(n))
+        missing = [q["id"] for q in questions if not self._candidates(q)]
+        if missing:
             raise ValueError(
-                f"{self.name}: {len(bare)} questions have no `choices` (the first: {bare[0]!r}). "
-                "Name the answers to choose from in `candidates`, or give each question its own."
+                f"{self.name}: {len(missing)} questions have no `choices` (the first: "
+                f"{missing[0]!r}). Name the answers to choose from in `candidates`, or give each "
+                "question its own."
             )
-        return units
+        return numbers
 
-    def _candidates(self, question: Row) -> list[str]:
+    def _candidates(self, question: Question) -> list[str]:
         return list(self.config.candidates) or list(question.get("choices", []))
 
-    def _options(self) -> Row:
+    def _decoding(self) -> dict[str, Any]:
         return {}
 
-    def _say(self, pictures: list[np.ndarray] | None, questions: list[Row]) -> list[str]:
-        scores = self._reader.rank(
-            pictures,
-            self._texts(questions),
-            [self._candidates(question) for question in questions],
-            prompt=self.config.prompt,
+    def _answer(
+        self, model: Blip2, images: list[np.ndarray] | None, questions: Sequence[Question]
+    ) -> list[str]:
+        candidates = [self._candidates(question) for question in questions]
+        scores = model.rank(
+            images, self._question_texts(questions), candidates, prompt=self.config.prompt
         )
         return [
-            self._candidates(question)[int(np.argmax(some))]
-            for question, some in zip(questions, scores, strict=True)
+            of_question[int(np.argmax(each))]
+            for of_question, each in zip(candidates, scores, strict=True)
         ]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blip2_jax.data import world
-from blip2_jax.evals.metrics import captioning
+from blip2_jax.evals.metrics import captioning, truth
 
 needs_java = pytest.mark.skipif(not captioning.has_java(), reason="needs Java")
 
@@ -197,15 +197,15 @@ def test_meteor_only_when_asked_for_and_nothing_is_printed(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_facts_share_asks_the_callable_about_every_caption():
+def test_facts_correct_is_the_share_of_captions_that_are_true():
     rng = np.random.default_rng(1)
     scenes = {i: world.sample_scene(rng) for i in range(4)}
     captions = {i: world.describe(scene, rng) for i, scene in scenes.items()}
-    assert captioning.facts_metrics(captions, scenes, world.facts_correct) == {"facts_correct": 1.0}
+    checks = {i: truth.truth_check({"scene": world.scene_to_json(s)}) for i, s in scenes.items()}
+    assert captioning.facts_metrics(captions, checks) == {"facts_correct": 1.0}
     captions[2] = "a dog"
-    assert captioning.facts_metrics(captions, scenes, world.facts_correct) == {
-        "facts_correct": 0.75
-    }
+    assert captioning.facts_metrics(captions, checks) == {"facts_correct": 0.75}
+    assert truth.truth_check({"captions": ["a dog"]}) is None
 
 
 def test_spice_says_which_models_it_needs_and_downloads_nothing(monkeypatch, tmp_path):
