@@ -31,26 +31,26 @@ TEXTS = ("train", "evaluate", "generate")  # commands that read tokenizers
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
-    words = sys.argv[1:] if argv is None else argv
-    if not words or words[0] in ("-h", "--help"):
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__.strip() + "\n")
         print("\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items()))
         return 0
-    if words[0] == "--version":
+    if arguments[0] == "--version":
         from blip2_jax import __version__
 
         print(__version__)
         return 0
-    if words[0] not in COMMANDS:
-        near = did_you_mean(words[0], list(COMMANDS), SYNONYMS)
+    if arguments[0] not in COMMANDS:
+        near = did_you_mean(arguments[0], list(COMMANDS), SYNONYMS)
         there = f"there are {', '.join(COMMANDS)}.{near}"
-        print(f"blip2: no command {words[0]!r}; {there}", file=sys.stderr)
+        print(f"blip2: no command {arguments[0]!r}; {there}", file=sys.stderr)
         return 2
-    if words[0] in RESUMABLE:  # until it hears the signal itself: there is nothing to save yet
+    if arguments[0] in RESUMABLE:  # until it hears the signal itself: there is nothing to save yet
         signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
-    if argv is None and words[0] in TEXTS:  # this process is the command's own
+    if argv is None and arguments[0] in TEXTS:  # this process is the command's own
         _hide_torch_from_transformers()
-    return importlib.import_module(f"blip2_jax.{words[0]}").main(words[1:])
+    return importlib.import_module(f"blip2_jax.{arguments[0]}").main(arguments[1:])
 
 
 def _hide_torch_from_transformers() -> None:

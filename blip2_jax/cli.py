@@ -73,7 +73,7 @@ def parse(
 
     Args:
       doc: the command's module docstring, which is its help text.
-      argv: the words after the command's name; those of this process when None.
+      argv: the arguments after the command's name; those of this process when None.
       add_arguments: adds the command's own flags to the parser.
       prog: what the usage line calls the command, e.g. "blip2 train".
       config: whether the command runs a config, and so takes `--config` and `--config.key=value`.
@@ -102,12 +102,12 @@ def parse(
         )
     if add_arguments is not None:
         add_arguments(parser)
-    words = list(sys.argv[1:] if argv is None else argv)
-    overrides = [word for word in words if config and word.startswith(OVERRIDE)]
-    for word in overrides:
-        if "=" not in word:
-            parser.error(f"{word} has no value: write {word}=VALUE, with an equals sign.")
-    rest = [word for word in words if word not in overrides]
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    overrides = [argument for argument in arguments if config and argument.startswith(OVERRIDE)]
+    for argument in overrides:
+        if "=" not in argument:
+            parser.error(f"{argument} has no value: write {argument}=VALUE, with an equals sign.")
+    rest = [argument for argument in arguments if argument not in overrides]
     _check_flags(parser, rest, synonyms or {})
     args = parser.parse_intermixed_args(rest)
     if config:
@@ -128,16 +128,16 @@ def dtype(text: str) -> Any:
 
 
 def _check_flags(
-    parser: argparse.ArgumentParser, words: Sequence[str], synonyms: Mapping[str, str]
+    parser: argparse.ArgumentParser, arguments: Sequence[str], synonyms: Mapping[str, str]
 ) -> None:
     """Leaves with a message if there is a flag that the parser does not know."""
     known = list(parser._option_string_actions)
     others = {f"--{theirs}": f"--{ours}" for theirs, ours in synonyms.items()}
-    for word in words:
-        flag = word.partition("=")[0]
-        if word == "--":
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if argument == "--":
             return
-        if word.startswith("--") and flag not in known:
+        if argument.startswith("--") and flag not in known:
             spelled = "--" + flag[2:].replace("-", "_")
             parser.error(f"There is no {flag}.{values.did_you_mean(spelled, known, others)}")
 
@@ -162,7 +162,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> FrozenConfigDict:
     Args:
       path: `FILE.py`, or the name of a packaged recipe, as `digits/stage1`; `:ARG` behind either
         calls `get_config(ARG)`.
-      overrides: `--config.key=value` words.
+      overrides: `--config.key=value` arguments.
 
     Raises:
       ConfigError: no such file, key or type.
@@ -236,8 +236,8 @@ def _find(path: str) -> Path:
         if candidate.is_file():
             return candidate.resolve()
     folders = [Path(path).parent, (recipes / path).parent, recipes]
-    found = [str(f) for folder in folders if folder.is_dir() for f in sorted(folder.glob("*.py"))]
-    files = list(dict.fromkeys(found))
+    paths = [str(f) for folder in folders if folder.is_dir() for f in sorted(folder.glob("*.py"))]
+    files = list(dict.fromkeys(paths))
     by_name = {Path(file).name: file for file in reversed(files)}  # the named folder's go first
     near = [by_name[name] for name in difflib.get_close_matches(Path(path).name, by_name, 5, 0.4)]
     hint = "Did you mean one of these?" if near else "These are the recipes there are:"

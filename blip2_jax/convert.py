@@ -83,15 +83,15 @@ def convert(args: argparse.Namespace) -> int:
         if not isinstance(config, Blip2Config):
             return _write_tower(args, config, params, dtype)
     else:
-        found = checkpoint.open_checkpoint(args.source, vit=args.vit, llm=args.llm)
-        config, companions = found.config, found.companions
-        special_tokens = found.llm_special_tokens
-        abstract = found.abstract()
-        for planned, share in found.plans(abstract):
+        opened = checkpoint.open_checkpoint(args.source, vit=args.vit, llm=args.llm)
+        config, companions = opened.config, opened.companions
+        special_tokens = opened.llm_special_tokens
+        abstract = opened.abstract()
+        for planned, share in opened.plans(abstract):
             print(transfer.summary(planned, share))
         if args.dry_run:
             return 0
-        params = found.load(abstract, progress="reading")
+        params = opened.load(abstract, progress="reading")
     if dtype is not None:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     if args.dry_run:

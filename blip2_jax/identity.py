@@ -39,7 +39,7 @@ def contents(
         "fingerprints": dict(fingerprints),
         "data": sources.identity(source),  # other records would be other batches
         "eval_data": None if eval_source is None else sources.identity(eval_source),
-        "tokenizers": {name: tokenizers.digest(found) for name, found in texts_of.items()},
+        "tokenizers": {name: tokenizers.digest(tokenizer) for name, tokenizer in texts_of.items()},
         "evals": None if evals is None else evals.identity(),
     }
 

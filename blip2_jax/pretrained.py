@@ -89,17 +89,17 @@ def load(
             qformer_tokenizer=qformer_tokenizer,
             llm_tokenizer=llm_tokenizer,
         )
-    found = checkpoint.open_checkpoint(source, vit=vit, llm=llm)
-    texts = _tokenizers(found, llm, qformer_tokenizer, llm_tokenizer)
-    params = found.load(_placed(found.abstract(), dtype, mesh), progress=f"reading {source}")
+    opened = checkpoint.open_checkpoint(source, vit=vit, llm=llm)
+    chosen = _tokenizers(opened, llm, qformer_tokenizer, llm_tokenizer)
+    params = opened.load(_placed(opened.abstract(), dtype, mesh), progress=f"reading {source}")
     return Blip2(
-        found.config,
+        opened.config,
         params,
         dtype=dtype,
         mesh=mesh,
         batch_size=batch_size,
         source=source,
-        **texts,
+        **chosen,
     )
 
 
@@ -109,32 +109,34 @@ def _placed(abstract: Any, dtype: Any, mesh: Mesh | None) -> Any:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
     if mesh is None:
         return abstract
-    places = meshes.shardings(abstract, AXES, RULES, mesh)
+    shardings = meshes.shardings(abstract, AXES, RULES, mesh)
     return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, places
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        shardings,
     )
 
 
-def _tokenizers(found: Checkpoint, llm: str, qformer: str, language: str) -> dict[str, Any]:
+def _tokenizers(opened: Checkpoint, llm: str, qformer: str, language: str) -> dict[str, Any]:
     """The model's tokenizers: as named, or those beside the weights, or the published ones."""
-    config, beside = found.config, found.companions
+    config, beside = opened.config, opened.companions
     has_own = beside is not None and any(beside.glob("tokenizer*"))
     chosen: dict[str, Any] = {}
     if config.llm is not None:
         own = language or llm or (str(beside) if has_own else "")
         if not own:
             raise ValueError(
-                f"{found.source} has no tokenizer for its language model. Name the folder of one "
+                f"{opened.source} has no tokenizer for its language model. Name the folder of one "
                 "with llm_tokenizer=."
             )
-        words = chosen["llm_tokenizer"] = tokenizers.load(own, found.llm_special_tokens)
-        check_vocabulary(words, config.llm.vocab_size, "language model")
+        tokenizer = chosen["llm_tokenizer"] = tokenizers.load(own, opened.llm_special_tokens)
+        check_vocabulary(tokenizer, config.llm.vocab_size, "language model")
     if config.llm is None or config.qformer_reads_prompt:
         folder = beside / "qformer_tokenizer" if config.llm is not None and beside else beside
         if not qformer and folder is not None and any(folder.glob("tokenizer*")):
             qformer = str(folder)
-        words = chosen["qformer_tokenizer"] = tokenizers.load(qformer or BERT)
-        check_vocabulary(words, config.qformer.vocab_size, "Q-Former")
+        tokenizer = chosen["qformer_tokenizer"] = tokenizers.load(qformer or BERT)
+        check_vocabulary(tokenizer, config.qformer.vocab_size, "Q-Former")
     return chosen
 
 

@@ -11,12 +11,12 @@ from blip2_jax.runtime.mesh import nested
 from blip2_jax.weights import huggingface, tables, transfer
 from blip2_jax.weights.files import Renamed, Tensors, WeightsError, open_folder
 
-WORDS = "word_embeddings/embedding"
-THEIR_WORDS = "embeddings.word_embeddings.weight"
+EMBEDDINGS = "word_embeddings/embedding"
+THEIR_EMBEDDINGS = "embeddings.word_embeddings.weight"
 
 
-class _MoreWords:
-    """BERT's tensors, with rows of zeros after its words, up to the size of our vocabulary.
+class _LargerVocabulary:
+    """BERT's tensors, with zeros for the tokens that our vocabulary has beyond BERT's.
 
     Args:
       tensors: the file.
@@ -26,16 +26,17 @@ class _MoreWords:
     def __init__(self, tensors: Tensors, vocab_size: int):
         self._tensors, self.source, self.dtypes = tensors, tensors.source, tensors.dtypes
         self.shapes = dict(tensors.shapes)
-        self.shapes[THEIR_WORDS] = (vocab_size, *tensors.shapes[THEIR_WORDS][1:])
+        self.shapes[THEIR_EMBEDDINGS] = (vocab_size, *tensors.shapes[THEIR_EMBEDDINGS][1:])
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """See `files.Tensors.read`."""
-        if name != THEIR_WORDS:
+        if name != THEIR_EMBEDDINGS:
             return self._tensors.read(name, index)
-        rows, known = self.shapes[name][0], self._tensors.shapes[name][0]
-        start, stop, _ = (index[0] if index else slice(None)).indices(rows)
-        found = self._tensors.read(name, (slice(min(start, known), min(stop, known)), *index[1:]))
-        return np.pad(found, ((0, stop - start - len(found)), (0, 0)))
+        vocab_size, known = self.shapes[name][0], self._tensors.shapes[name][0]
+        start, stop, _ = (index[0] if index else slice(None)).indices(vocab_size)
+        own = slice(min(start, known), min(stop, known))
+        embeddings = self._tensors.read(name, (own, *index[1:]))
+        return np.pad(embeddings, ((0, stop - start - len(embeddings)), (0, 0)))
 
 
 def _modern_names(tensors: Tensors) -> Renamed:
@@ -57,8 +58,8 @@ def initialize(qformer: dict[str, Any], config: QFormerConfig, source: str) -> d
     """Puts BERT's weights into a fresh Q-Former.
 
     Self-attention, text feed-forwards, embeddings and norms are BERT's; query feed-forwards are
-    copies of the text ones (LAVIS `blip2_qformer.py`); cross-attention and the rows of words that
-    BERT does not have ([DEC]) stay as they are. BERT's token types are dropped, not folded in.
+    copies of the text ones (LAVIS `blip2_qformer.py`); cross-attention and the embeddings of tokens
+    that BERT does not have ([DEC]) stay as they are. BERT's token types are dropped, not folded in.
 
     Args:
       qformer: the parameters of `models.qformer.QFormer` with its text branch; arrays whose
@@ -80,16 +81,16 @@ def initialize(qformer: dict[str, Any], config: QFormerConfig, source: str) -> d
         for p, x in leaves.items()
         if p in taken
     }
-    known = tensors.shapes.get(THEIR_WORDS, (0, 0))[0]
+    known = tensors.shapes.get(THEIR_EMBEDDINGS, (0, 0))[0]
     if known > config.vocab_size:
         raise WeightsError(
-            f"{source} knows {known} words, config.model.qformer.vocab_size is "
+            f"{source} has {known} tokens, config.model.qformer.vocab_size is "
             f"{config.vocab_size}; it must be at least as large, and one larger for [DEC]."
         )
     if known:  # else `transfer.load` says that they are missing
-        tensors = _MoreWords(tensors, config.vocab_size)
+        tensors = _LargerVocabulary(tensors, config.vocab_size)
     loaded = transfer.leaves_of(transfer.load(table, nested(abstract), tensors))
-    loaded[WORDS] = _first_rows(loaded[WORDS], leaves[WORDS], known)
+    loaded[EMBEDDINGS] = _first_rows(loaded[EMBEDDINGS], leaves[EMBEDDINGS], known)
     for path in list(loaded):
         if "/mlp_text/" in path:
             query = path.replace("/mlp_text/", "/mlp_query/")
@@ -102,7 +103,7 @@ def _first_rows(first: jax.Array, rest: jax.Array, count: int) -> jax.Array:
     """Rows of `first` up to `count`, then those of `rest`: on the devices that hold them."""
 
     def join(first: jax.Array, rest: jax.Array) -> jax.Array:
-        rows = jax.lax.broadcasted_iota(jnp.int32, rest.shape, 0)
-        return jnp.where(rows < count, first, rest)
+        index = jax.lax.broadcasted_iota(jnp.int32, rest.shape, 0)
+        return jnp.where(index < count, first, rest)
 
     return jax.jit(join, out_shardings=rest.sharding)(first, rest)

@@ -263,8 +263,8 @@ def _tuples(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _native_dtypes(folder: Path) -> dict[str, Any]:
-    found = saved_shapes(folder / ARRAYS)
-    return {path.removeprefix("params/"): np.dtype(dtype) for path, (_, dtype) in found.items()}
+    shapes = saved_shapes(folder / ARRAYS)
+    return {path.removeprefix("params/"): np.dtype(dtype) for path, (_, dtype) in shapes.items()}
 
 
 def save_native(

@@ -82,7 +82,7 @@ def unwrapped(tensors: Tensors) -> Tensors:
       WeightsError: two tensors get one name; low-rank adapters are not merged.
     """
     names = {name: INNER.sub("", name) for name in tensors.shapes}
-    found = {part for name in tensors.shapes for part in INNER.findall(name)}
+    wrappers = {part for name in tensors.shapes for part in INNER.findall(name)}
     lora = next((name for name in names if ".lora_A." in name or ".base_layer." in name), None)
     if lora is not None:
         raise WeightsError(
@@ -91,13 +91,14 @@ def unwrapped(tensors: Tensors) -> Tensors:
         )
     while outer := next((p for p in OUTER if names and all(map(_starts(p), names.values()))), None):
         names = {name: short.removeprefix(outer) for name, short in names.items()}
-        found.add(outer.rstrip("."))
-    if not found:
+        wrappers.add(outer.rstrip("."))
+    if not wrappers:
         return tensors
     short = {new: old for old, new in names.items()}
     if len(short) < len(names):
-        raise WeightsError(f"{tensors.source} holds tensors twice, with and without {found}.")
-    log.warning("%s: read without %s in its names.", tensors.source, ", ".join(sorted(found)))
+        names_of = ", ".join(sorted(wrappers))
+        raise WeightsError(f"{tensors.source} holds tensors twice, with and without {names_of}.")
+    log.warning("%s: read without %s in its names.", tensors.source, ", ".join(sorted(wrappers)))
     return Renamed(tensors, short)
 
 
@@ -128,9 +129,9 @@ def what_is(folder: Path) -> str:
             f"It is a PEFT adapter of {base}: merge it into that (peft: merge_and_unload()), and "
             "save the result."
         )
-    for pattern, said in FOREIGN_FOLDERS.items():
+    for pattern, meaning in FOREIGN_FOLDERS.items():
         if any(folder.glob(pattern)):
-            return said
+            return meaning
     inner = sorted(path.parent for path in folder.glob("snapshots/*/config.json"))
     return f"It is a cache of the hub; the model is in {inner[-1]}." if inner else ""
 
@@ -327,10 +328,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def check_space(folder: Path, num_bytes: int) -> None:
     """Refuses to begin writing what the disk cannot hold."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise WeightsError(
             f"{folder} needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free. "
@@ -416,10 +417,10 @@ COMPANIONS = (
 
 def copy_companions(source: Path, target: Path) -> list[str]:
     """Copies tokenizer and processor files; returns their names."""
-    found = sorted({path for pattern in COMPANIONS for path in source.glob(pattern)})
-    for path in found:
+    paths = sorted({path for pattern in COMPANIONS for path in source.glob(pattern)})
+    for path in paths:
         if path.is_dir():
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
         else:
             shutil.copy(path, target / path.name)
-    return [path.name for path in found]
+    return [path.name for path in paths]

@@ -116,8 +116,8 @@ def _with_ends(source: str, sizes: LLMConfig) -> LLMConfig:
     document = _read_json(path)
     if document.get("eos_token_id") is None:
         return sizes
-    said = configs.Fields(document, sizes.family, str(path))
-    return dataclasses.replace(sizes, eos_token_ids=said.tokens("eos_token_id"))
+    fields = configs.Fields(document, sizes.family, str(path))
+    return dataclasses.replace(sizes, eos_token_ids=fields.tokens("eos_token_id"))
 
 
 def vit_config(source: str, **overrides: Any) -> ViTConfig:
@@ -151,8 +151,8 @@ def tower_table(sizes: Any) -> Table:
 def tower(source: str, sizes: Any) -> tuple[Table, Tensors]:
     """The name table of a tower, and its tensors under the table's names.
 
-    Who saved a tower decides what stands before its names (`model.`, `vision_model.`, nothing);
-    the table's first name tells, wherever it is found.
+    The prefix of a tower's names (`model.`, `vision_model.`, none) depends on who saved it; it is
+    found by the table's first name.
     """
     table, tensors = tower_table(sizes), files.open_folder(find(source))
     if read_config(source).get("model_type") in COMPOSITES:
@@ -163,14 +163,14 @@ def tower(source: str, sizes: Any) -> tuple[Table, Tensors]:
 
 
 def _fit(table: Table, tensors: Tensors) -> Tensors:
-    """The tensors under the table's names, if only what stands before all of them differs."""
+    """The tensors under the table's names, if only their common prefix differs."""
     first = table.rows[0].theirs
     head, _, rest = first.partition(".")
-    # What the table has before its names, and the file has not: nothing, or the first word.
+    # What the table's names begin with and the file's do not: nothing, or the first part.
     for missing, name in (("", first), (f"{head}.", rest)):
-        found = min((n for n in tensors.shapes if n.endswith(name)), key=len, default=None)
-        if found is not None and "." in name:
-            prefix = found.removesuffix(name)
+        match = min((n for n in tensors.shapes if n.endswith(name)), key=len, default=None)
+        if match is not None and "." in name:
+            prefix = match.removesuffix(name)
             names = {
                 missing + n.removeprefix(prefix): n for n in tensors.shapes if n.startswith(prefix)
             }
@@ -277,7 +277,7 @@ def save_blip2(
         if config.llm is not None and any(draft.glob("tokenizer*")):
             tokenizer = tokenizers.load(str(draft))
             with contextlib.suppress(ValueError):  # a tokenizer without such a token
-                llm = language.with_end(tokenizer, config.llm, "")  # said, where it was a rule
+                llm = language.with_end(tokenizer, config.llm, "")  # explicit, where a rule gave it
                 config = dataclasses.replace(config, llm=llm)
         if tokenizer is not None and not has_processor and not config.qformer_reads_prompt:
             _write_processor(draft, config, tokenizer)
@@ -330,16 +330,18 @@ def _with_row(
     """
     if config.llm is None or index is None or index < config.llm.vocab_size:
         return config, params
-    rows = -(-(index + 1) // 64) * 64
+    vocab_size = -(-(index + 1) // 64) * 64
 
     def grown(x: Any, axis: int) -> np.ndarray:
         x = np.asarray(x)
         mean = x.mean(axis=axis, keepdims=True, dtype=np.float32).astype(x.dtype)
-        return np.concatenate([x, np.repeat(mean, rows - x.shape[axis], axis=axis)], axis=axis)
+        return np.concatenate(
+            [x, np.repeat(mean, vocab_size - x.shape[axis], axis=axis)], axis=axis
+        )
 
     llm = {**params["llm"]}
     llm["embed_tokens"] = {"embedding": grown(llm["embed_tokens"]["embedding"], 0)}
     if "lm_head" in llm:
         llm["lm_head"] = {"kernel": grown(llm["lm_head"]["kernel"], 1)}
-    sizes = dataclasses.replace(config.llm, vocab_size=rows)
+    sizes = dataclasses.replace(config.llm, vocab_size=vocab_size)
     return dataclasses.replace(config, llm=sizes), {**params, "llm": llm}

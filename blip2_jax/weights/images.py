@@ -111,15 +111,15 @@ def settings(folder: Path, sizes: ViTConfig, family: str, *, whole: bool) -> ViT
       WeightsError: something is asked for that is not done here; nothing is said, and the family is
         not one of CLIP's.
     """
-    found = _find(folder)
-    if found is None:
+    document = _find(folder)
+    if document is None:
         if family not in CLIP_COLORS:
             raise WeightsError(
                 f"{folder} has no {PREPROCESSOR}, which says by what mean and deviation a {family} "
                 "reads its images; download it with the weights."
             )
         return sizes
-    return _apply(_Settings(*found), sizes, whole=whole)
+    return _apply(_Settings(*document), sizes, whole=whole)
 
 
 def _find(folder: Path) -> tuple[dict[str, Any], Path] | None:
@@ -139,43 +139,45 @@ def _find(folder: Path) -> tuple[dict[str, Any], Path] | None:
     return None
 
 
-def _apply(said: _Settings, sizes: ViTConfig, *, whole: bool) -> ViTConfig:
+def _apply(settings: _Settings, sizes: ViTConfig, *, whole: bool) -> ViTConfig:
     known = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", *HARMLESS)
-    for key, value in said.document.items():
+    for key, value in settings.document.items():
         if key.startswith("do_") and value and key not in known:
-            raise said.error(f"{key} is not supported")
-    if said.document.get("offset") or said.document.get("rescale_offset"):
-        raise said.error("an offset beside rescale_factor is not supported")
-    mean, std = said.colors("image_mean"), said.colors("image_std")
-    if not said["do_normalize"]:
+            raise settings.error(f"{key} is not supported")
+    if settings.document.get("offset") or settings.document.get("rescale_offset"):
+        raise settings.error("an offset beside rescale_factor is not supported")
+    mean, std = settings.colors("image_mean"), settings.colors("image_std")
+    if not settings["do_normalize"]:
         mean, std = (0.0,) * 3, (1.0,) * 3
     if not all(std):
-        raise said.error(f"image_std is {std}; no deviation may be 0")
+        raise settings.error(f"image_std is {std}; no deviation may be 0")
     # Values are divided by 255 here; another factor goes into mean and deviation.
-    scale = 255.0 * said["rescale_factor"] if said["do_rescale"] else 255.0
+    scale = 255.0 * settings["rescale_factor"] if settings["do_rescale"] else 255.0
     if abs(scale - 1.0) > 1e-6:
         mean, std = (tuple(x / scale for x in numbers) for numbers in (mean, std))
-    if said["resample"] not in RESAMPLES:
-        raise said.error(f"resample is {said['resample']!r}; known: {RESAMPLES}")
+    if settings["resample"] not in RESAMPLES:
+        raise settings.error(f"resample is {settings['resample']!r}; known: {RESAMPLES}")
     sizes = dataclasses.replace(
-        sizes, image_mean=mean, image_std=std, resample=RESAMPLES[said["resample"]]
+        sizes, image_mean=mean, image_std=std, resample=RESAMPLES[settings["resample"]]
     )
-    return _geometry(said, sizes) if whole else sizes
+    return _geometry(settings, sizes) if whole else sizes
 
 
-def _geometry(said: _Settings, sizes: ViTConfig) -> ViTConfig:
-    if not said["do_resize"]:
-        raise said.error("do_resize is false, but images are always resized here")
-    form, side = said.side("size")
+def _geometry(settings: _Settings, sizes: ViTConfig) -> ViTConfig:
+    if not settings["do_resize"]:
+        raise settings.error("do_resize is false, but images are always resized here")
+    form, side = settings.side("size")
     result = side
-    if said["do_center_crop"]:
-        result = said.side("crop_size")[1]
+    if settings["do_center_crop"]:
+        result = settings.side("crop_size")[1]
         if form == "square" and side != result or side < result:
-            raise said.error(f"a crop of {result} out of {form} {side} pixels is not supported")
+            raise settings.error(f"a crop of {result} out of {form} {side} pixels is not supported")
     elif form == "shortest_edge":
-        raise said.error("shortest_edge without do_center_crop leaves images that are no squares")
+        raise settings.error(
+            "shortest_edge without do_center_crop leaves images that are no squares"
+        )
     if result != sizes.image_size:
-        raise said.error(
+        raise settings.error(
             f"images become {result} pixels wide, and the model of config.json reads "
             f"{sizes.image_size}; one of the two files is of another model"
         )
@@ -210,16 +212,16 @@ def document_of(sizes: ViTConfig) -> dict[str, Any]:
 
 def write(folder: Path, sizes: ViTConfig) -> None:
     """Makes a folder say how an encoder's images are read, unless it says just that already."""
-    found = _find(folder)
-    if found is not None:
+    existing = _find(folder)
+    if existing is not None:
         try:
-            if _apply(_Settings(*found), sizes, whole=True) == sizes:
+            if _apply(_Settings(*existing), sizes, whole=True) == sizes:
                 return
         except WeightsError:
             pass  # what the copied file asks for is not what this model does
     path = folder / PREPROCESSOR
     document = document_of(sizes)
-    if found is not None and found[1].name == PROCESSOR:
-        path = found[1]
+    if existing is not None and existing[1].name == PROCESSOR:
+        path = existing[1]
         document = {**json.loads(path.read_text()), "image_processor": document}
     path.write_text(json.dumps(document, indent=2) + "\n")

@@ -354,10 +354,10 @@ def lavis(vit: Table, frequency: int, *, text: bool, head: str) -> Table:
         # A file may hold the LLM too; here it comes from its own folder.
         parts.append(Table((), ignored=(rf"{head}_model\..*", r"Qformer\.cls\..*")))
         return join(*parts)
-    words = "Qformer.bert.embeddings.word_embeddings.weight"
+    embeddings = "Qformer.bert.embeddings.word_embeddings.weight"
     return join(
         *parts,
         *(_head(name, name) for name in ("vision_proj", "text_proj", "itm_head")),
         RETRIEVAL_EXTRAS,
-        Table((), {"Qformer.cls.predictions.decoder.weight": words}),
+        Table((), {"Qformer.cls.predictions.decoder.weight": embeddings}),
     )

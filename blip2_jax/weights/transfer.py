@@ -1,9 +1,9 @@
 """Tensors of a file into parameters here, and back, by a name table.
 
 Loading first matches names and shapes, from headers alone, and reports every problem at once. Then
-each parameter is made on the devices that hold it: a device's piece is cut out of the file, turned
-and cast, and a stack is filled layer by layer. Host memory holds one layer's tensor at a time, and
-each process reads only what its own devices hold.
+each parameter is made on the devices that hold it: a device's piece is cut out of the file,
+transposed and cast, and a stack is filled layer by layer. Host memory holds one layer's tensor at a
+time, and each process reads only what its own devices hold.
 """
 
 import collections
@@ -111,7 +111,7 @@ def plan(table: Table, abstract: Any, tensors: Tensors, *, partial: bool = False
             used.update(n for n in tensors.shapes if _pattern(row).fullmatch(n))
             continue
         if absent:
-            # A part of a fused tensor may be missing (no key bias); a whole one has no place here.
+            # A part of a fused tensor may be missing (no key bias); a missing whole is skipped.
             if len(absent) < len(present):
                 problems.append(
                     Problem(
@@ -128,13 +128,13 @@ def plan(table: Table, abstract: Any, tensors: Tensors, *, partial: bool = False
             if name not in tensors.shapes:
                 problems.append(Problem(f"{ours}: no tensor {{}}", name))
             elif tensors.shapes[name] != want:
-                found = f"is {list(tensors.shapes[name])}, the model needs {list(want)}"
-                problems.append(Problem(f"{ours}: tensor {{}} {found}", name))
+                problem = f"is {list(tensors.shapes[name])}, the model needs {list(want)}"
+                problems.append(Problem(f"{ours}: tensor {{}} {problem}", name))
             elif not jnp.issubdtype(tensors.dtypes[name], np.floating):
-                found = (
+                problem = (
                     f"is {tensors.dtypes[name]}; quantized weights are not read, take the original"
                 )
-                problems.append(Problem(f"{ours}: tensor {{}} {found}", name))
+                problems.append(Problem(f"{ours}: tensor {{}} {problem}", name))
         start = 0
         for path, shape in zip(row.ours, parts, strict=True):
             if path is not None:
@@ -330,11 +330,11 @@ def tensors_of(table: Table, params: Any, dtype: Any = None) -> Iterator[tuple[s
       WeightsError: the table has no row for a parameter.
     """
     leaves = leaves_of(params)
-    rows = [row for row in table.rows if all(p in leaves for p in row.ours if p is not None)]
-    homeless = leaves.keys() - {p for row in rows for p in row.ours}
-    if homeless:
-        raise WeightsError(f"The name table has no row for {', '.join(sorted(homeless))}.")
-    for row in rows:
+    present = [row for row in table.rows if all(p in leaves for p in row.ours if p is not None)]
+    missing = leaves.keys() - {p for row in present for p in row.ours}
+    if missing:
+        raise WeightsError(f"The name table has no row for {', '.join(sorted(missing))}.")
+    for row in present:
         kind = KINDS[row.kind]
         first = leaves[next(p for p in row.ours if p is not None)]
         for number, name in enumerate(_names(row, first)):

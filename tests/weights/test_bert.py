@@ -103,7 +103,7 @@ def test_it_is_the_same_on_a_mesh(folder, vocab_size):
 
 
 def test_a_bert_of_other_sizes_is_refused(folder):
-    with pytest.raises(WeightsError, match="knows 60 words"):
+    with pytest.raises(WeightsError, match="has 60 tokens"):
         qformer(folder[1], dataclasses.replace(SIZES, vocab_size=50))
     with pytest.raises(WeightsError, match="the model needs"):
         qformer(folder[1], dataclasses.replace(SIZES, mlp_dim=64))

@@ -177,9 +177,12 @@ def parse(
 
 
 def write_tokens(sizes: LLMConfig) -> dict[str, Any]:
-    """Begin, end and padding; what was not said is left to the class."""
+    """Begin, end and padding; what is not set is left to the class's default."""
     eos = sizes.eos_token_ids
-    found: dict[str, Any] = {"bos_token_id": sizes.bos_token_id, "pad_token_id": sizes.pad_token_id}
+    document: dict[str, Any] = {
+        "bos_token_id": sizes.bos_token_id,
+        "pad_token_id": sizes.pad_token_id,
+    }
     if eos:
-        found["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
-    return found
+        document["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+    return document

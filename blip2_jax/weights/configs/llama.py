@@ -89,6 +89,7 @@ def _given(rope: Mapping[str, Any], key: str, otherwise: float) -> float:
 
 
 def read(config: Fields) -> LlamaConfig:
+    """The sizes of a parsed `config.json`."""
     if config["attention_bias"] or config["mlp_bias"]:
         raise config.error("biases (attention_bias, mlp_bias) are not supported")
     heads = config["num_attention_heads"]
@@ -152,6 +153,7 @@ def _write_rope(rope: RopeConfig) -> dict[str, Any]:
 
 
 def write(sizes: LlamaConfig) -> dict[str, Any]:
+    """The `config.json` that transformers reads for these sizes."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

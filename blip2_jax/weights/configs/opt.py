@@ -7,6 +7,7 @@ from blip2_jax.weights.configs.fields import Fields, write_tokens
 
 
 def read(config: Fields) -> OPTConfig:
+    """The sizes of a parsed `config.json`."""
     width = config["hidden_size"]
     if not config["do_layer_norm_before"] or config["_remove_final_layer_norm"]:
         raise config.error("OPT-350m's post-norm layers are not supported; take another size")
@@ -26,13 +27,14 @@ def read(config: Fields) -> OPTConfig:
         bias=config["enable_bias"],
         tied_head=config["tie_word_embeddings"],
         bos_token_id=config.token("bos_token_id"),
-        # Nothing said is nothing said: BLIP-2 ends an OPT's text by a newline, not as the class.
+        # Left empty where the file has none: BLIP-2 ends an OPT's text by a newline.
         eos_token_ids=config.tokens("eos_token_id") if config.says("eos_token_id") else (),
         pad_token_id=config.token("pad_token_id"),
     )
 
 
 def write(sizes: OPTConfig) -> dict[str, Any]:
+    """The `config.json` that transformers reads for these sizes."""
     return {
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",

@@ -41,6 +41,7 @@ def read(config: Fields) -> T5Config:
 
 
 def write(sizes: T5Config) -> dict[str, Any]:
+    """The `config.json` that transformers reads for these sizes."""
     return {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
