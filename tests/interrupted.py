@@ -66,7 +66,9 @@ def main() -> int:
     from blip2_jax import __main__ as blip2
 
     event = os.environ.get(VARIABLE)
-    has_happened = lambda: not event  # noqa: E731
+
+    def has_happened():
+        return not event
 
     def import_module(name):
         nonlocal has_happened

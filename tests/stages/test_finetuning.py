@@ -78,7 +78,10 @@ def test_rates_fall_from_block_to_block(one_device):
     update = jax.tree.map(lambda a, b: b - a, before, after)
     less = jax.tree.map(lambda a, b: b - a, before, slower)
     factors = {"embeddings": 0.5**3, 0: 0.5**2, 1: 0.5**1}  # of two blocks
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7, rtol=2e-3)  # noqa: E731
+
+    def close(a, b):
+        return np.testing.assert_allclose(a, b, atol=1e-7, rtol=2e-3)
+
     for name in ("cls_token", "pos_embed", "patch_embed"):
         jax.tree.map(
             lambda a, b: close(a, factors["embeddings"] * b), less["vit"][name], update["vit"][name]

@@ -14,7 +14,10 @@ B, Q, P = 6, 4, 8
 @pytest.fixture
 def features():
     rng = np.random.default_rng(0)
-    unit = lambda x: (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)  # noqa: E731
+
+    def unit(x):
+        return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
     return unit(rng.normal(size=(B, Q, P))), unit(rng.normal(size=(B, P)))
 
 
@@ -64,9 +67,10 @@ def test_smoothed_cross_entropy_equals_torch():
 def test_itc_is_blind_to_the_order_of_the_batch(features):
     order = np.random.default_rng(2).permutation(B)
     same = jnp.eye(B, dtype=bool)
-    run = lambda i, t: losses.itc_loss(  # noqa: E731
-        i, t, 0.07, same, label_smoothing=0.1, gather_grad=True
-    )[0]
+
+    def run(i, t):
+        return losses.itc_loss(i, t, 0.07, same, label_smoothing=0.1, gather_grad=True)[0]
+
     image, text = features
     np.testing.assert_allclose(run(image, text), run(image[order], text[order]), rtol=1e-6)
 

@@ -45,7 +45,10 @@ def both(tmp_path_factory):
     params = found.load(found.abstract())
     whole = checkpoint.abstract_params(found.config)
     rng = np.random.default_rng(0)
-    draw = lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32)  # noqa: E731
+
+    def draw(x):
+        return (0.2 * rng.normal(size=x.shape)).astype(np.float32)
+
     params["itg_head"] = jax.tree.map(draw, whole["itg_head"])
     params["temp"] = np.float32(0.2)
     mask = (np.arange(8) < LENGTHS).astype(np.int32)
@@ -130,10 +133,15 @@ def torch_losses(theirs, head, temperature, batch):
 
 
 def test_losses_and_gradients_equal_pytorch(both, tmp_path, monkeypatch):
-    most_similar = lambda key, scores, same: jnp.where(same, -10000, scores).argmax(axis=1)  # noqa: E731
+    def most_similar(key, scores, same):
+        return jnp.where(same, -10000, scores).argmax(axis=1)
+
     monkeypatch.setattr(losses, "hard_negatives", most_similar)
     theirs, config, params, batch = both
-    leaf = lambda x: torch.tensor(np.asarray(x), requires_grad=True)  # noqa: E731
+
+    def leaf(x):
+        return torch.tensor(np.asarray(x), requires_grad=True)
+
     head = jax.tree.map(leaf, params["itg_head"])
     temperature = leaf(params["temp"])
     theirs.zero_grad()
@@ -173,7 +181,10 @@ def test_losses_and_gradients_equal_pytorch(both, tmp_path, monkeypatch):
         for name in TRAINED
     }
     found = transfer.load(table, abstract, files.open_folder(tmp_path))
-    as_numpy = lambda x: x.grad.numpy()  # noqa: E731
+
+    def as_numpy(x):
+        return x.grad.numpy()
+
     found |= {"itg_head": jax.tree.map(as_numpy, head), "temp": temperature.grad.numpy()}
     ours = transfer.leaves_of(jax.device_get(got))
     theirs_by_path = transfer.leaves_of(jax.device_get(found))

@@ -71,7 +71,10 @@ def test_the_rate_that_is_logged_is_the_rate_that_is_applied(trained):
     logged = [m["learning_rate"] for m in metrics]
     np.testing.assert_allclose(logged[: len(warmup)], warmup, rtol=1e-5)
     assert logged[-1] < logged[len(warmup) - 1]
-    bias = lambda state: state["params"]["ln_vision"]["bias"]  # noqa: E731  # no weight decay
+
+    def bias(state):
+        return state["params"]["ln_vision"]["bias"]  # no weight decay
+
     moved = np.abs(jax.device_get(bias(first)) - jax.device_get(bias(before)))
     np.testing.assert_allclose(moved.max(), logged[0], rtol=1e-3)
 
@@ -168,7 +171,10 @@ def test_itm_of_two_pairs_takes_the_only_negative_there_is():
     )
     params, frozen = run.init_state(jax.random.key(0))["params"], tiny.frozen(run)
     batch = jax.tree.map(jnp.asarray, tiny.batch(run.config))
-    loss = lambda key: run.stage.loss_fn(params, frozen, batch, key, spec=run.spec)[1]["itm/loss"]  # noqa: E731
+
+    def loss(key):
+        return run.stage.loss_fn(params, frozen, batch, key, spec=run.spec)[1]["itm/loss"]
+
     assert loss(jax.random.key(0)) == loss(jax.random.key(1)) == loss(None)
 
 

@@ -83,9 +83,15 @@ def test_queries_get_copies_and_the_rest_stays(folder):
     before, after, _ = qformer(path)
     layers = after["groups"]["blocks"]["layers"]
     jax.tree.map(np.testing.assert_array_equal, layers["mlp_text"], layers["mlp_query"])
-    fresh = lambda tree: tree["groups"]["blocks"]["crossattention"]  # noqa: E731
+
+    def fresh(tree):
+        return tree["groups"]["blocks"]["crossattention"]
+
     jax.tree.map(np.testing.assert_array_equal, fresh(before), fresh(after))
-    words = lambda tree: tree["word_embeddings"]["embedding"]  # noqa: E731
+
+    def words(tree):
+        return tree["word_embeddings"]["embedding"]
+
     np.testing.assert_array_equal(words(before)[60:], words(after)[60:])
     known = theirs.bert.embeddings.word_embeddings.weight.detach().numpy()
     np.testing.assert_array_equal(words(after)[:60], known)

@@ -143,7 +143,10 @@ def sizes_of(family, rng, largest=2000):
     heads = pick(rng, 1, 2, 4, 8)
     width = heads * pick(rng, 8, 16, 24)
     act = pick(rng, "relu", "gelu", "gelu_new", "silu", "quick_gelu")
-    number = lambda low=1, high=largest: int(rng.integers(low, high))  # noqa: E731
+
+    def number(low=1, high=largest):
+        return int(rng.integers(low, high))
+
     eps = float(rng.choice([1e-6, 1e-5, 1e-12]))
     common = {
         "opt": lambda: {
@@ -253,7 +256,10 @@ def test_random_sizes_compute_what_transformers_computes(family, seed, tmp_path)
     read = huggingface.vit_config if vision else huggingface.llm_config
     options = {"activation": theirs.config.dense_act_fn} if family == "t5" else {}
     ours = read(str(tmp_path), **options)
-    make = lambda: (ViT if vision else LLMS[type(ours)])(ours, rngs=nnx.Rngs(0))  # noqa: E731
+
+    def make():
+        return (ViT if vision else LLMS[type(ours)])(ours, rngs=nnx.Rngs(0))
+
     shapes = nnx.eval_shape(make)
     params = huggingface.load(str(tmp_path), ours, nnx.to_pure_dict(nnx.state(shapes)))
     model = nnx.merge(nnx.graphdef(shapes), params)

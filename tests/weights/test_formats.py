@@ -122,7 +122,10 @@ def test_lavis_round_trip_is_bit_identical(tmp_path):
     found, params = read(tmp_path / "hf")
     whole = checkpoint.abstract_params(found.config)
     rng = np.random.default_rng(1)
-    fresh = lambda x: rng.normal(size=x.shape).astype(np.float32)  # noqa: E731
+
+    def fresh(x):
+        return rng.normal(size=x.shape).astype(np.float32)
+
     params |= jax.tree.map(fresh, {key: whole[key] for key in ("temp", "itg_head")})
     lavis.save(tmp_path / "first.pth", found.config, params, with_vit=True)
     state = torch.load(tmp_path / "first.pth", weights_only=True)["model"]
@@ -213,7 +216,10 @@ def test_weights_load_sharded_and_in_another_dtype(opt_folder):
     loaded = found.load(placed)
     jax.tree.map(lambda x, s: pytest.fail("misplaced") if x.sharding != s else None, loaded, places)
     jax.tree.map(np.testing.assert_array_equal, loaded, found.load(abstract))
-    rounded = lambda x: torch.tensor(np.asarray(x)).to(torch.bfloat16).float().numpy()  # noqa: E731
+
+    def rounded(x):
+        return torch.tensor(np.asarray(x)).to(torch.bfloat16).float().numpy()
+
     jax.tree.map(
         lambda x, exact: np.testing.assert_array_equal(np.asarray(x, np.float32), rounded(exact)),
         loaded,
