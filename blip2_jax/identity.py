@@ -34,7 +34,7 @@ def contents(
       eval_source: those that losses are evaluated on; None: none are.
       evals: the evaluations in the run; None: there are none.
     """
-    texts_of = examples.tokenizers_of(config)
+    texts_of = examples.load_tokenizers(config)
     return {
         "fingerprints": dict(fingerprints),
         "data": sources.identity(source),  # other records would be other batches

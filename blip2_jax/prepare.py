@@ -32,41 +32,36 @@ were there, and the best --keep stay.
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import time
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
 
 from blip2_jax import cli
 from blip2_jax.data import datasets, files, shards, sources, tars, transforms
-from blip2_jax.data.faults import RecordError, Skipped
+from blip2_jax.data.faults import Skipped
+from blip2_jax.data.prepared import DONE, read_json
 from blip2_jax.reporting import dataset_card
-from blip2_jax.runtime.outputs import Own, replacing_folder
+from blip2_jax.runtime.outputs import Own
 
-DONE = "done.json"
 PAGES = ("README.md", "report.html")  # which people may have changed
-DIGITS, FILES = "digits", "files"
+FILES = "files"
+# Sources that prepare themselves: modules with `add_arguments(parser)` and `prepare(args)`.
+OTHERS = {"digits": "blip2_jax.digits.prepare"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `blip2 prepare`."""
-    known = [DIGITS, FILES, *datasets.NAMES]
+    others = _others()
+    known = [*others, FILES, *datasets.NAMES]
     parser.add_argument("--source", required=True, choices=known, help="what to prepare")
     parser.add_argument("--out", default="", help="folder to write; made if need be")
-    group = parser.add_argument_group("the embedded world (digits)")
-    group.add_argument("--seed", type=int, default=0, help="of all scenes (default: 0)")
-    group.add_argument("--train", type=int, default=8000, help="training scenes (default: 8000)")
-    group.add_argument("--test", type=int, default=500, help="test scenes (default: 500)")
-    group.add_argument(
-        "--held_out",
-        type=int,
-        default=200,
-        help="test scenes with combinations that training never shows (default: 200)",
-    )
+    for module in others.values():
+        module.add_arguments(parser)
     group = parser.add_argument_group("everything else")
     group.add_argument(
         "--dir", action="append", default=[], help="file, folder, glob or braces; may be repeated"
@@ -119,17 +114,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--keep", type=int, default=2, help="the best of them (default: 2)")
 
 
+def _others() -> dict[str, Any]:
+    """The modules of `OTHERS` that are installed."""
+    installed = {}
+    for name, module in OTHERS.items():
+        with contextlib.suppress(ModuleNotFoundError):
+            installed[name] = resolve_name(module)
+    return installed
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs `blip2 prepare`; returns its exit code."""
     args = cli.parse(__doc__, argv, add_arguments, prog="blip2 prepare", config=False)
     if not args.out and not args.check:
         raise SystemExit("blip2 prepare: name a folder to write with --out.")
-    if args.source == DIGITS:
-        sizes = {"train": args.train, "test": args.test, "held_out": args.held_out}
-        small = [name for name, size in sizes.items() if size < 1]
-        if small:
-            raise SystemExit(f"blip2 prepare: --{small[0]} must be at least 1.")
-        return prepare_digits(Path(args.out), args.seed, sizes)
+    if args.source in OTHERS:
+        code: int = _others()[args.source].prepare(args)
+        return code
     for name in ("records_per_shard", "samples", "keep"):
         if getattr(args, name) < 1:
             raise SystemExit(f"blip2 prepare: --{name} must be at least 1.")
@@ -169,7 +170,7 @@ def prepare_pairs(args: argparse.Namespace) -> int:
       ValueError: what is wrong, and what to do.
     """
     settings = _settings(args)
-    done = _read_json(args.out, DONE) if args.out and not args.check else {}
+    done = read_json(args.out, DONE) if args.out and not args.check else {}
     before = done.get("splits", {}).get(args.split)
     if done and "splits" not in done:
         raise ValueError(f"{args.out} holds other data; name another --out.")
@@ -232,25 +233,12 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def _read_json(folder: str, name: str) -> dict[str, Any]:
-    path = files.join(folder, name)
-    try:
-        return dict(json.loads(files.read(path)))
-    except RecordError:
-        return {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}). Remove the folder and prepare it again, or name another "
-            "--out."
-        ) from error
-
-
 def _claim(plan: shards.Plan, settings: dict[str, Any]) -> None:
     """Takes the folder for this plan, or finds that another has it."""
     fs, inner = files.filesystem(plan.out)
     name = f"{plan.split}.plan.json"
     wanted = {**settings, "name": plan.name, "records": plan.records}
-    found = _read_json(plan.out, name)
+    found = read_json(plan.out, name)
     if found and found != wanted:
         raise ValueError(
             f"{plan.out} holds the beginning of another {plan.split!r} ({found}); this is "
@@ -326,43 +314,6 @@ def _captioner(args: argparse.Namespace) -> shards.Captions:
         capfilt.similarity_by(ranker),
         keep=args.keep,
     )
-
-
-# ----------------------------------------------------------------------------- the embedded world
-
-
-def prepare_digits(out: Path, seed: int, sizes: dict[str, int]) -> int:
-    """Writes the embedded world into `out`; returns the exit code."""
-    settings = {"source": "digits", "seed": seed, "sizes": sizes}
-    if (out / DONE).is_file():
-        found = _read_json(str(out), DONE)
-        if {name: found.get(name) for name in settings} != settings:
-            raise SystemExit(
-                f"blip2 prepare: {out} holds other data ({found}); name another --out."
-            )
-        print(f"{out}: prepared before.")
-        return 0
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SystemExit(f"blip2 prepare: {out} is not empty and not ours; name another --out.")
-
-    import tensorflow_datasets as tfds  # only where there is something to do: it takes a while
-
-    from blip2_jax.data.digits import DigitScenes
-
-    tfds.disable_progress_bar()  # it shows three bars a split, none with an end; ours has one
-
-    started = time.monotonic()
-    # Built beside its final place and moved when whole: a kill leaves nothing half-made behind.
-    with replacing_folder(out) as draft:
-        builder = DigitScenes(seed=seed, sizes=sizes, data_dir=draft)
-        with contextlib.redirect_stdout(io.StringIO()):  # "Downloading ...": there is nothing to
-            builder.download_and_prepare()
-        counts = {name: builder.info.splits[name].num_examples for name in sizes}
-        seconds = time.monotonic() - started
-        (draft / DONE).write_text(json.dumps({**settings, "seconds": seconds}, indent=2) + "\n")
-    written = ", ".join(f"{count} {name}" for name, count in counts.items())
-    print(f"{out}: {written} scenes in {seconds:.0f} s")
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -19,7 +18,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from blip2_jax import stages
 from blip2_jax.data import language, tokenizers
-from blip2_jax.data.examples import is_instruction, llm_lengths, llm_tokenizer
+from blip2_jax.data.batch_spec import example_spec, is_instruction
+from blip2_jax.data.examples import llm_tokenizer
 from blip2_jax.models import blip2, lora, opt, vit
 from blip2_jax.models.qformer import QFormerConfig
 from blip2_jax.runtime import dtypes, optim
@@ -94,30 +94,13 @@ class Recipe:
 
     @property
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """A global batch as the loader makes it (`data/examples.py`), placed on the mesh."""
-        config, sizes, data = self.config, self.model_config, self.config.data
-        words = lambda length, *names: dict.fromkeys(names, ((length,), jnp.int32))  # noqa: E731
-        arrays: dict[str, tuple[tuple[int, ...], Any]] = {}
-        if self.image_size:
-            arrays["image"] = (self.image_size, self.image_size, 3), jnp.uint8
-        if config.stage.name == "pretrain_vit":
-            for name in config.stage.labels:
-                arrays |= words(sizes.grid**2, name)
-        elif config.stage.name == "pretrain_lm":
-            arrays |= words(data.llm_length, "llm_ids", "llm_mask")
-            arrays["llm_weights"] = (data.llm_length,), jnp.float32
-        else:
-            arrays["image_id"] = (), jnp.int32
-            if config.stage.name == "stage1" or sizes.qformer_reads_prompt:
-                arrays |= words(data.text_length, "text_ids", "text_mask")
-            if config.stage.name == "stage2":
-                both = sizes.llm.is_encoder_decoder
-                read, learned = llm_lengths(config, encoder_decoder=both)
-                arrays |= words(read, "llm_ids", "llm_mask") | words(learned, "llm_labels")
-        place = meshes.batch_sharding(self.mesh)
+        """A global batch, as `data.batch_spec` has it, placed on the mesh."""
+        examples = example_spec(self.config, self.image_size, self.llm)
+        sharding = meshes.batch_sharding(self.mesh)
+        size = self.config.data.batch_size
         return {
-            name: jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=place)
-            for name, (shape, dtype) in arrays.items()
+            name: jax.ShapeDtypeStruct((size, *array.shape), array.dtype, sharding=sharding)
+            for name, array in examples.items()
         }
 
     def lower_step(self) -> jax.stages.Lowered:
@@ -297,7 +280,10 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
     optimizer, schedule = _make_optimizer(config, sizes, trainable)
 
     shardings_of = functools.partial(
-        meshes.shardings, axes_table=blip2.AXES, rules=config.sharding, mesh=mesh
+        meshes.shardings,
+        axes_table=getattr(stage, "AXES", blip2.AXES),
+        rules=config.sharding,
+        mesh=mesh,
     )
     abstract = states.abstract_state(init_trainable, optimizer)
     shardings = states.state_shardings(abstract, shardings_of(abstract["params"]), optimizer, mesh)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent / "blip2_jax"
 # import everything, except those named here.
 ALLOWED = {
     "models": set(),
+    "digits": {"models", "stages", "data", "evals", "runtime"},
     "runtime": set(),
     "data": {"runtime"},
     "stages": {"models", "data", "runtime"},
@@ -52,6 +53,13 @@ def test_imports_run_one_way(part):
     for file in files:
         extra = imports(file) - ALLOWED[part] - {part}
         assert not extra, f"{file.relative_to(ROOT)} imports {', '.join(sorted(extra))}"
+
+
+def test_nothing_imports_the_embedded_world():
+    """Others name its modules in tables, and work without it: see tests/test_without_digits.py."""
+    for file in ROOT.rglob("*.py"):
+        if "digits" not in file.parts:
+            assert "digits" not in imports(file), file
 
 
 @pytest.mark.integration

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from blip2_jax import cli, plan, recipe
-from blip2_jax.data import digits as scenes
 from blip2_jax.data import loader
 from blip2_jax.data.examples import make_example
+from blip2_jax.digits import dataset
 from blip2_jax.planning import topology
 
 compiles_for_tpu = pytest.mark.skipif(
@@ -42,7 +42,7 @@ def test_the_planned_batch_is_the_loaders(stage):
     if stage == "lm_easy":
         record = loader.make_source(config, config.data.split)[0]
     else:
-        record = scenes.record(0, "train", 0)
+        record = dataset.record(0, "train", 0)
         record["image"] = record["image"].getvalue()
     make = make_example(config, run.image_size, train=True, llm=run.llm)
     example = make(record, 0, np.random.default_rng(0))

@@ -1,12 +1,14 @@
 """From a record to the arrays that a stage's batches are made of."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from blip2_jax.data import digits, prompting, texts, tokenizers, transforms, world
+from blip2_jax.data import prompting, texts, tokenizers, transforms
+from blip2_jax.data.batch_spec import EXAMPLE_MAKERS, is_instruction
 from blip2_jax.data.faults import RecordError
 from blip2_jax.data.language import IMAGE_TOKEN, LanguageConfig, check_vocabulary, with_end
 
@@ -37,17 +39,11 @@ def make_example(
       ValueError: `config.data.task`, `prompt` or `end_of_text` does not fit, or a tokenizer.
     """
     data, stage = config.data, config.stage.name
-    texts_of = tokenizers_of(config)
-    if stage == "pretrain_lm":
-        return _story_example(texts_of["llm"], data.llm_length)
-    if train and data.resize == "fast" and resample != "bicubic":
-        raise ValueError(
-            f"config.data.resize=fast is bicubic, and this image encoder's images are {resample}; "
-            "set config.data.resize to exact."
-        )
-    image = _image(data, image_size, resample, train=train)
-    if stage == "pretrain_vit":
-        return _patch_example(image, image_size // config.model.vit.patch_size, config.stage.labels)
+    if stage in EXAMPLE_MAKERS:
+        make: Callable[..., ExampleOf] = resolve_name(EXAMPLE_MAKERS[stage]).make_example
+        return make(config, image_size, train=train, resample=resample, llm=llm)
+    texts_of = load_tokenizers(config)
+    image = image_reader(data, image_size, resample, train=train)
     if stage == "stage1":
         encode = _qformer_text(texts_of["qformer"], data.text_length)
     else:
@@ -84,27 +80,13 @@ def llm_tokenizer(config: ConfigDict, *, at_hand: bool = False) -> Any:
     return load(data.llm_tokenizer or config.model.llm.source, data.llm_special_tokens.to_dict())
 
 
-def llm_lengths(config: ConfigDict, *, encoder_decoder: bool) -> tuple[int, int]:
-    """Tokens a row of what the language model reads in stage 2, and of its labels."""
-    data = config.data
-    prompt = data.max_prompt_length if is_instruction(config) else data.llm_length
-    if encoder_decoder:
-        return prompt, data.llm_length
-    whole = data.max_prompt_length + data.llm_length if is_instruction(config) else data.llm_length
-    return whole, whole
-
-
-def is_instruction(config: ConfigDict) -> bool:
-    """Whether prompt and text have lengths of their own, as in LAVIS's InstructBLIP."""
-    return config.data.task == "answer" or config.model.qformer_reads_prompt
-
-
-def tokenizers_of(config: ConfigDict) -> dict[str, Any]:
+def load_tokenizers(config: ConfigDict) -> dict[str, Any]:
     """The tokenizers that a stage's examples are made with, by whose they are: "qformer", "llm"."""
     data, stage = config.data, config.stage.name
+    if stage in EXAMPLE_MAKERS:
+        others: dict[str, Any] = resolve_name(EXAMPLE_MAKERS[stage]).load_tokenizers(config)
+        return others
     found: dict[str, Any] = {}
-    if stage == "pretrain_lm":
-        found["llm"] = tokenizers.load(data.llm_tokenizer)
     if stage == "stage2":
         found["llm"] = llm_tokenizer(config)
     if stage == "stage1" or (stage == "stage2" and config.model.qformer_reads_prompt):
@@ -123,7 +105,13 @@ def _captions(record: Record, data: ConfigDict) -> list[str]:
     return captions
 
 
-def _image(data: ConfigDict, size: int, resample: str, *, train: bool) -> ImageOf:
+def image_reader(data: ConfigDict, size: int, resample: str, *, train: bool) -> ImageOf:
+    """The function (record, rng) -> uint8[size, size, 3]; see `make_example`."""
+    if train and data.resize == "fast" and resample != "bicubic":
+        raise ValueError(
+            f"config.data.resize=fast is bicubic, and this image encoder's images are {resample}; "
+            "set config.data.resize to exact."
+        )
     augmented = {
         name: part["randaugment"] for name, part in data.mixture.items() if "randaugment" in part
     }
@@ -250,37 +238,5 @@ def _answer_example(
         pixels = image(record, rng)
         text = encode(answer, rng, prompt.replace("{}", asked))
         return {"image": pixels, "image_id": number, **text}
-
-    return example
-
-
-def _story_example(tokenizer: Any, length: int) -> ExampleOf:
-    def example(record: Record, index: int, rng: np.random.Generator) -> Example:
-        del index, rng  # a story is what it is
-        ids, mask, weights = tokenizers.encode_stories(tokenizer, [record["story"]], length)
-        return {"llm_ids": ids[0], "llm_mask": mask[0], "llm_weights": weights[0]}
-
-    return example
-
-
-def _patch_example(image: ImageOf, grid: int, labels: Mapping[str, int]) -> ExampleOf:
-    """Patch labels of the embedded world: what the box that covers most of a patch holds."""
-    names = {
-        "digit": range(10),
-        "color": world.COLORS,
-        "size": world.SIZES,
-        "place": world.PLACES,
-    }
-
-    def example(record: Record, index: int, rng: np.random.Generator) -> Example:
-        del index
-        arrays: Example = {"image": image(record, rng)}
-        scene = world.scene_from_json(record["scene"])
-        owner = digits.patch_owners(record["boxes"], grid)
-        for name, classes in labels.items():
-            known = list(names[name])
-            values = [known.index(getattr(thing, name)) for thing in scene] + [classes - 1]
-            arrays[name] = np.array(values, np.int32)[owner]
-        return arrays
 
     return example

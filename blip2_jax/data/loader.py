@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
@@ -284,7 +285,7 @@ def record_numbers(source: Any, config: ConfigDict, step: int) -> list[int]:
 
 def _order(source: Any, config: ConfigDict) -> grain.MapDataset[int]:
     """Record numbers without end: every part in an order of its own that changes every epoch."""
-    if config.data.source in STORIES:  # in easy-to-hard order, each read once
+    if getattr(source, "in_order", False):
         return grain.MapDataset.range(len(source)).seed(config.seed).repeat()
     if not isinstance(source, sources.Mixture):
         return grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
@@ -347,7 +348,8 @@ def _read(dataset: grain.MapDataset[Batch], threads: int) -> grain.IterDataset[B
 
 # ------------------------------------------------------------------------------------- sources
 
-STORIES = ("stories", "easy_stories")
+# Sources that are opened elsewhere, by functions (name, config, training) -> source.
+OTHERS = dict.fromkeys(("stories", "easy_stories"), "blip2_jax.digits.stories:open_source")
 # Of a mixture's part; `randaugment` is read by `make_example`.
 PART_KEYS = ("source", "dir", "images", "form", "columns", "split", "weight", "randaugment")
 
@@ -386,13 +388,8 @@ def make_source(config: ConfigDict, split: str) -> Any:
 def _source(
     config: ConfigDict, data: ConfigDict | SimpleNamespace, split: str, training: bool
 ) -> Any:
-    if data.source in STORIES:
-        if training:
-            count = config.steps * data.batch_size
-            return sources.StorySource(data.source, count, 0, data.story_warmup)
-        count = max(1, config.eval.batches) * config.eval.batch_size
-        # Others than those trained on, all hard, and all with what the answers follow from.
-        return sources.StorySource("described_stories", count, 1)
+    if data.source in OTHERS:
+        return resolve_name(OTHERS[data.source])(data.source, config, training)
     source = open_source(data, split)
     if data.source == "files" and not training and "{split}" not in data.dir:
         if not getattr(source, "by_split", False):
@@ -428,7 +425,7 @@ def open_source(data: Any, split: str) -> Any:
         return datasets.open_dataset(
             data.source, data.dir, split, data.images, form=data.form, columns=data.columns
         )
-    known = ", ".join(("tfds", "files", *STORIES, *datasets.NAMES))
+    known = ", ".join(("tfds", "files", *OTHERS, *datasets.NAMES))
     raise ValueError(f"config.data.source is {data.source!r}; known: {known}.")
 
 

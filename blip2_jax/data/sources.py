@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from blip2_jax.data import files, folders, lists, tars, world
+from blip2_jax.data import files, folders, lists, tars
 from blip2_jax.data.faults import RecordError, Skipped
 from blip2_jax.runtime import atomic, digest
 
@@ -182,8 +182,8 @@ def identity(source: Any) -> dict[str, Any]:
     if isinstance(source, Mixture):
         parts = zip(source.names, source.parts, source.weights, strict=True)
         return {name: {**identity(part), "weight": weight} for name, part, weight in parts}
-    if isinstance(source, StorySource):  # any number of them: a run may go on for more steps
-        return {"digest": source.digest()}
+    if hasattr(source, "identity"):
+        return dict(source.identity())
     found = {"records": len(source)}
     return {**found, "digest": source.digest()} if hasattr(source, "digest") else found
 
@@ -288,44 +288,3 @@ def _as_text(record: dict[str, Any]) -> dict[str, Any]:
 
 def _decode(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
-
-
-class StorySource:
-    """Stories of the embedded world, written as they are read: item i depends on (seed, i) alone.
-
-    A small language model learns what belongs to what only if it meets that in an easy order.
-
-    Args:
-      kind: "stories" (`world.story`), "described_stories" (none of which lacks its description:
-        what can be known is measured on them) or "easy_stories" (`world.easy_story`, and word
-        lists).
-      count: number of stories.
-      seed: of all of them.
-      warmup: share of the stories, from the first on, that are easier still: of "easy_stories"
-        all are word lists there (and some afterwards); "stories" have two things at most.
-    """
-
-    LISTS = 0.15  # share of word lists among the easy stories after the warmup
-
-    def __init__(self, kind: str, count: int, seed: int, warmup: float = 0.0):
-        self.kind, self.count, self.seed, self.warmup = kind, count, seed, warmup
-
-    def __len__(self) -> int:
-        return self.count
-
-    def digest(self) -> str:
-        """Of what decides every story but their number."""
-        return digest.of_text(f"{self.kind} {self.seed} {self.warmup}")
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < self.count:
-            raise IndexError(f"story {index} of {self.count}")
-        rng = np.random.default_rng([self.seed, index])
-        early = index < self.warmup * self.count
-        if self.kind == "described_stories":
-            return {"story": world.story(rng, undescribed=0.0)}
-        if self.kind == "stories":
-            return {"story": world.story(rng, max_things=2 if early else 3)}
-        if early or rng.random() < self.LISTS:
-            return {"story": world.word_list(rng)}
-        return {"story": world.easy_story(rng)}

@@ -1,11 +1,10 @@
 """Tokenizers of the Q-Former (BERT's kind) and of the LLM (OPT's kind), and texts as arrays.
 
-The embedded world's own two are trained here and ship with the package; all others are folders as
-transformers saves them. The two are different on purpose, as in the published models.
+They are folders as transformers saves them; `package:NAME` is one that ships with the package.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,6 @@ PACKAGE = "package:"
 TOKENIZER_CONFIG = "tokenizer_config.json"  # every tokenizer that transformers saved has one
 IGNORED = -100  # a label that no loss counts (torch's convention)
 BOS_OF_QFORMER = "[DEC]"  # begins generated text (LAVIS `blip2.py`)
-
-# Weights of a story's tokens in the language model's pre-training. What cannot be foreseen (the
-# description of a scene nobody has seen, the choice of a question) teaches little.
-UNFORESEEN, RETOLD, ANSWER = 0.1, 0.5, 1.0
-BOS = ""  # in a list of pieces of text, the token that begins a text
-
 
 # Marks in front of a token that begins a word (SentencePiece, byte-level BPE).
 WORD_MARKS = ("\u2581", "\u0120")
@@ -90,80 +83,17 @@ def _set_special_tokens(tokenizer: Any, special_tokens: Mapping[str, str], sourc
         tokenizer.add_bos_token = True  # texts begin with the new one: its template is made again
 
 
-# ----------------------------------------------------------------------------------- training
-
-
-def train_qformer_tokenizer(texts: Iterable[str]) -> Any:
-    """A WordPiece tokenizer whose words are those of `texts`; specials as in BERT, [DEC] last."""
-    import tokenizers
-    from transformers import BertTokenizer
-
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    model = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
-    model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    trainer = tokenizers.trainers.WordPieceTrainer(
-        vocab_size=400, special_tokens=specials, show_progress=False
-    )
-    model.train_from_iterator(texts, trainer)
-    ids = model.get_vocab()
-    words = sorted(ids, key=ids.__getitem__)
-    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
-    tokenizer.add_special_tokens({"bos_token": BOS_OF_QFORMER})
-    return tokenizer
-
-
-def train_lm_tokenizer(texts: Iterable[str]) -> Any:
-    """A byte-level BPE tokenizer like OPT's: `</s>` begins a text, a newline ends it."""
-    import tokenizers
-    from transformers import GPT2Tokenizer
-
-    specials = ["<s>", "<pad>", "</s>", "<unk>"]
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=specials,
-        initial_alphabet=["Ċ"],  # the newline, as byte-level BPE writes it
-        show_progress=False,
-    )
-    model.train_from_iterator(texts, trainer)
-    trained = json.loads(model.to_str())["model"]
-    merges: Any = [tuple(pair) for pair in trained["merges"]]  # the hint there asks for texts
-    return GPT2Tokenizer(
-        vocab=trained["vocab"],
-        merges=merges,
-        bos_token="</s>",
-        eos_token="</s>",
-        unk_token="</s>",
-        pad_token="<pad>",
-        add_bos_token=True,
-    )
-
-
-def train_package_tokenizers(assets: Path) -> None:
-    """Trains the embedded world's two tokenizers and saves them where the package ships them."""
-    from blip2_jax.data import world
-
-    rng = np.random.default_rng(0)
-    texts: list[str] = []
-    for _ in range(3000):
-        texts += filter(None, world.story(rng))
-        texts += world.captions(world.sample_scene(rng), rng, 3)
-    train_qformer_tokenizer(texts).save_pretrained(assets / "digits-bert")
-    train_lm_tokenizer(f"{text}\n" for text in texts).save_pretrained(assets / "digits-opt")
-
-
 # ----------------------------------------------------------------------------------- encoding
 
 
-def _pad(
+def pad(
     rows: Sequence[Sequence[float]],
     length: int,
     fill: float,
     dtype: Any = np.int32,
     side: str = "right",
 ) -> np.ndarray:
+    """Rows of numbers as an array [rows, length]: cut on the right, filled on `side`."""
     out = np.full((len(rows), length), fill, dtype)
     for row, values in zip(out, rows, strict=True):
         values = values[:length]
@@ -276,10 +206,10 @@ def _labelled(
     tokenizer: Any, llm: LanguageConfig, rows: Sequence[tuple[list[int], int]], length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows, each with the number of tokens at its start that are not learned, as arrays."""
-    ids = _pad([row for row, _ in rows], length, pad_id(tokenizer, llm))
-    mask = _pad([[1] * len(row) for row, _ in rows], length, 0)
+    ids = pad([row for row, _ in rows], length, pad_id(tokenizer, llm))
+    mask = pad([[1] * len(row) for row, _ in rows], length, 0)
     labels = [[IGNORED] * hidden + row[hidden:] for row, hidden in rows]
-    return ids, mask, _pad(labels, length, IGNORED)
+    return ids, mask, pad(labels, length, IGNORED)
 
 
 def encode_prefix(
@@ -307,7 +237,7 @@ def encode_prefix(
     """
     rows = tokenize(tokenizer, prefixes, prefix_length, truncation_side=truncation_side)
     ids, mask = pad_rows(tokenizer, rows, prefix_length, side="right")
-    return ids, mask, _pad(tokenize(tokenizer, suffixes, length), length, IGNORED)
+    return ids, mask, pad(tokenize(tokenizer, suffixes, length), length, IGNORED)
 
 
 def tokenize(
@@ -363,45 +293,8 @@ def pad_rows(
       side: of the padding; see `language.padding_side`. "right" for a Q-Former.
       llm: the config of a language model, None for a Q-Former.
     """
-    mask = _pad([[1] * len(row) for row in rows], length, 0, side=side)
-    return _pad(rows, length, pad_id(tokenizer, llm), side=side), mask
-
-
-def encode_stories(
-    tokenizer: Any, stories: Sequence[Sequence[str]], length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Stories (`world.story`) for a language model: every segment is BOS, text, newline.
-
-    The description has no newline: a visual prompt, which takes its place later, has none.
-
-    Returns:
-      ids and mask, int32[B, length]; weights, float32[B, length], of each token as a target.
-    """
-    pieces: list[tuple[int, str, float]] = []  # story, text, weight; a BOS stands for itself
-    for number, (description, *rest) in enumerate(stories):
-        if description:
-            pieces += [(number, BOS, UNFORESEEN), (number, description, UNFORESEEN)]
-        for text in rest:
-            question, colon, answer = text.partition("Answer:")
-            if colon:
-                pieces += [(number, BOS, UNFORESEEN), (number, question + colon, UNFORESEEN)]
-                pieces += [(number, answer, ANSWER), (number, "\n", RETOLD)]
-            else:
-                pieces += [(number, BOS, RETOLD), (number, text + "\n", RETOLD)]
-    encoded = tokenizer([text for _, text, _ in pieces], add_special_tokens=False)["input_ids"]
-    rows: list[list[int]] = [[] for _ in stories]
-    weights: list[list[float]] = [[] for _ in stories]
-    for (number, text, weight), ids in zip(pieces, encoded, strict=True):
-        ids = [tokenizer.bos_token_id] if text == BOS else ids
-        rows[number] += ids
-        weights[number] += [weight] * len(ids)
-    mask = _pad([[1] * len(row) for row in rows], length, 0)
-    ids = _pad(rows, length, tokenizer.pad_token_id)
-    return ids, mask, _pad(weights, length, 0.0, np.float32)
-
-
-if __name__ == "__main__":
-    train_package_tokenizers(Path(__file__).parents[1] / "assets")
+    mask = pad([[1] * len(row) for row in rows], length, 0, side=side)
+    return pad(rows, length, pad_id(tokenizer, llm), side=side), mask
 
 
 PROBE = (

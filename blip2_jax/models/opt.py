@@ -190,10 +190,3 @@ class OPT(DecoderOnly):
             else self.lm_head.kernel[...]
         )
         return vocabulary_logits(hidden, table)
-
-
-class OPTAlone(nnx.Module):
-    """An OPT alone, under the name it has inside BLIP-2: for pre-training it."""
-
-    def __init__(self, config: OPTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
-        self.llm = OPT(config, dtype=dtype, rngs=rngs)

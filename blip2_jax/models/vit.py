@@ -26,7 +26,6 @@ AXES = (
     *layers.AXES,
     (r"patch_embed/kernel$", (None, "embed")),
     (r"patch_embed/bias$|(cls_token|pos_embed)$", (None,)),
-    (r"heads/[^/]+/(kernel|bias)$", (None,)),
 )
 
 
@@ -194,24 +193,3 @@ def layer_scales(params: Any, decay: float) -> Any:
         )
         for name, part in params.items()
     }
-
-
-class PatchClassifier(nnx.Module):
-    """A ViT with one linear head an attribute on its patch tokens: for pre-training it.
-
-    Args:
-      labels: attribute -> number of classes.
-    """
-
-    def __init__(
-        self, config: ViTConfig, labels: dict[str, int], *, dtype: Any = None, rngs: nnx.Rngs
-    ):
-        self.vit = ViT(config, dtype=dtype, rngs=rngs)
-        self.heads = nnx.Dict(
-            {n: linear(config.hidden_size, c, dtype=dtype, rngs=rngs) for n, c in labels.items()}
-        )
-
-    def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
-        """uint8[B, H, W, 3] -> attribute -> float[B, G * G, classes]."""
-        patches = self.vit(images)[:, 1:]
-        return {name: head(patches) for name, head in self.heads.items()}

@@ -1,10 +1,10 @@
-"""What is learned: losses and steps, of both stages and of the towers' own pre-training.
+"""What is learned: losses and steps, of both stages and of others that `STAGES` names.
 
 Each stage is a module of the form that `Stage` describes; `step` makes train and eval steps of
 their losses, the same for all stages.
 """
 
-import importlib
+from pkgutil import resolve_name
 from typing import Any, Protocol, cast
 
 from flax import nnx
@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 STAGES = {
     "stage1": "blip2_jax.stages.stage1",
     "stage2": "blip2_jax.stages.stage2",
-    "pretrain_vit": "blip2_jax.stages.pretrain_vit",
-    "pretrain_lm": "blip2_jax.stages.pretrain_lm",
+    "pretrain_vit": "blip2_jax.digits.pretrain_vit",
+    "pretrain_lm": "blip2_jax.digits.pretrain_lm",
 }
 
 
@@ -26,6 +26,7 @@ class Stage(Protocol):
       TOWER: "vit" or "llm", where the stage trains this tower alone; "" where it trains a BLIP-2.
       loss_fn: pure (params, frozen, batch, key, *, spec) -> (loss, metrics), which knows nothing of
         devices; `key` is None outside training.
+      AXES: which axes its parameters have; only where `models.blip2.AXES` does not cover them.
     """
 
     TOWER: str
@@ -44,4 +45,4 @@ def load(name: str) -> Stage:
     """The module of `config.stage.name`; ValueError where there is no such stage."""
     if name not in STAGES:
         raise ValueError(f"config.stage.name is {name!r}; known: {', '.join(STAGES)}.")
-    return cast(Stage, importlib.import_module(STAGES[name]))
+    return cast(Stage, resolve_name(STAGES[name]))

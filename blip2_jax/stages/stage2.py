@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from blip2_jax.data.examples import llm_lengths
+from blip2_jax.data.batch_spec import llm_lengths
 from blip2_jax.models import lora
 from blip2_jax.models.blip2 import Blip2Config, Blip2Stage2
 from blip2_jax.stages import flops, losses

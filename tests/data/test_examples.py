@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 import tests.data.made as made
 import tests.tiny as tiny
 from blip2_jax import cli, recipe
-from blip2_jax.data import examples, loader, sources, tokenizers, transforms
+from blip2_jax.data import batch_spec, examples, loader, sources, tokenizers, transforms
 from blip2_jax.models.llama import LlamaConfig
 from blip2_jax.models.opt import OPTConfig
 from blip2_jax.models.t5 import T5Config
@@ -113,7 +113,7 @@ def test_an_encoder_decoder_reads_the_prompt_and_learns_the_text(task, tmp_path)
         }
     )
     example = example_of(config, T5Config(), questions=[{"question": LONG, "answers": ["red"]}])
-    lengths = examples.llm_lengths(config, encoder_decoder=True)
+    lengths = batch_spec.llm_lengths(config, encoder_decoder=True)
     assert lengths == ({"answer": 9, "caption": 4}[task], 4)
     assert (len(example["llm_ids"]), len(example["llm_labels"])) == lengths
     read = tokenizers.load(str(tmp_path)).decode(example["llm_ids"], skip_special_tokens=True)

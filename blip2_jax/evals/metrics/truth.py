@@ -6,7 +6,9 @@ from typing import Any
 
 # By the field of a record that holds the truth: what reads the field, and what says whether a
 # caption is true of the result. Looked up by name, so that nothing here imports a data set.
-CHECKS = {"scene": ("blip2_jax.data.world:scene_from_json", "blip2_jax.data.world:facts_correct")}
+CHECKS = {
+    "scene": ("blip2_jax.digits.world:scene_from_json", "blip2_jax.digits.world:facts_correct")
+}
 
 
 def truth_check(record: Mapping[str, Any]) -> Callable[[str], bool] | None:

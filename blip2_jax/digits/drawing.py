@@ -1,21 +1,15 @@
-"""The embedded world in pixels: scenes drawn with real handwriting, as a TFDS data set.
+"""The embedded world in pixels: scenes drawn with real handwriting.
 
 Digits are scikit-learn's copy of the UCI handwritten digits (1,797 scans of 8 x 8 pixels). Of
 each digit's scans three quarters draw the training scenes and the others the test scenes.
 """
 
 import functools
-import io
-import json
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image
-from tqdm import tqdm
 
-from blip2_jax.data import world
+from blip2_jax.digits import world
 
 SIZE = 64  # pixels of a scene's side; a quadrant has half of it
 PIXELS = {"small": (14, 17), "large": (24, 28)}  # side of a digit, from .. to
@@ -30,8 +24,6 @@ RGB = {
     "orange": (244, 140, 32),
     "white": (246, 246, 246),
 }
-CAPTIONS = 5  # a scene, as in COCO
-SPLITS = ("train", "test", "held_out")
 
 
 @functools.cache
@@ -120,82 +112,3 @@ def draw(scene: world.Scene, rng: np.random.Generator, split: str) -> tuple[np.n
         patch[:] = ink * color + (1 - ink) * patch
         boxes.append((y0, x0, y0 + side, x0 + side))
     return canvas.round().astype(np.uint8), np.array(boxes, np.int32)
-
-
-def record(seed: int, split: str, index: int) -> dict[str, Any]:
-    """One record of the data set; depends on nothing but its arguments."""
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    scene = world.sample_scene(rng, held_out=split == "held_out")
-    image, boxes = draw(scene, rng, split)
-    png = io.BytesIO()
-    Image.fromarray(image).save(png, format="PNG")
-    return {
-        "id": f"{split}_{index:05d}",
-        "image": io.BytesIO(png.getvalue()),  # encoded: TFDS needs no TensorFlow for bytes
-        "captions": world.captions(scene, rng, CAPTIONS),
-        "questions": [question._asdict() for question in world.questions(scene, rng)],
-        "scene": world.scene_to_json(scene),
-        "boxes": json.dumps(boxes.tolist()),
-    }
-
-
-class DigitScenes(tfds.core.GeneratorBasedBuilder):
-    """Scenes of handwritten digits with captions and questions.
-
-    Args:
-      seed: of all scenes.
-      sizes: number of records by split; "held_out" scenes hold a combination of
-        `world.HELD_OUT`, which "train" and "test" never do.
-    """
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, *, seed: int = 0, sizes: dict[str, int] | None = None, **kwargs: Any):
-        self.seed = seed
-        self.sizes = sizes or {"train": 8000, "test": 500, "held_out": 200}
-        super().__init__(file_format="array_record", **kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text()
-        return self.dataset_info_from_configs(
-            description=self.__doc__,
-            features=tfds.features.FeaturesDict(
-                {
-                    "id": text,
-                    "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png"),
-                    "captions": tfds.features.Sequence(text),
-                    "questions": tfds.features.Sequence(
-                        {"question": text, "answer": text, "type": text}
-                    ),
-                    "scene": text,
-                    "boxes": text,
-                }
-            ),
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        del dl_manager  # nothing is downloaded
-        return {split: self._generate_examples(split) for split in SPLITS}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for index in tqdm(range(self.sizes[split]), desc=split, unit=" scenes"):
-            example = record(self.seed, split, index)
-            yield example["id"], example
-
-
-def patch_owners(boxes: str, grid: int) -> np.ndarray:
-    """Which thing each patch shows: int32[grid * grid], row by row; -1 is the background.
-
-    Args:
-      boxes: a record's `boxes`.
-      grid: patches along a side. A thing owns a patch when its box covers more than half of it;
-        boxes of different things share no patch by more than that.
-    """
-    side = SIZE / grid
-    edges = np.arange(grid) * side
-    owners = np.full((grid, grid), -1, np.int32)
-    for thing, (y0, x0, y1, x1) in enumerate(json.loads(boxes)):
-        rows = np.clip(np.minimum(edges + side, y1) - np.maximum(edges, y0), 0, None)
-        columns = np.clip(np.minimum(edges + side, x1) - np.maximum(edges, x0), 0, None)
-        owners[np.outer(rows, columns) > 0.5 * side * side] = thing
-    return owners.ravel()

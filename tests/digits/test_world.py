@@ -1,11 +1,11 @@
-"""What is said of a scene is true, false claims are found out, and HELD_OUT is never shown."""
+"""Captions of a scene are true, false claims are found, unseen combinations stay unseen."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from blip2_jax.data import world
+from blip2_jax.digits import stories, world
 
 
 def scenes(n, **kwargs):
@@ -19,10 +19,10 @@ def test_scenes_keep_their_rules():
         for values in zip(*scene, strict=True):
             if values[0] not in world.SIZES:
                 assert len(set(values)) == len(scene)  # digits, colors, places are distinct
-        assert not any((t.digit, t.color) in world.HELD_OUT for t in scene)
+        assert not any((t.digit, t.color) in world.UNSEEN_COMBINATIONS for t in scene)
         assert world.scene_from_json(world.scene_to_json(scene)) == scene
-    for scene in scenes(200, held_out=True):
-        assert any((t.digit, t.color) in world.HELD_OUT for t in scene)
+    for scene in scenes(200, unseen=True):
+        assert any((t.digit, t.color) in world.UNSEEN_COMBINATIONS for t in scene)
 
 
 def test_every_caption_is_true_and_parses():
@@ -96,9 +96,9 @@ def test_questions_are_answered_by_their_scene():
 def test_text_never_names_a_held_out_combination():
     """Neither in captions nor in questions, where 'no' would otherwise be the answer to all."""
     rng = np.random.default_rng(4)
-    named = {f"{color} {digit}" for digit, color in world.HELD_OUT}
+    named = {f"{color} {digit}" for digit, color in world.UNSEEN_COMBINATIONS}
     for _ in range(2000):
-        text = " ".join(world.story(rng))
+        text = " ".join(stories.story(rng))
         assert not any(name in text for name in named), text
 
 

@@ -1,4 +1,4 @@
-"""Pre-training of an image encoder on labeled images: how the embedded world's ViT is made.
+"""Pre-training of the embedded world's image encoder, on labeled images.
 
 Every patch is classified by what stands there (which digit, which color, which size, or nothing).
 The heads are thrown away; BLIP-2 sees the encoder's patch features only.
@@ -11,11 +11,35 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from blip2_jax.models.vit import PatchClassifier, ViTConfig
+from blip2_jax.models import blip2
+from blip2_jax.models.layers import linear
+from blip2_jax.models.vit import ViT, ViTConfig
 from blip2_jax.stages import flops, losses
 from blip2_jax.stages.step import Batch, Metrics, Params, Spec
 
 TOWER = "vit"
+AXES = ((r"heads/[^/]+/(kernel|bias)$", (None,)), *blip2.AXES)
+
+
+class PatchClassifier(nnx.Module):
+    """A ViT with one linear head an attribute on its patch tokens: for pre-training it.
+
+    Args:
+      labels: attribute -> number of classes.
+    """
+
+    def __init__(
+        self, config: ViTConfig, labels: dict[str, int], *, dtype: Any = None, rngs: nnx.Rngs
+    ):
+        self.vit = ViT(config, dtype=dtype, rngs=rngs)
+        self.heads = nnx.Dict(
+            {n: linear(config.hidden_size, c, dtype=dtype, rngs=rngs) for n, c in labels.items()}
+        )
+
+    def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
+        """uint8[B, H, W, 3] -> attribute -> float[B, G * G, classes]."""
+        patches = self.vit(images)[:, 1:]
+        return {name: head(patches) for name, head in self.heads.items()}
 
 
 def make_module(config: ConfigDict, sizes: ViTConfig, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:

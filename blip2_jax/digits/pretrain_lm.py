@@ -1,8 +1,7 @@
-"""Pre-training of a language model on text alone: how the embedded world's LLM is made.
+"""Pre-training of the embedded world's language model, on text alone.
 
-Users of BLIP-2 take their LLM from a hub; this makes one where there is no hub. The only thing
-out of the ordinary is that tokens carry weights: what cannot be foreseen (a description of a
-scene nobody has seen) teaches little, what follows from the text before it (an answer) much.
+It is next-token prediction with a weight for each token: low for what cannot be predicted (the
+description of a new scene), high for what follows from the text before it (an answer).
 """
 
 import functools
@@ -13,17 +12,24 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from blip2_jax.models.opt import OPTAlone, OPTConfig
+from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.stages import flops, losses
 from blip2_jax.stages.step import Batch, Metrics, Params, Spec
 
 TOWER = "llm"
 
 
+class OPTOnly(nnx.Module):
+    """An OPT without the rest of a BLIP-2, under the name that it has inside one."""
+
+    def __init__(self, config: OPTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
+        self.llm = OPT(config, dtype=dtype, rngs=rngs)
+
+
 def make_module(config: ConfigDict, sizes: OPTConfig, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
     """See `stages.Stage`."""
     del config
-    return OPTAlone(sizes, dtype=dtype, rngs=rngs)
+    return OPTOnly(sizes, dtype=dtype, rngs=rngs)
 
 
 def loss_fn(
@@ -38,7 +44,7 @@ def loss_fn(
       key: randomness of dropout, or None.
       spec: what the recipe decides.
     """
-    model: OPTAlone = spec.merge(params, frozen)
+    model: OPTOnly = spec.merge(params, frozen)
     llm = model.llm
     ids, weights = batch["llm_ids"], batch["llm_weights"][:, 1:]
     hidden = llm(llm.embed(ids), batch["llm_mask"], key=key)

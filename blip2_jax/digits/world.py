@@ -2,13 +2,11 @@
 
 A scene holds one to three handwritten digits. Each has a color, a size and a place, and digits,
 colors and places are distinct within a scene, so that "the 3" or "the red digit" is one thing.
-This module knows nothing of pixels (`digits.py` draws) and nothing of models. It writes
+This module knows nothing of pixels (`drawing` draws) and nothing of models. It writes
 
 * captions, in varied wording, and reads them back (`parse_caption`), so that a generated caption
   can be scored fact by fact;
-* questions with answers, by type;
-* stories: text alone, for the language model's pre-training: a description, then captions of the
-  same scene, questions and answers, in any order.
+* questions with answers, by type.
 """
 
 import dataclasses
@@ -26,7 +24,9 @@ COUNTS = ("one", "two", "three")
 QUESTION_TYPES = ("color", "digit", "size", "place", "count", "exist")
 
 # One color in eight of every digit never occurs in training, neither in images nor in text.
-HELD_OUT = frozenset((digit, COLORS[(3 * digit + 1) % len(COLORS)]) for digit in range(10))
+UNSEEN_COMBINATIONS = frozenset(
+    (digit, COLORS[(3 * digit + 1) % len(COLORS)]) for digit in range(10)
+)
 
 # How many digits a scene holds: the share of scenes with one, two and three.
 COUNT_SHARES = (0.25, 0.5, 0.25)
@@ -75,12 +75,12 @@ class Parsed:
 # ---------------------------------------------------------------------------------------- scenes
 
 
-def sample_scene(rng: np.random.Generator, *, held_out: bool = False, max_things: int = 3) -> Scene:
+def sample_scene(rng: np.random.Generator, *, unseen: bool = False, max_things: int = 3) -> Scene:
     """Draws a scene of at most `max_things` things.
 
     Args:
       rng: the only source of randomness.
-      held_out: if true, at least one thing is a combination of `HELD_OUT`; otherwise none is.
+      unseen: whether at least one thing is of `UNSEEN_COMBINATIONS`; otherwise none is.
       max_things: 1 to 3; lower values give the easier scenes that a curriculum begins with.
     """
     shares = np.array(COUNT_SHARES[:max_things])
@@ -93,7 +93,7 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False, max_things
             Thing(int(d), COLORS[c], SIZES[rng.integers(2)], PLACES[p])
             for d, c, p in zip(digits, colors, places, strict=True)
         )
-        if any((t.digit, t.color) in HELD_OUT for t in scene) == held_out:
+        if any((t.digit, t.color) in UNSEEN_COMBINATIONS for t in scene) == unseen:
             return scene
 
 
@@ -147,13 +147,13 @@ def _shuffled(scene: Scene, rng: np.random.Generator) -> list[Thing]:
     return [scene[i] for i in rng.permutation(len(scene))]
 
 
-def _pick(rng: np.random.Generator, options: Sequence[Any]) -> Any:
+def pick(rng: np.random.Generator, options: Sequence[Any]) -> Any:
     return options[int(rng.integers(len(options)))]
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
     """A caption that says everything: each thing with its size, color and place."""
-    form = _pick(rng, FORMS)
+    form = pick(rng, FORMS)
     return _join([_phrase(thing, form) for thing in _shuffled(scene, rng)])
 
 
@@ -165,7 +165,7 @@ def _relation(first: Thing, second: Thing, rng: np.random.Generator) -> str:
         words.append(f"to the {column1} of")
     if row1 != row2:
         words.append("above" if row1 == "top" else "below")
-    return _pick(rng, words)
+    return pick(rng, words)
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -175,7 +175,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     """
     things = _shuffled(scene, rng)[:2]
     if len(things) > 1 and rng.random() < 0.25:
-        pair = [t._replace(place=None, size=_pick(rng, (t.size, None))) for t in things[:2]]
+        pair = [t._replace(place=None, size=pick(rng, (t.size, None))) for t in things[:2]]
         return (
             f"{_phrase(pair[0], 'plain')} {_relation(things[0], things[1], rng)} "
             f"{_phrase(pair[1], 'plain')}"
@@ -185,13 +185,13 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         t._replace(size=t.size if keep_size else None, place=t.place if keep_place else None)
         for t in things
     ]
-    form = _pick(rng, FORMS)
+    form = pick(rng, FORMS)
     phrases = _join([_phrase(thing, form) for thing in said])
     if form in ("plain", "colored"):
         heads: tuple[str, ...] = _HEADS
         if len(things) == len(scene):
             heads = (*heads, f"{COUNTS[len(scene) - 1]} digit{'s' if len(scene) > 1 else ''}: ")
-        return _pick(rng, heads) + phrases
+        return pick(rng, heads) + phrases
     return phrases
 
 
@@ -287,26 +287,26 @@ def ask(scene: Scene, type: str, rng: np.random.Generator) -> Question:
     scene allows, a swap: the color of one thing with the digit of another, so that knowing the
     colors and the digits is not enough.
     """
-    thing = _pick(rng, scene)
-    name = _pick(rng, (f"the {thing.digit}", f"the {thing.color} digit"))
+    thing = pick(rng, scene)
+    name = pick(rng, (f"the {thing.digit}", f"the {thing.color} digit"))
     if type == "color":
-        form = _pick(rng, ("what color is the {}?", "which color does the {} have?"))
+        form = pick(rng, ("what color is the {}?", "which color does the {} have?"))
         return Question(form.format(thing.digit), thing.color, type)
     if type == "digit":
         forms = ("which digit is {0}?", "what is the {0} digit?", "which digit is in the {1}?")
-        form = _pick(rng, forms)
+        form = pick(rng, forms)
         return Question(form.format(thing.color, thing.place), str(thing.digit), type)
     if type == "size":
-        form = _pick(rng, ("is {} small or large?", "what size is {}?", "how big is {}?"))
+        form = pick(rng, ("is {} small or large?", "what size is {}?", "how big is {}?"))
         return Question(form.format(name), thing.size, type)
     if type == "place":
-        form = _pick(rng, ("where is {}?", "in which corner is {}?"))
+        form = pick(rng, ("where is {}?", "in which corner is {}?"))
         return Question(form.format(name), thing.place, type)
     if type == "count":
-        form = _pick(rng, ("how many digits are there?", "how many digits can you see?"))
+        form = pick(rng, ("how many digits are there?", "how many digits can you see?"))
         return Question(form, COUNTS[len(scene) - 1], type)
     if type == "exist":
-        form = _pick(rng, ("is there {}?", "can you see {}?"))
+        form = pick(rng, ("is there {}?", "can you see {}?"))
         if rng.random() < 0.5:
             return Question(form.format(_a(f"{thing.color} {thing.digit}")), "yes", type)
         color, digit = _absent(scene, thing, rng)
@@ -317,16 +317,16 @@ def ask(scene: Scene, type: str, rng: np.random.Generator) -> Question:
 def _absent(scene: Scene, thing: Thing, rng: np.random.Generator) -> tuple[str, int]:
     """A (color, digit) that `scene` does not hold, near to what it does hold.
 
-    Never one of `HELD_OUT`, which would otherwise be known from text as what is never there.
+    Never one of `UNSEEN_COMBINATIONS`: text must not teach that these are never there.
     """
-    there = HELD_OUT.union((t.digit, t.color) for t in scene)
+    there = UNSEEN_COMBINATIONS.union((t.digit, t.color) for t in scene)
     swaps = [(t.color, thing.digit) for t in scene if (thing.digit, t.color) not in there]
     if swaps and rng.random() < 0.7:
-        return _pick(rng, swaps)
+        return pick(rng, swaps)
     while True:
-        other_color = (_pick(rng, COLORS), thing.digit)
+        other_color = (pick(rng, COLORS), thing.digit)
         other_digit = (thing.color, int(rng.integers(10)))
-        color, digit = _pick(rng, (other_color, other_digit))
+        color, digit = pick(rng, (other_color, other_digit))
         if (digit, color) not in there:
             return color, digit
 
@@ -334,69 +334,3 @@ def _absent(scene: Scene, thing: Thing, rng: np.random.Generator) -> tuple[str, 
 def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     """One question of every type."""
     return [ask(scene, type, rng) for type in QUESTION_TYPES]
-
-
-# --------------------------------------------------------------------------------------- stories
-
-QA_PROMPT = "Question: {} Answer:"  # the paper's zero-shot prompt for OPT (section 4.1)
-
-
-WORDS = (*COLORS, *SIZES, *map(str, range(10)), *sorted({w for p in PLACES for w in p.split()}))
-
-
-def word_list(rng: np.random.Generator, *, times: int = 4) -> list[str]:
-    """Random words, and the same words again: what teaches a young model to look back."""
-    words = [_pick(rng, WORDS) for _ in range(rng.integers(4, 20))]
-    return [" ".join(words)] * times
-
-
-def easy_story(rng: np.random.Generator) -> list[str]:
-    """A story of one or two things, told three times in full, with up to three questions.
-
-    The retellings are what it is for: after "the 3 is" comes the color that stood beside the 3,
-    so nearly every word asks which attribute belongs to which digit. Half of the stories speak of
-    no places. Returns segments as `story` does.
-    """
-    scene = sample_scene(rng, max_things=2)
-    kinds = list(QUESTION_TYPES)
-    if rng.random() < 0.5:
-        scene = tuple(thing._replace(place=None) for thing in scene)
-        kinds.remove("place")
-    asked = [ask(scene, str(kind), rng) for kind in rng.permutation(kinds)[:3]]
-    segments = [
-        f"{QA_PROMPT.format(question.question)} {question.answer}"
-        for question in asked
-        if "None" not in question.question  # asks for a place that nobody told
-    ]
-    for _ in range(2):
-        segments.insert(rng.integers(len(segments) + 1), describe(scene, rng))
-    return [describe(scene, rng), *segments]
-
-
-def story(
-    rng: np.random.Generator, *, max_things: int = 3, asked: int = 6, undescribed: float = 0.1
-) -> list[str]:
-    """Text alone about one scene of the training world: a description, then what follows from it.
-
-    Whatever follows stands in random order, so that a caption or a question may come first after
-    the description, as it does when a visual prompt takes the description's place. Some stories
-    have no description: this is what the model says when it is shown nothing.
-
-    Args:
-      rng: the only source of randomness.
-      max_things: the most things a scene holds (see `sample_scene`).
-      asked: number of questions.
-      undescribed: share of stories without a description.
-
-    Returns:
-      Segments, each a line of its own when written out; the first is the description (or "").
-    """
-    scene = sample_scene(rng, max_things=max_things)
-    kinds = [*QUESTION_TYPES, "color", "digit", "exist", "place"]  # binding is asked more often
-    segments = []
-    for type in rng.permutation(kinds)[:asked]:
-        question = ask(scene, str(type), rng)
-        segments.append(f"{QA_PROMPT.format(question.question)} {question.answer}")
-    segments.insert(rng.integers(len(segments) + 1), caption(scene, rng))
-    first = describe(scene, rng) if rng.random() < 1 - undescribed else ""
-    return [first, *segments]

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from blip2_jax import prepare
-from blip2_jax.data import digits, sources, transforms, world
+from blip2_jax.data import sources, transforms
+from blip2_jax.digits import dataset, drawing, patches, prepare, world
 
 SIZES = {"train": 12, "test": 6, "held_out": 4}
 
@@ -18,12 +18,12 @@ SIZES = {"train": 12, "test": 6, "held_out": 4}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "digits"
-    assert prepare.prepare_digits(out, 0, SIZES) == 0
+    assert prepare.write(out, 0, SIZES) == 0
     return out
 
 
 def test_training_and_test_handwriting_are_disjoint():
-    for train, test in zip(digits.handwriting("train"), digits.handwriting("test"), strict=True):
+    for train, test in zip(drawing.handwriting("train"), drawing.handwriting("test"), strict=True):
         assert len(train) > 2 * len(test) > 50
         seen = {scan.tobytes() for scan in train}
         assert not any(scan.tobytes() in seen for scan in test)
@@ -33,16 +33,16 @@ def test_things_are_drawn_in_their_quadrant_and_color():
     rng = np.random.default_rng(0)
     for _ in range(50):
         scene = world.sample_scene(rng)
-        image, boxes = digits.draw(scene, rng, "train")
+        image, boxes = drawing.draw(scene, rng, "train")
         for thing, (y0, x0, y1, x1) in zip(scene, boxes, strict=True):
             row, column = thing.place.split()
             assert (y0 >= 32) == (row == "bottom") and (y1 > 32) == (row == "bottom")
             assert (x0 >= 32) == (column == "right") and (x1 > 32) == (column == "right")
-            low, high = digits.PIXELS[thing.size]
+            low, high = drawing.PIXELS[thing.size]
             assert low <= y1 - y0 == x1 - x0 <= high
             patch = image[y0:y1, x0:x1].reshape(-1, 3).astype(int)
             strongest = patch[patch.max(axis=1).argmax()]  # ink is brighter than any background
-            nearest = min(digits.RGB, key=lambda c: np.abs(strongest - digits.RGB[c]).sum())
+            nearest = min(drawing.RGB, key=lambda c: np.abs(strongest - drawing.RGB[c]).sum())
             assert nearest == thing.color
 
 
@@ -52,17 +52,17 @@ def test_records_hold_what_was_drawn(folder):
         assert len(source) == size
         for record in source:
             scene = world.scene_from_json(record["scene"])
-            held_out = any((t.digit, t.color) in world.HELD_OUT for t in scene)
+            held_out = any((t.digit, t.color) in world.UNSEEN_COMBINATIONS for t in scene)
             assert held_out == (split == "held_out")
-            assert len(record["captions"]) == digits.CAPTIONS
+            assert len(record["captions"]) == dataset.CAPTIONS
             assert all(world.facts_correct(text, scene) for text in record["captions"])
             assert {q["type"] for q in record["questions"]} == set(world.QUESTION_TYPES)
-            assert transforms.decode_image(record["image"]).size == (digits.SIZE, digits.SIZE)
+            assert transforms.decode_image(record["image"]).size == (drawing.SIZE, drawing.SIZE)
 
 
 def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
-    prepare.prepare_digits(tmp_path / "again", 0, SIZES)
-    prepare.prepare_digits(tmp_path / "other", 1, SIZES)
+    prepare.write(tmp_path / "again", 0, SIZES)
+    prepare.write(tmp_path / "other", 1, SIZES)
 
     def shards(where):
         return {p.name: p.read_bytes() for p in where.rglob("*array_record*")}
@@ -74,11 +74,11 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
 
 def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(folder, capsys):
     before = (folder / prepare.DONE).stat().st_mtime_ns
-    assert prepare.prepare_digits(folder, 0, SIZES) == 0
+    assert prepare.write(folder, 0, SIZES) == 0
     assert "prepared before" in capsys.readouterr().out
     assert (folder / prepare.DONE).stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match="other data"):
-        prepare.prepare_digits(folder, 5, SIZES)
+        prepare.write(folder, 5, SIZES)
 
 
 @pytest.mark.integration
@@ -90,7 +90,7 @@ def test_a_killed_preparation_is_made_anew(folder, tmp_path):
     shutil.copytree(folder, left)
     (left / prepare.DONE).unlink()
     (tmp_path / "d.partial").mkdir()  # somebody's
-    assert prepare.prepare_digits(tmp_path / "d", 0, SIZES) == 0
+    assert prepare.write(tmp_path / "d", 0, SIZES) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "d.partial"]
     assert len(sources.TfdsSource(tmp_path / "d", "train")) == 12
 
@@ -98,7 +98,7 @@ def test_a_killed_preparation_is_made_anew(folder, tmp_path):
 def test_a_folder_with_something_else_is_not_touched(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(SystemExit, match="not empty"):
-        prepare.prepare_digits(tmp_path, 0, SIZES)
+        prepare.write(tmp_path, 0, SIZES)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
@@ -110,7 +110,7 @@ def test_missing_data_says_how_to_make_it(folder, tmp_path):
 
 
 def test_patches_belong_to_the_box_that_covers_most_of_them():
-    owners = digits.patch_owners(json.dumps([[0, 0, 16, 16], [32, 36, 48, 52]]), 8).reshape(8, 8)
+    owners = patches.patch_owners(json.dumps([[0, 0, 16, 16], [32, 36, 48, 52]]), 8).reshape(8, 8)
     assert (owners[:2, :2] == 0).all() and (owners == 0).sum() == 4
     # The second box covers half of column 4's patches (not more), all of column 5's.
     assert (owners[4:6, 5] == 1).all() and (owners == 1).sum() == 2
