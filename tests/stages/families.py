@@ -43,11 +43,11 @@ def config(family: str, folder: Path) -> ConfigDict:
     c.model.qformer.dropout = 0.1
     if family != "stage1":
         sizes = SIZES if family != "t5" else {}
-        place = folder / family
-        place.mkdir(parents=True, exist_ok=True)
+        workdir = folder / family
+        workdir.mkdir(parents=True, exist_ok=True)
         both = {"vocab_size": 40, "max_position_embeddings": 32, "word_embed_proj_dim": 16}
-        (place / "config.json").write_text(json.dumps({**both, **sizes, **LLMS[family]}))
-        c.model.llm.source = str(place)
+        (workdir / "config.json").write_text(json.dumps({**both, **sizes, **LLMS[family]}))
+        c.model.llm.source = str(workdir)
     return c
 
 
@@ -62,17 +62,17 @@ def step(c: ConfigDict, sizes: tuple[int, int, int]) -> dict[str, np.ndarray]:
     key = jax.jit(lambda: jax.random.key(1), out_shardings=meshes.replicated(run.mesh))()
     start = jax.jit(lambda: jax.random.key(0), out_shardings=meshes.replicated(run.mesh))()
     size = c.data.batch_size
-    rows = meshes.local_rows(run.mesh, size)
-    batch = {name: x[rows] for name, x in tiny.batch(c).items()}
+    examples = meshes.local_rows(run.mesh, size)
+    batch = {name: x[examples] for name, x in tiny.batch(c).items()}
     batch = meshes.global_batch(batch, run.mesh, size)
     state, metrics = run.train_step(run.init_state(start), tiny.frozen(run), batch, key)
     (moments,) = (s.mu for s in jax.tree.leaves(state["opt_state"], is_leaf=_has_mu) if _has_mu(s))
     whole = jax.jit(lambda x: x, out_shardings=meshes.replicated(run.mesh))
-    found = jax.device_get(whole({"loss": metrics["loss"], "grads": moments}))
+    result = jax.device_get(whole({"loss": metrics["loss"], "grads": moments}))
     grads = {
-        name: x / (1 - c.optim.betas[0]) for name, x in meshes.flatten_with_names(found["grads"])
+        name: x / (1 - c.optim.betas[0]) for name, x in meshes.flatten_with_names(result["grads"])
     }
-    return {"loss": found["loss"], **grads}
+    return {"loss": result["loss"], **grads}
 
 
 def _has_mu(x) -> bool:
@@ -83,9 +83,9 @@ def main(folder: Path) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     distributed.initialize()
     for family in FAMILIES:
-        found = step(config(family, folder / str(jax.process_index())), (2, 2, 2))
+        result = step(config(family, folder / str(jax.process_index())), (2, 2, 2))
         if distributed.is_first_process():
-            np.savez(folder / f"{family}.npz", **found)
+            np.savez(folder / f"{family}.npz", **result)
 
 
 if __name__ == "__main__":

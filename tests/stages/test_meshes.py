@@ -27,12 +27,12 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """What one device finds, by family."""
-    folder, found = tmp_path_factory.mktemp("alone"), {}
+    folder, result = tmp_path_factory.mktemp("alone"), {}
 
     def of(family: str):
-        if family not in found:
-            found[family] = families.step(families.config(family, folder), (1, 1, 1))
-        return found[family]
+        if family not in result:
+            result[family] = families.step(families.config(family, folder), (1, 1, 1))
+        return result[family]
 
     return of
 
@@ -63,27 +63,27 @@ def test_products_are_split_as_megatron_splits_them(llm):
     assert not [p for p in placements if p.notes]
     split = 0
     for path, shape, _, spec, _ in placements:
-        rows = [axes for name, axes in SPLITS.items() if re.search(f"{name}$", path)]
-        want = rows[0] if rows else ()
+        matches = [axes for name, axes in SPLITS.items() if re.search(f"{name}$", path)]
+        want = matches[0] if matches else ()
         spec = (*spec, *[None] * (len(shape) - len(spec)))
         assert spec == (None,) * (len(shape) - len(want)) + want, path
         split += bool(want)
     assert split > 25
 
 
-def assert_same(found, expected):
+def assert_same(result, expected):
     """Equal to 1e-5, of the largest number in each array."""
-    assert found.keys() == expected.keys()
+    assert result.keys() == expected.keys()
     for name, want in expected.items():
         scale = max(float(np.abs(want).max()), 1e-3)
-        np.testing.assert_allclose(found[name], want, rtol=0, atol=1e-5 * scale, err_msg=name)
+        np.testing.assert_allclose(result[name], want, rtol=0, atol=1e-5 * scale, err_msg=name)
 
 
 @pytest.mark.parametrize(("family", "sizes"), families.ON_MESHES, ids=str)
 def test_loss_and_gradients_do_not_depend_on_the_mesh(family, sizes, alone, tmp_path):
-    found = families.step(families.config(family, tmp_path), sizes)
-    assert sum(np.abs(x).max() > 1e-4 for x in found.values()) > 20  # they are no zeros
-    assert_same(found, alone(family))
+    result = families.step(families.config(family, tmp_path), sizes)
+    assert sum(np.abs(x).max() > 1e-4 for x in result.values()) > 20  # they are no zeros
+    assert_same(result, alone(family))
 
 
 def test_loss_and_gradients_do_not_depend_on_the_number_of_hosts(alone, tmp_path):

@@ -41,9 +41,9 @@ def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("retrieval")
     theirs = models.retrieval()
     theirs.save_pretrained(folder)
-    found = checkpoint.open_checkpoint(str(folder))
-    params = found.load(found.abstract())
-    whole = checkpoint.abstract_params(found.config)
+    opened = checkpoint.open_checkpoint(str(folder))
+    params = opened.load(opened.abstract())
+    whole = checkpoint.abstract_params(opened.config)
     rng = np.random.default_rng(0)
 
     def draw(x):
@@ -58,7 +58,7 @@ def both(tmp_path_factory):
         "text_mask": mask,
         "image_id": IMAGE_ID.astype(np.int32),
     }
-    return theirs, found.config, params, batch
+    return theirs, opened.config, params, batch
 
 
 def torch_losses(theirs, head, temperature, batch):
@@ -82,8 +82,8 @@ def torch_losses(theirs, head, temperature, batch):
     seen = qformer(queries, QUERIES, image=image)
     looks = F.normalize(theirs.vision_projection(seen), dim=-1)
     alone = qformer(theirs.embeddings(input_ids=ids), 0, mask)[:, 0]
-    said = F.normalize(theirs.text_projection(alone), dim=-1)
-    similarity = torch.einsum("iqd,td->itq", looks, said).max(dim=-1).values / temperature
+    text_features = F.normalize(theirs.text_projection(alone), dim=-1)
+    similarity = torch.einsum("iqd,td->itq", looks, text_features).max(dim=-1).values / temperature
     same = torch.tensor(IMAGE_ID[:, None] == IMAGE_ID)
     targets = 0.9 * same / same.sum(dim=1, keepdim=True) + 0.1 / B
     itc = sum(F.cross_entropy(scores, targets) / 2 for scores in (similarity, similarity.T))
@@ -117,15 +117,15 @@ def torch_losses(theirs, head, temperature, batch):
     text = qformer(embeds, QUERIES, allowed, image)[:, QUERIES:]
     x = F.gelu(F.linear(text, head["dense"]["kernel"].T, head["dense"]["bias"]))
     x = F.layer_norm(x, x.shape[-1:], head["norm"]["scale"], head["norm"]["bias"], 1e-12)
-    words = theirs.embeddings.word_embeddings.weight
-    scores = F.linear(x, words, head["bias"])[:, :-1]
+    embeddings = theirs.embeddings.word_embeddings.weight
+    scores = F.linear(x, embeddings, head["bias"])[:, :-1]
     targets = begun.masked_fill(mask == 0, -100)[:, 1:]
     flat = scores.reshape(-1, scores.shape[-1]), targets.reshape(-1)
     itg = F.cross_entropy(*flat, label_smoothing=0.1)
 
-    found = [scores.argmax(dim=1, keepdim=True) for scores in (similarity, similarity.T)]
+    nearest = [scores.argmax(dim=1, keepdim=True) for scores in (similarity, similarity.T)]
     metrics = {
-        "itc/accuracy": sum(same.gather(1, best).float().mean() / 2 for best in found),
+        "itc/accuracy": sum(same.gather(1, best).float().mean() / 2 for best in nearest),
         "itm/accuracy": (logits.argmax(dim=1) == belong).float().mean(),
         "itg/perplexity": F.cross_entropy(*flat).exp(),
     }
@@ -133,10 +133,10 @@ def torch_losses(theirs, head, temperature, batch):
 
 
 def test_losses_and_gradients_equal_pytorch(both, tmp_path, monkeypatch):
-    def most_similar(key, scores, same):
+    def hardest(key, scores, same):
         return jnp.where(same, -10000, scores).argmax(axis=1)
 
-    monkeypatch.setattr(losses, "hard_negatives", most_similar)
+    monkeypatch.setattr(losses, "hard_negatives", hardest)
     theirs, config, params, batch = both
 
     def leaf(x):
@@ -180,14 +180,14 @@ def test_losses_and_gradients_equal_pytorch(both, tmp_path, monkeypatch):
         name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), got[name])
         for name in TRAINED
     }
-    found = transfer.load(table, abstract, files.open_folder(tmp_path))
+    grads = transfer.load(table, abstract, files.open_folder(tmp_path))
 
     def as_numpy(x):
         return x.grad.numpy()
 
-    found |= {"itg_head": jax.tree.map(as_numpy, head), "temp": temperature.grad.numpy()}
+    grads |= {"itg_head": jax.tree.map(as_numpy, head), "temp": temperature.grad.numpy()}
     ours = transfer.leaves_of(jax.device_get(got))
-    theirs_by_path = transfer.leaves_of(jax.device_get(found))
+    theirs_by_path = transfer.leaves_of(jax.device_get(grads))
     assert ours.keys() == theirs_by_path.keys()
     for path, expected in theirs_by_path.items():
         if path.endswith("k_proj/bias"):  # a bias of keys changes no softmax
@@ -229,9 +229,9 @@ def test_stage_2_equals_transformers(family, with_prompt, tmp_path):
     """The loss of rows of unequal length, and the gradient that comes out of the frozen LLM."""
     theirs = models.generation(family)
     theirs.save_pretrained(tmp_path)
-    found = checkpoint.open_checkpoint(str(tmp_path))
-    params = found.load(found.abstract())
-    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(found.config, rngs=nnx.Rngs(0))))
+    opened = checkpoint.open_checkpoint(str(tmp_path))
+    params = opened.load(opened.abstract())
+    graph = nnx.graphdef(nnx.eval_shape(lambda: make_model(opened.config, rngs=nnx.Rngs(0))))
     spec = Spec(graph, None, None, FrozenConfigDict({"accumulate": 1}), None)
     make = encoder_decoder_batch if family == "t5" else decoder_only_batch
     rng = np.random.default_rng(0)
@@ -240,21 +240,21 @@ def test_stage_2_equals_transformers(family, with_prompt, tmp_path):
 
     image = torch.full((3, QUERIES), 69)  # where transformers puts the queries
     seen = torch.cat([torch.ones_like(image), torch.tensor(batch["llm_mask"])], dim=1).long()
-    words = torch.cat([image, torch.tensor(batch["llm_ids"])], dim=1).long()
+    ids = torch.cat([image, torch.tensor(batch["llm_ids"])], dim=1).long()
     pixels = torch.tensor(np.array(normalize_images(batch["image"]))).permute(0, 3, 1, 2)
     before = 0 if family == "t5" else QUERIES  # positions in front of the labels
 
     def ask():
         labels = np.pad(batch["llm_labels"], ((0, 0), (before, 0)), constant_values=-100)
-        inputs = {"pixel_values": pixels, "input_ids": words, "attention_mask": seen}
+        inputs = {"pixel_values": pixels, "input_ids": ids, "attention_mask": seen}
         return theirs(**inputs, labels=torch.tensor(labels).long())
 
     # Two rows end in the likeliest token, so that some tokens are hit.
-    said = ask().logits.argmax(dim=-1).numpy()
-    said = said[:, before - 1 : -1] if before else said
+    predicted = ask().logits.argmax(dim=-1).numpy()
+    predicted = predicted[:, before - 1 : -1] if before else predicted
     for row in (0, 1):
         last = np.flatnonzero(batch["llm_labels"][row] >= 0)[-1]
-        batch["llm_labels"][row, last] = said[row, last]
+        batch["llm_labels"][row, last] = predicted[row, last]
     want, learned = ask().loss, batch["llm_labels"] >= 0
 
     frozen = {name: params.pop(name) for name in ("vit", "llm")}
@@ -265,7 +265,7 @@ def test_stage_2_equals_transformers(family, with_prompt, tmp_path):
     want.backward()
     np.testing.assert_allclose(loss, want.item(), rtol=1e-5)
     assert metrics["tokens"] == learned.sum()
-    hits = (said == batch["llm_labels"])[learned].mean()
+    hits = (predicted == batch["llm_labels"])[learned].mean()
     assert 2 / learned.sum() <= hits < 1
     np.testing.assert_allclose(metrics["lm/token_accuracy"], hits, rtol=1e-6)
     np.testing.assert_allclose(metrics["lm/perplexity"], np.exp(want.item()), rtol=1e-5)

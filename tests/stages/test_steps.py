@@ -82,14 +82,14 @@ def test_the_rate_that_is_logged_is_the_rate_that_is_applied(trained):
 def test_every_step_has_a_dropout_of_its_own(trained):
     """Of the same parameters, batch and key: step 0 again is step 0, step 5 is another."""
     run, (before, frozen_before), _, _, metrics, _ = trained
-    found = []
+    results = []
     for step in (0, 5):
         state, frozen = tiny.copy((before, frozen_before))
         state["step"] = jax.device_put(jnp.asarray(step, jnp.int32), state["step"].sharding)
         batch = tiny.batch(run.config)
-        found.append(run.train_step(state, frozen, batch, jax.random.key(1))[1]["loss"])
-    assert float(found[0]) == metrics[0]["loss"]
-    assert abs(float(found[1]) - metrics[0]["loss"]) > 1e-4
+        results.append(run.train_step(state, frozen, batch, jax.random.key(1))[1]["loss"])
+    assert float(results[0]) == metrics[0]["loss"]
+    assert abs(float(results[1]) - metrics[0]["loss"]) > 1e-4
 
 
 def test_one_compile(trained):
@@ -102,7 +102,7 @@ def test_a_step_in_bfloat16_with_remat_is_near_the_one_in_float32(stage):
 
     The loss is within 1% and the gradient within 5% of its length.
     """
-    found = []
+    results = []
     for dtype, remat in (("float32", "none"), ("bfloat16", "full")):
         changes = {f"model.{tower}.remat": remat for tower in ("vit", "qformer", "llm")}
         config = tiny.config(stage, dtype=dtype, frozen_dtype=dtype, **changes)
@@ -113,8 +113,8 @@ def test_a_step_in_bfloat16_with_remat_is_near_the_one_in_float32(stage):
         (value, _), grads = gradient(params, frozen, tiny.batch(config), None)
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(grads))
         flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(grads))])
-        found.append((float(value), flat))
-    (exact, want), (near, got) = found
+        results.append((float(value), flat))
+    (exact, want), (near, got) = results
     assert near == pytest.approx(exact, rel=0.01) and near != exact
     assert np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
 
@@ -185,10 +185,10 @@ def test_pairs_of_one_image_are_strangers_without_image_ids():
     run = recipe.build(config, recipe.meshes.make_mesh(config.mesh, jax.devices()[:1]))
     params, frozen = run.init_state(jax.random.key(0))["params"], tiny.frozen(run)
     batch = {**tiny.batch(config), "image_id": np.zeros(config.data.batch_size, np.int32)}
-    found = run.eval_step(params, frozen, batch)
+    results = run.eval_step(params, frozen, batch)
     want = _first_losses(("itc",))  # of as many images as pairs
-    assert found["itc/loss"] == pytest.approx(float(want["itc/loss"]), rel=1e-6)
-    assert found["itc/accuracy"] == want["itc/accuracy"]
+    assert results["itc/loss"] == pytest.approx(float(want["itc/loss"]), rel=1e-6)
+    assert results["itc/accuracy"] == want["itc/accuracy"]
 
 
 @functools.cache

@@ -89,12 +89,12 @@ def test_queries_get_copies_and_the_rest_stays(folder):
 
     jax.tree.map(np.testing.assert_array_equal, fresh(before), fresh(after))
 
-    def words(tree):
+    def embeddings(tree):
         return tree["word_embeddings"]["embedding"]
 
-    np.testing.assert_array_equal(words(before)[60:], words(after)[60:])
+    np.testing.assert_array_equal(embeddings(before)[60:], embeddings(after)[60:])
     known = theirs.bert.embeddings.word_embeddings.weight.detach().numpy()
-    np.testing.assert_array_equal(words(after)[:60], known)
+    np.testing.assert_array_equal(embeddings(after)[:60], known)
 
 
 @pytest.mark.parametrize("vocab_size", [60, 61, 64])  # 61 does not divide over the devices
@@ -102,10 +102,10 @@ def test_it_is_the_same_on_a_mesh(folder, vocab_size):
     sizes = dataclasses.replace(SIZES, vocab_size=vocab_size)
     before, want, _ = qformer(folder[1], sizes)
     mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    places = meshes.shardings({"qformer": before}, AXES, RULES, mesh)["qformer"]
-    got = bert.initialize(jax.device_put(before, places), sizes, str(folder[1]))
+    shardings = meshes.shardings({"qformer": before}, AXES, RULES, mesh)["qformer"]
+    got = bert.initialize(jax.device_put(before, shardings), sizes, str(folder[1]))
     jax.tree.map(np.testing.assert_array_equal, got, want)
-    assert jax.tree.map(lambda x: x.sharding, got) == places
+    assert jax.tree.map(lambda x: x.sharding, got) == shardings
 
 
 def test_a_bert_of_other_sizes_is_refused(folder):

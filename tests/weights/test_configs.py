@@ -73,9 +73,9 @@ def test_every_key_that_is_read_has_a_default_and_every_default_is_read(family, 
             return get(self, key)
 
         monkeypatch.setattr(configs.Fields, name, seen)
-    said = {"feed_forward_proj": "gated-gelu", "eos_token_id": 2}
+    required = {"feed_forward_proj": "gated-gelu", "eos_token_id": 2}
     if family in configs.LLMS:
-        configs.parse({"model_type": family, **said}, configs.LLMS, "test")
+        configs.parse({"model_type": family, **required}, configs.LLMS, "test")
     elif family in configs.VITS:
         configs.parse({"model_type": family}, configs.VITS, "test")
     else:
@@ -121,10 +121,10 @@ def test_a_small_model_with_the_config_of_the_hub_loads(tmp_path):
     theirs.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(document))
     (tmp_path / "generation_config.json").unlink()
-    found = checkpoint.open_checkpoint(str(tmp_path))
-    assert found.config.llm.eos_token_ids == (50118,)
-    params = found.load(found.abstract())
-    huggingface.save_blip2(tmp_path / "out", found.config, params, companions=tmp_path)
+    opened = checkpoint.open_checkpoint(str(tmp_path))
+    assert opened.config.llm.eos_token_ids == (50118,)
+    params = opened.load(opened.abstract())
+    huggingface.save_blip2(tmp_path / "out", opened.config, params, companions=tmp_path)
     back = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out")
     for (name, want), got in zip(theirs.named_parameters(), back.parameters(), strict=True):
         assert torch.equal(want, got), name
@@ -339,11 +339,11 @@ def test_nested_forms_of_random_sizes_parse_equal(kind, llm):
         for part in ("vision_config", "qformer_config"):
             if rng.random() < 0.5:  # as the oldest: no model_type inside
                 del middle[part]["model_type"]
-        wanted, found = (configs.parse_blip2(d, "test") for d in (new, middle))
-        if not found.llm.eos_token_ids:
-            llm_sizes = dataclasses.replace(found.llm, eos_token_ids=wanted.llm.eos_token_ids)
-            found = dataclasses.replace(found, llm=llm_sizes)
-        assert found == wanted
+        wanted, parsed = (configs.parse_blip2(d, "test") for d in (new, middle))
+        if not parsed.llm.eos_token_ids:
+            llm_sizes = dataclasses.replace(parsed.llm, eos_token_ids=wanted.llm.eos_token_ids)
+            parsed = dataclasses.replace(parsed, llm=llm_sizes)
+        assert parsed == wanted
 
 
 def test_a_part_of_another_family_is_refused():
@@ -406,14 +406,14 @@ def test_rotary_positions_turn_as_in_transformers(name, beside):
 
 
 def test_a_rotary_scaling_that_is_not_known_is_named():
-    for rope, said in (
+    for rope, message in (
         ({"rope_type": "proportional"}, "rotary scaling 'proportional'; known: default, linear"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"full_attention": {"rope_type": "default"}}, "differ by layer"),
         ({"rope_type": "linear"}, "'linear' without a number for 'factor'"),
         ({**LONGROPE, "short_factor": [1.0]}, "needs 8 numbers in short_factor"),
     ):
-        with pytest.raises(WeightsError, match=said):
+        with pytest.raises(WeightsError, match=message):
             configs.parse(rope_config(rope, {}), configs.LLMS, "test")
 
 
@@ -421,7 +421,7 @@ def test_a_rotary_scaling_that_is_not_known_is_named():
 
 
 @pytest.mark.parametrize(
-    ("document", "said"),
+    ("document", "message"),
     [
         ({**models.LLAMA, "architectures": ["GraniteForCausalLM"]}, "architectures names Granite"),
         ({**models.LLAMA, "architectures": ["LlamaMoEForCausalLM"]}, "names LlamaMoE"),
@@ -443,8 +443,8 @@ def test_a_rotary_scaling_that_is_not_known_is_named():
         ({**models.OPT, "quantization_config": {"quant_method": "gptq"}}, r"quantized \(gptq\)"),
     ],
 )  # fmt: skip
-def test_what_would_compute_something_else_is_refused(document, said):
-    with pytest.raises(WeightsError, match=said):
+def test_what_would_compute_something_else_is_refused(document, message):
+    with pytest.raises(WeightsError, match=message):
         configs.parse(document, configs.LLMS, "here")
 
 

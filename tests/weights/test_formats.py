@@ -36,8 +36,8 @@ def opt_folder(tmp_path_factory):
 
 
 def read(source, **beside):
-    found = checkpoint.open_checkpoint(str(source), **{k: str(v) for k, v in beside.items()})
-    return found, found.load(found.abstract())
+    opened = checkpoint.open_checkpoint(str(source), **{k: str(v) for k, v in beside.items()})
+    return opened, opened.load(opened.abstract())
 
 
 def assert_same_files(one, other):
@@ -50,8 +50,8 @@ def assert_same_files(one, other):
 
 def test_hugging_face_round_trip_is_bit_identical_and_loads(published, tmp_path):
     _, theirs, folder = published
-    found, params = read(folder)
-    huggingface.save_blip2(tmp_path / "out", found.config, params, companions=folder)
+    opened, params = read(folder)
+    huggingface.save_blip2(tmp_path / "out", opened.config, params, companions=folder)
     assert_same_files(folder, tmp_path / "out")
     back, info = type(theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
@@ -61,18 +61,18 @@ def test_hugging_face_round_trip_is_bit_identical_and_loads(published, tmp_path)
 
 def test_native_round_trip_is_bit_identical(published, tmp_path):
     _, _, folder = published
-    found, params = read(folder)
-    checkpoint.save_native(tmp_path / "native", found.config, params, companions=folder)
+    opened, params = read(folder)
+    checkpoint.save_native(tmp_path / "native", opened.config, params, companions=folder)
     native, back = read(tmp_path / "native")
-    assert native.config == found.config
+    assert native.config == opened.config
     jax.tree.map(np.testing.assert_array_equal, params, back)
 
 
 def test_through_lavis_and_back_is_bit_identical(published, tmp_path):
     """HF -> native -> LAVIS -> native -> HF."""
     form, _, folder = published
-    found, params = read(folder)
-    lavis.save(tmp_path / "model.pth", found.config, params, with_vit=True)
+    opened, params = read(folder)
+    lavis.save(tmp_path / "model.pth", opened.config, params, with_vit=True)
     beside = {} if form == "retrieval" else {"llm": folder}
     back, back_params = read(tmp_path / "model.pth", vit=folder, **beside)
     jax.tree.map(np.testing.assert_array_equal, params, back_params)
@@ -82,8 +82,8 @@ def test_through_lavis_and_back_is_bit_identical(published, tmp_path):
 
 def test_an_official_lavis_file_has_no_towers(published, tmp_path):
     form, _, folder = published
-    found, params = read(folder)
-    lavis.save(tmp_path / "model.pth", found.config, params, with_vit=False)
+    opened, params = read(folder)
+    lavis.save(tmp_path / "model.pth", opened.config, params, with_vit=False)
     names = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
     assert not [n for n in names if n.startswith(("visual_encoder", "opt_model", "t5_model"))]
     beside = {} if form == "retrieval" else {"llm": folder}
@@ -100,13 +100,13 @@ def test_stage1_heads_survive_hugging_face(tmp_path):
     """The temperature and the ITG head, which transformers' classes have no place for."""
     theirs = models.retrieval()
     theirs.save_pretrained(tmp_path / "hf")
-    found, params = read(tmp_path / "hf")
-    whole = checkpoint.abstract_params(found.config)
+    opened, params = read(tmp_path / "hf")
+    whole = checkpoint.abstract_params(opened.config)
     rng = np.random.default_rng(0)
     extra = {key: whole[key] for key in ("temp", "itg_head")}
     extra = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), extra)
     params = {**params, **extra}
-    lavis.save(tmp_path / "one.pth", found.config, params, with_vit=True)
+    lavis.save(tmp_path / "one.pth", opened.config, params, with_vit=True)
     file, from_lavis = read(tmp_path / "one.pth", vit=tmp_path / "hf")
     jax.tree.map(np.testing.assert_array_equal, params, from_lavis)
     huggingface.save_blip2(tmp_path / "out", file.config, from_lavis)
@@ -119,15 +119,15 @@ def test_stage1_heads_survive_hugging_face(tmp_path):
 def test_lavis_round_trip_is_bit_identical(tmp_path):
     """LAVIS -> native -> LAVIS, with the buffers and tied copies that LAVIS's files hold."""
     models.retrieval().save_pretrained(tmp_path / "hf")
-    found, params = read(tmp_path / "hf")
-    whole = checkpoint.abstract_params(found.config)
+    opened, params = read(tmp_path / "hf")
+    whole = checkpoint.abstract_params(opened.config)
     rng = np.random.default_rng(1)
 
     def fresh(x):
         return rng.normal(size=x.shape).astype(np.float32)
 
     params |= jax.tree.map(fresh, {key: whole[key] for key in ("temp", "itg_head")})
-    lavis.save(tmp_path / "first.pth", found.config, params, with_vit=True)
+    lavis.save(tmp_path / "first.pth", opened.config, params, with_vit=True)
     state = torch.load(tmp_path / "first.pth", weights_only=True)["model"]
     words = "Qformer.bert.embeddings.word_embeddings.weight"
     state["Qformer.bert.embeddings.position_ids"] = torch.arange(20)[None]
@@ -174,18 +174,18 @@ def test_torch_bin_and_shards_hold_the_same(opt_folder, tmp_path):
 
 
 def test_without_torch_its_files_are_refused_with_the_remedy(opt_folder, tmp_path, monkeypatch):
-    found, params = read(opt_folder)
+    opened, params = read(opt_folder)
     (tmp_path / "there.pth").touch()
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
     with pytest.raises(WeightsError, match=r"new.pth is a torch file.*'blip2_jax\[convert\]'"):
-        lavis.save(tmp_path / "new.pth", found.config, params, with_vit=True)
+        lavis.save(tmp_path / "new.pth", opened.config, params, with_vit=True)
     with pytest.raises(WeightsError, match=r"there.pth is a torch file.*'blip2_jax\[convert\]'"):
         checkpoint.open_checkpoint(str(tmp_path / "there.pth"))
 
 
 def test_shards_are_written_with_an_index(opt_folder, tmp_path):
-    found, params = read(opt_folder)
-    table = huggingface.blip2_table(found.config)
+    opened, params = read(opt_folder)
+    table = huggingface.blip2_table(opened.config)
     from blip2_jax.weights import files
 
     files.write_shards(tmp_path, transfer.tensors_of(table, params), shard_bytes=200_000)
@@ -205,17 +205,19 @@ def test_weights_load_sharded_and_in_another_dtype(opt_folder):
 
     mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     rules = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
-    found = checkpoint.open_checkpoint(str(opt_folder))
+    opened = checkpoint.open_checkpoint(str(opt_folder))
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jax.numpy.bfloat16), found.abstract()
+        lambda x: jax.ShapeDtypeStruct(x.shape, jax.numpy.bfloat16), opened.abstract()
     )
-    places = meshes.shardings(abstract, blip2.AXES, rules, mesh)
+    shardings = meshes.shardings(abstract, blip2.AXES, rules, mesh)
     placed = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
-    loaded = found.load(placed)
-    jax.tree.map(lambda x, s: pytest.fail("misplaced") if x.sharding != s else None, loaded, places)
-    jax.tree.map(np.testing.assert_array_equal, loaded, found.load(abstract))
+    loaded = opened.load(placed)
+    jax.tree.map(
+        lambda x, s: pytest.fail("misplaced") if x.sharding != s else None, loaded, shardings
+    )
+    jax.tree.map(np.testing.assert_array_equal, loaded, opened.load(abstract))
 
     def rounded(x):
         return torch.tensor(np.asarray(x)).to(torch.bfloat16).float().numpy()
@@ -223,7 +225,7 @@ def test_weights_load_sharded_and_in_another_dtype(opt_folder):
     jax.tree.map(
         lambda x, exact: np.testing.assert_array_equal(np.asarray(x, np.float32), rounded(exact)),
         loaded,
-        found.load(found.abstract()),
+        opened.load(opened.abstract()),
     )
 
 
@@ -273,13 +275,13 @@ def test_wrong_missing_and_unknown_tensors_are_reported_together(opt_folder, tmp
 
 def test_an_unknown_architecture_is_named(opt_folder, tmp_path):
     document = json.loads((opt_folder / "config.json").read_text())
-    for change, said in (
+    for change, message in (
         ({"model_type": "blip"}, "model_type 'blip'"),
         ({"architectures": ["Blip2ForSegmentation"]}, "architecture 'Blip2ForSegmentation'"),
         ({"text_config": {"model_type": "mamba"}}, "model_type 'mamba'"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**document, **change}))
-        with pytest.raises(WeightsError, match=said):
+        with pytest.raises(WeightsError, match=message):
             read(tmp_path)
 
 
@@ -295,20 +297,20 @@ def test_a_pickle_is_never_run(tmp_path):
 
 
 def test_a_full_disk_is_refused_before_and_survived_during(opt_folder, tmp_path, monkeypatch):
-    found, params = read(opt_folder)
+    opened, params = read(opt_folder)
     from blip2_jax.weights import files
 
     with monkeypatch.context() as patch:
         patch.setattr(files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
         with pytest.raises(WeightsError, match="needs .* GB, the disk has 0.00 GB free"):
-            huggingface.save_blip2(tmp_path / "out", found.config, params)
+            huggingface.save_blip2(tmp_path / "out", opened.config, params)
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(WeightsError, match="could not be written.*No space left"):
-        huggingface.save_blip2(tmp_path / "out", found.config, params)
+        huggingface.save_blip2(tmp_path / "out", opened.config, params)
     assert not list(tmp_path.iterdir())
 
 
@@ -327,8 +329,8 @@ def test_a_clip_encoder_goes_through_lavis(tmp_path):
         lambda x: rng.normal(size=x.shape).astype(np.float32), checkpoint.abstract_params(config)
     )
     lavis.save(tmp_path / "whole.pth", config, params, with_vit=True)
-    found, back = read(tmp_path / "whole.pth")
-    assert found.config == config
+    opened, back = read(tmp_path / "whole.pth")
+    assert opened.config == config
     jax.tree.map(np.testing.assert_array_equal, params, back)
     tensors = torch.load(tmp_path / "whole.pth", weights_only=True)["model"]
     # The encoder alone, with the last block that BLIP-2 leaves out.
@@ -355,8 +357,8 @@ def test_processor_and_tokenizer_go_along(opt_folder, tmp_path):
         num_query_tokens=5,
     )
     processor.save_pretrained(tmp_path / "hf")
-    found, params = read(tmp_path / "hf")
-    checkpoint.save_native(tmp_path / "native", found.config, params, companions=found.companions)
+    opened, params = read(tmp_path / "hf")
+    checkpoint.save_native(tmp_path / "native", opened.config, params, companions=opened.companions)
     native, params = read(tmp_path / "native")
     huggingface.save_blip2(tmp_path / "out", native.config, params, companions=native.companions)
     back = transformers.Blip2Processor.from_pretrained(tmp_path / "out")
@@ -370,10 +372,10 @@ def test_a_processor_is_made_for_a_lavis_file(opt_folder, tmp_path):
     from blip2_jax.models.opt import OPTConfig
 
     llm = OPTConfig(202, 160, 2, 2, 48, 60)
-    found, params = read(opt_folder)
-    lavis.save(tmp_path / "model.pth", found.config, params, with_vit=True)
+    opened, params = read(opt_folder)
+    lavis.save(tmp_path / "model.pth", opened.config, params, with_vit=True)
     rng = np.random.default_rng(0)
-    config = dataclasses.replace(found.config, llm=llm)
+    config = dataclasses.replace(opened.config, llm=llm)
     abstract = checkpoint.abstract_params(config)["llm"]
     tower = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), abstract)
     huggingface.save(tmp_path / "opt", llm, tower)
@@ -399,18 +401,18 @@ def test_a_llama_of_a_lavis_file_has_lavis_special_tokens(tmp_path):
     from blip2_jax.data import tokenizers
 
     models.instruct("llama", vocab_size=190).save_pretrained(tmp_path / "hf")
-    found, params = read(tmp_path / "hf")
-    lavis.save(tmp_path / "model.pth", found.config, params, with_vit=True)
-    huggingface.save(tmp_path / "vicuna", found.config.llm, params["llm"])
+    opened, params = read(tmp_path / "hf")
+    lavis.save(tmp_path / "model.pth", opened.config, params, with_vit=True)
+    huggingface.save(tmp_path / "vicuna", opened.config.llm, params["llm"])
     made.llama_tokenizer("prepend").save_pretrained(tmp_path / "vicuna")
-    places = {"vit": str(tmp_path / "hf"), "llm": str(tmp_path / "vicuna")}
-    opened = checkpoint.open_checkpoint(str(tmp_path / "model.pth"), **places)
+    folders = {"vit": str(tmp_path / "hf"), "llm": str(tmp_path / "vicuna")}
+    opened = checkpoint.open_checkpoint(str(tmp_path / "model.pth"), **folders)
     bert = "package:digits-bert"
-    loaded = pretrained._tokenizers(opened, places["llm"], bert, "")["llm_tokenizer"]
-    options = [f"--{name}={place}" for name, place in places.items()]
+    loaded = pretrained._tokenizers(opened, folders["llm"], bert, "")["llm_tokenizer"]
+    options = [f"--{name}={folder}" for name, folder in folders.items()]
     native = str(tmp_path / "native")
     assert convert.main([str(tmp_path / "model.pth"), native, "--to=native", *options]) == 0
-    own = tokenizers.load(places["llm"])
+    own = tokenizers.load(folders["llm"])
     for tokenizer in (loaded, tokenizers.load(native)):
         assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("</s>",) * 3
         assert tokenizer("blue 7")["input_ids"] == [2, *own("blue 7")["input_ids"][1:]]
@@ -433,11 +435,11 @@ def test_the_command_converts_and_says_what_went_where(opt_folder, tmp_path, cap
 
 def test_training_starts_from_a_published_checkpoint(opt_folder):
     """What both have is taken, in the model's own dtype; the rest is reported as fresh."""
-    found, params = read(opt_folder)
+    opened, params = read(opt_folder)
     ours = {k: v for k, v in params.items() if k in ("query_tokens", "qformer", "ln_vision")}
     ours = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), ours)
     ours["itm_head"] = {"bias": jax.numpy.zeros(2)}
-    got, taken, fresh = found.load_into(ours)
+    got, taken, fresh = opened.load_into(ours)
     assert fresh == ["itm_head/bias"] and taken == len(jax.tree.leaves(ours)) - 1
     jax.tree.map(np.testing.assert_array_equal, got["qformer"], params["qformer"])
 
@@ -476,7 +478,7 @@ def test_adapters_that_are_not_merged_are_named(opt_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "said"),
+    ("file", "text", "message"),
     [
         ("adapter_config.json", '{"base_model_name_or_path": "a/b"}', "a PEFT adapter of a/b"),
         ("model_index.json", "{}", "a pipeline of diffusers"),
@@ -486,10 +488,10 @@ def test_adapters_that_are_not_merged_are_named(opt_folder, tmp_path):
         ("snapshots/0a1b/config.json", "{}", r"the model is in .*snapshots/0a1b"),
     ],
 )
-def test_a_folder_that_is_no_model_is_called_what_it_is(file, text, said, tmp_path):
+def test_a_folder_that_is_no_model_is_called_what_it_is(file, text, message, tmp_path):
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text(text)
-    with pytest.raises(WeightsError, match=f"No config.json in .*{said}"):
+    with pytest.raises(WeightsError, match=f"No config.json in .*{message}"):
         checkpoint.open_checkpoint(str(tmp_path))
 
 
@@ -571,8 +573,8 @@ def test_conversion_replaces_what_it_wrote_when_asked_and_nothing_else(opt_folde
     (tmp_path / "hf/README.md").write_text("mine")
     with pytest.raises(SystemExit, match=r"did not write \(README.md\)"):
         convert(opt_folder, tmp_path / "hf", "--to=huggingface", "--overwrite")
-    found = checkpoint.open_checkpoint(str(tmp_path / "hf"))
-    jax.tree.map(np.testing.assert_array_equal, found.load(found.abstract()), read(opt_folder)[1])
+    opened = checkpoint.open_checkpoint(str(tmp_path / "hf"))
+    jax.tree.map(np.testing.assert_array_equal, opened.load(opened.abstract()), read(opt_folder)[1])
 
 
 def test_conversion_leaves_other_files_and_its_source_alone(opt_folder, tmp_path, monkeypatch):
@@ -582,7 +584,7 @@ def test_conversion_leaves_other_files_and_its_source_alone(opt_folder, tmp_path
     source = shutil.copytree(opt_folder, tmp_path / "source")
     monkeypatch.chdir(tmp_path / "other")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for target, to, said in (
+    for target, to, message in (
         (tmp_path / "other", "huggingface", "did not write|command runs"),
         (tmp_path / "other/theirs.pth", "lavis", "did not write"),
         (tmp_path / "other/theirs.pth", "native", "is a file"),
@@ -596,7 +598,7 @@ def test_conversion_leaves_other_files_and_its_source_alone(opt_folder, tmp_path
         if to == "lavis" and target.name == "folder.pth":
             target.mkdir()
         for words in ([], ["--overwrite"], ["--dry_run"]):
-            with pytest.raises(SystemExit, match=said):
+            with pytest.raises(SystemExit, match=message):
                 convert(source, target, f"--to={to}", *words)
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert after == before
@@ -671,13 +673,13 @@ def test_an_exported_model_says_what_ends_its_texts(opt_folder, tmp_path):
     from blip2_jax.data import language, tokenizers
 
     words = tokenizers.load("package:digits-opt")
-    found, params = read(opt_folder)
-    for ends, said in (((), language.token_of(words, "\n")), ((5, 7), [5, 7])):
-        llm = dataclasses.replace(found.config.llm, eos_token_ids=ends)
-        config = dataclasses.replace(found.config, llm=llm)
+    opened, params = read(opt_folder)
+    for ends, expected in (((), language.token_of(words, "\n")), ((5, 7), [5, 7])):
+        llm = dataclasses.replace(opened.config.llm, eos_token_ids=ends)
+        config = dataclasses.replace(opened.config, llm=llm)
         folder = tmp_path / f"out{len(ends)}"
         huggingface.save_blip2(
             folder, config, params, companions=huggingface.find("package:digits-opt")
         )
         text = json.loads((folder / "config.json").read_text())["text_config"]
-        assert text["eos_token_id"] == said
+        assert text["eos_token_id"] == expected

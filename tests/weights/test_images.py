@@ -51,8 +51,8 @@ def read(folder):
 
 
 def pixels(image, sizes):
-    how = transforms.resizing_of(sizes)
-    array = transforms.resize(image, sizes.image_size, **how)
+    resizing = transforms.resizing_of(sizes)
+    array = transforms.resize(image, sizes.image_size, **resizing)
     return np.asarray(normalize_images(array[None], sizes.image_mean, sizes.image_std))[0]
 
 
@@ -106,7 +106,7 @@ def test_sizes_come_in_many_forms(document, side, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("document", "said"),
+    ("document", "message"),
     [
         ({"size": {"height": 28, "width": 30}}, "size is .*'width': 30"),
         ({"size": {"longest_edge": 28}}, "size is .*longest_edge"),
@@ -122,8 +122,8 @@ def test_sizes_come_in_many_forms(document, side, tmp_path):
         ({"image_processor_type": "BeitImageProcessor", "size": SIDE}, "image_mean, image_std is"),
     ],
 )
-def test_what_is_not_done_here_is_refused_by_name(document, said, tmp_path):
-    with pytest.raises(WeightsError, match=said):
+def test_what_is_not_done_here_is_refused_by_name(document, message, tmp_path):
+    with pytest.raises(WeightsError, match=message):
         read(write(tmp_path / "folder", document))
     (tmp_path / "folder/preprocessor_config.json").write_text("{")
     with pytest.raises(WeightsError, match="preprocessor_config.json is not JSON"):
@@ -142,17 +142,17 @@ def test_a_model_computes_with_its_own_colors_and_takes_them_along(tmp_path):
     theirs.save_pretrained(tmp_path / "hf")
     processor = BlipImageProcessorPil(size=SIDE, image_mean=HALF, image_std=HALF, resample=2)
     processor.save_pretrained(tmp_path / "hf")
-    found = checkpoint.open_checkpoint(str(tmp_path / "hf"))
-    assert found.config.vit.image_mean == tuple(HALF)
-    params = found.load(found.abstract())
-    checkpoint.save_native(tmp_path / "native", found.config, params, companions=tmp_path / "hf")
+    opened = checkpoint.open_checkpoint(str(tmp_path / "hf"))
+    assert opened.config.vit.image_mean == tuple(HALF)
+    params = opened.load(opened.abstract())
+    checkpoint.save_native(tmp_path / "native", opened.config, params, companions=tmp_path / "hf")
     native = checkpoint.open_checkpoint(str(tmp_path / "native"))
-    assert native.config == found.config
+    assert native.config == opened.config
     other = write(tmp_path / "other", {"size": SIDE, "image_mean": [0.1, 0.2, 0.3]})
     huggingface.save_blip2(tmp_path / "out", native.config, params, companions=other)
     back = BlipImageProcessorPil.from_pretrained(tmp_path / "out")
     assert list(back.image_mean) == list(back.image_std) == HALF and back.resample == 2
-    assert checkpoint.open_checkpoint(str(tmp_path / "out")).config.vit == found.config.vit
+    assert checkpoint.open_checkpoint(str(tmp_path / "out")).config.vit == opened.config.vit
 
 
 def test_a_tower_brings_its_colors_and_is_squeezed_as_blip2_does(tmp_path):

@@ -61,7 +61,7 @@ STAGE1 = (("vision_projection", "vision_proj"), ("text_projection", "text_proj")
 HEADS = ("query_tokens", "itm_head.weight", "itm_head.bias")  # are called so on both sides
 
 
-def lavis_state(theirs: torch.nn.Module, *rows: tuple[str, str]) -> dict[str, torch.Tensor]:
+def lavis_state(theirs: torch.nn.Module, *names: tuple[str, str]) -> dict[str, torch.Tensor]:
     """The tensors of transformers' model under LAVIS's names; a name without one is an error."""
     state = {}
     for name, tensor in theirs.state_dict().items():
@@ -74,7 +74,7 @@ def lavis_state(theirs: torch.nn.Module, *rows: tuple[str, str]) -> dict[str, to
         if name in HEADS:
             state[name] = tensor
             continue
-        for pattern, lavis in rows:
+        for pattern, lavis in names:
             if re.match(pattern, name):
                 state[re.sub(f"^{pattern}", lavis, name)] = tensor
                 break
@@ -86,8 +86,8 @@ def lavis_state(theirs: torch.nn.Module, *rows: tuple[str, str]) -> dict[str, to
 def load(state, file, **beside):
     """Our model of a LAVIS file."""
     torch.save({"model": state}, file)
-    found = checkpoint.open_checkpoint(str(file), **beside)
-    return merge(found.config, found.load(found.abstract()))
+    opened = checkpoint.open_checkpoint(str(file), **beside)
+    return merge(opened.config, opened.load(opened.abstract()))
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +141,10 @@ def test_a_stage_1_file(images, tmp_path):
     )
     norm = head["transform.LayerNorm.weight"], head["transform.LayerNorm.bias"]
     y = torch.nn.functional.layer_norm(y, (128,), *norm, 1e-12)
-    words = theirs.embeddings.word_embeddings.weight
+    embeddings = theirs.embeddings.word_embeddings.weight
     close(
         ours.itg_head(jnp.asarray(x), ours.qformer.word_embeddings),
-        torch.nn.functional.linear(y, words, head["bias"]),
+        torch.nn.functional.linear(y, embeddings, head["bias"]),
     )
 
 

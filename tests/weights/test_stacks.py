@@ -35,11 +35,11 @@ def test_both_ways_give_the_same(folder, monkeypatch, mesh, dtype):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
     if mesh is not None:
         made = meshes.make_mesh(mesh)
-        places = meshes.shardings({"llm": abstract}, AXES, RULES, made)["llm"]
+        shardings = meshes.shardings({"llm": abstract}, AXES, RULES, made)["llm"]
         abstract = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             abstract,
-            places,
+            shardings,
         )
     small = huggingface.load(folder, sizes, abstract)
     monkeypatch.setattr(transfer, "SMALL", 0)

@@ -123,8 +123,8 @@ def test_a_public_checkpoint_has_our_names_shapes_and_count(name):
 )
 def test_sizes_by_default_are_those_of_the_published_model(document, ours):
     """OPT-2.7B, FlanT5-XL and Vicuna-7B, as their config.json is read."""
-    found = configs.parse(document, configs.LLMS, "hub")
-    assert {**vars(found), "eos_token_ids": ()} == {**vars(ours), "eos_token_ids": ()}
+    sizes = configs.parse(document, configs.LLMS, "hub")
+    assert {**vars(sizes), "eos_token_ids": ()} == {**vars(ours), "eos_token_ids": ()}
 
 
 LAVIS_LLMS = {
