@@ -353,11 +353,11 @@ def loop(
         late = start.unwritten
         if late is not None and distributed.from_first(str(writer.last_step)) != str(step):
             writer.write(step, late["numbers"] | evaluations(late["losses"], late["tasks"]))
-        ahead = batches.ahead(lambda batch: mesh.global_batch(batch, run.mesh, size))
+        prefetched = batches.prefetch(lambda batch: mesh.global_batch(batch, run.mesh, size))
         timer.start()
         # All hosts look at the same numbers: they leave after the same step.
         while step < config.steps and not bad_steps.too_many:
-            batch = next(ahead)
+            batch = next(prefetched)
             profiler.before(step, metrics)
             state, metrics = train_step(state, frozen, batch, key)
             step += 1
@@ -422,7 +422,7 @@ class EvalLosses:
         run, size = self._run, self.batch_size
         totals: dict[str, float] = {}
         count = 0
-        with loader.heldout_batches(
+        with loader.eval_batches(
             run.config,
             run.image_size,
             batch_size=size,

@@ -20,7 +20,7 @@ import pytest
 import blip2_jax
 import tests.data.made as made
 from blip2_jax import cli, evaluate
-from blip2_jax.data.heldout import Heldout
+from blip2_jax.data.eval_dataset import EvalDataset
 from blip2_jax.evals import submissions, tasks
 from blip2_jax.evals.metrics import vqa
 from blip2_jax.evals.predictions import Predictions
@@ -768,7 +768,7 @@ def test_a_task_of_ones_own_is_decoded_as_its_family(models, tmp_path):
     make = cli.load_module("configs/eval/default.py").task
     config = make("vqa", "vqav2", "val", f"{tmp_path}/vqa", decoding={"num_beams": 2})
     for name, penalty in (("opt", 0.0), ("instruct", 0.0)):
-        task = tasks.make("val", config, Heldout(config.data), 1)
+        task = tasks.make("val", config, EvalDataset(config.data), 1)
         how = task.settings(blip2_jax.load(models / name))["decoding"]
         assert how["num_beams"] == 2 and how["length_penalty"] == penalty
         assert how["max_new_tokens"] == 10

@@ -127,7 +127,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(whole, world, tmp_p
     log = tmp_path / "stage1" / "metrics.jsonl"
     for event, lines in (
         ("blip2_jax.train.Checkpointer.save:1", 2),  # it begins at step 4, and ends later
-        ("blip2_jax.train.loader.heldout_batches:1", 2),  # at step 6
+        ("blip2_jax.train.loader.eval_batches:1", 2),  # at step 6
         ("blip2_jax.train.MetricsWriter.write:3", 5),  # at step 10
     ):
         killed = subprocess.run([*command, f"{event}:SIGKILL"], cwd=ROOT, capture_output=True)
@@ -184,7 +184,7 @@ def test_a_finished_run_goes_on_for_more_steps(whole, world, tmp_path, capsys):
 
 def test_stopped_or_failed_in_an_evaluation_a_run_has_lost_nothing(whole, world, tmp_path):
     """The step is saved first; the evaluation is made again, and the log is that of a whole run."""
-    real, asked = train.loader.heldout_batches, []
+    real, asked = train.loader.eval_batches, []
     workdir = tmp_path / "run"
 
     def stop(*args, **kwargs):
@@ -196,7 +196,7 @@ def test_stopped_or_failed_in_an_evaluation_a_run_has_lost_nothing(whole, world,
         return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.loader, "heldout_batches", stop)
+        patch.setattr(train.loader, "eval_batches", stop)
         assert run(flags(world), workdir) == train.PREEMPTED
         assert run_dir.find(workdir).step == 6
         assert read_jsonl(workdir / "metrics.jsonl")[-1]["step"] == 4

@@ -25,7 +25,7 @@ WORDS = {
     "look": "flush",
     "useful": "productive_seconds",
     "Lines": "Predictions",
-    "Heldout": "EvalDataset",
+    "EvalDataset": "EvalDataset",
 }
 PREFIXES = {"most_": "max_"}
 # Of variables and parameters: they do not say what it is.

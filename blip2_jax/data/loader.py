@@ -102,7 +102,7 @@ class Batches:
         self.skipped.check()
         return self.skipped
 
-    def ahead(self, put: Callable[[Batch], Any], count: int = 2) -> Iterator[Any]:
+    def prefetch(self, put: Callable[[Batch], Any], count: int = 2) -> Iterator[Any]:
         """Batches on the device, `count` of them on their way while the one before is computed.
 
         Args:
@@ -215,7 +215,7 @@ def eval_batch_size(config: ConfigDict, source: Any, multiple: int = 1) -> int:
     return size
 
 
-def heldout_batches(
+def eval_batches(
     config: ConfigDict,
     image_size: int,
     *,

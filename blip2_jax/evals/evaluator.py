@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from blip2_jax import cli, pretrained
-from blip2_jax.data.heldout import Heldout
+from blip2_jax.data.eval_dataset import EvalDataset
 from blip2_jax.evals import predictions, tasks
 from blip2_jax.evals.predictions import Predictions
 from blip2_jax.evals.results import Results
@@ -31,12 +31,12 @@ def open_tasks(
     Raises:
       ValueError: what is wrong with a task or its data.
     """
-    datasets: dict[str, Heldout] = {}
+    datasets: dict[str, EvalDataset] = {}
     opened = []
     for name in configs if names is None else names:
         data = cli.config_to_json(configs[name].data)
         if data not in datasets:
-            datasets[data] = Heldout(configs[name].data)
+            datasets[data] = EvalDataset(configs[name].data)
         opened.append(tasks.make(name, configs[name], datasets[data], threads))
     return sorted(opened, key=lambda task: list(tasks.TASKS).index(task.kind))
 

@@ -85,12 +85,12 @@ def test_another_seed_is_another_order(folder):
     assert a[0]["image_id"].tolist() != b[0]["image_id"].tolist()
 
 
-def test_heldout_batches_are_whole_ordered_and_repeatable(folder):
+def test_eval_batches_are_whole_ordered_and_repeatable(folder):
     config = make_config(folder)
-    with loader.heldout_batches(config, 16) as batches:
+    with loader.eval_batches(config, 16) as batches:
         first = list(batches)
     assert np.concatenate([b["image_id"] for b in first]).tolist() == list(range(8))
-    with loader.heldout_batches(config, 16) as batches:
+    with loader.eval_batches(config, 16) as batches:
         assert_same(first, list(batches))
     # The whole image, neither cut nor mirrored, and the first caption.
     source = loader.make_source(config, "test")
@@ -112,7 +112,7 @@ def test_an_evaluation_batch_divides_over_the_mesh(folder, batch_size, multiple,
     config = make_config(folder, **{"eval.batch_size": batch_size})
     source = loader.make_source(config, "test")
     assert loader.eval_batch_size(config, source, multiple) == found
-    with loader.heldout_batches(config, 16, batch_size=found, rows=[1]) as batches:
+    with loader.eval_batches(config, 16, batch_size=found, rows=[1]) as batches:
         ids = [batch["image_id"].tolist() for batch in batches]
     assert ids == [[row] for row in range(1, 10 // found * found, found)]
 
@@ -323,7 +323,7 @@ def test_scores_see_the_rows_asked_for_once_and_in_order(folder, batch_size):
         np.testing.assert_array_equal(image, whole)
 
 
-def test_batches_go_ahead_to_the_device_in_order(folder):
+def test_batches_are_prefetched_to_the_device_in_order(folder):
     config = make_config(folder)
     sent = []
 
@@ -332,17 +332,17 @@ def test_batches_go_ahead_to_the_device_in_order(folder):
         return batch
 
     with loader.train_batches(config, 16) as batches:
-        ahead = batches.ahead(put)
-        got = [next(ahead)]
+        prefetched = batches.prefetch(put)
+        got = [next(prefetched)]
         assert sent == [0, 1]  # the second is on its way while the first is computed
-        got += itertools.islice(ahead, 3)
+        got += itertools.islice(prefetched, 3)
         assert batches.wait_seconds > 0
     assert_same(got, take(config, 4))
 
 
 def test_a_split_that_is_not_told_apart_is_refused(mixed):
     with pytest.raises(ValueError, match="Write {split} where the two differ"):
-        loader.heldout_batches(mixed, 16)
+        loader.eval_batches(mixed, 16)
 
 
 def test_a_part_may_have_a_source_and_a_split_of_its_own(mixed, tmp_path):
@@ -419,7 +419,7 @@ def test_a_color_that_is_none_is_refused_before_anything_is_read(folder):
         examples.make_example(config, 16, train=True, llm=OPTConfig())
 
 
-def test_lists_that_name_splits_are_held_out_by_split(tmp_path):
+def test_lists_that_name_splits_are_read_by_split(tmp_path):
     made.write_images(tmp_path, 6)
     rows = [
         {"image": f"{n}.jpg", "caption": "a 3", "split": ("train", "val")[n % 2]} for n in range(6)
@@ -428,13 +428,13 @@ def test_lists_that_name_splits_are_held_out_by_split(tmp_path):
     data = {"data.source": "files", "data.eval_split": "val", "eval.batch_size": 3}
     config = make_config(tmp_path / "x.json", **data)
     assert len(loader.make_source(config, "train")) == 3
-    with loader.heldout_batches(config, 16) as batches:
+    with loader.eval_batches(config, 16) as batches:
         assert len(list(batches)) == 1
     for row in rows:
         del row["split"]
     (tmp_path / "x.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match="is the same for 'train' and 'val'"):
-        loader.heldout_batches(config, 16)
+        loader.eval_batches(config, 16)
 
 
 def test_t5_gets_a_prefix_and_a_suffix_drawn_per_sample(folder):

@@ -52,8 +52,8 @@ def test_records_hold_what_was_drawn(folder):
         assert len(source) == size
         for record in source:
             scene = world.scene_from_json(record["scene"])
-            held_out = any((t.digit, t.color) in world.UNSEEN_COMBINATIONS for t in scene)
-            assert held_out == (split == "held_out")
+            unseen = any((t.digit, t.color) in world.UNSEEN_COMBINATIONS for t in scene)
+            assert unseen == (split == "held_out")
             assert len(record["captions"]) == dataset.CAPTIONS
             assert all(world.facts_correct(text, scene) for text in record["captions"])
             assert {q["type"] for q in record["questions"]} == set(world.QUESTION_TYPES)

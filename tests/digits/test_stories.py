@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 
 
 # The batches of the embedded world's recipes, on which the shipped towers and all measured results
-# rest: steps 2 to 4 of training, and two held-out batches, of 20 and 10 scenes of seed 0.
+# rest: steps 2 to 4 of training, and two batches of the test split, of 20 and 10 scenes of seed 0.
 PINNED = {
     "stage1": ("a7f6bd52fbf3c5c7", "cf53284d0fbdf278"),
     "stage2": ("0bb3f36e159fccb0", "fa1ea4dc3d654eed"),
@@ -49,7 +49,7 @@ def test_batches_of_the_embedded_world_are_what_they_were(folder, recipe):
     llm = OPTConfig()
     with loader.train_batches(config, size, start_step=2, llm=llm) as batches:
         trained = digest(itertools.islice(batches, 3))
-    with loader.heldout_batches(config, size, llm=llm) as batches:
+    with loader.eval_batches(config, size, llm=llm) as batches:
         assert (trained, digest(batches)) == PINNED[recipe]
 
 

@@ -93,7 +93,7 @@ def test_questions_are_answered_by_their_scene():
     assert 0.4 < answers["yes"] / 400 < 0.6
 
 
-def test_text_never_names_a_held_out_combination():
+def test_text_never_names_an_unseen_combination():
     """Neither in captions nor in questions, where 'no' would otherwise be the answer to all."""
     rng = np.random.default_rng(4)
     named = {f"{color} {digit}" for digit, color in world.UNSEEN_COMBINATIONS}

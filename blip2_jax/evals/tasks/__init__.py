@@ -12,7 +12,7 @@ image, unless the config allows some of them to be unreadable; then the result s
 
 from ml_collections import ConfigDict
 
-from blip2_jax.data.heldout import Heldout
+from blip2_jax.data.eval_dataset import EvalDataset
 from blip2_jax.evals.tasks.captioning import Captioning
 from blip2_jax.evals.tasks.ranking import Ranking
 from blip2_jax.evals.tasks.retrieval import Retrieval
@@ -22,7 +22,7 @@ from blip2_jax.evals.tasks.vqa import Vqa
 TASKS: dict[str, type[Task]] = {task.kind: task for task in (Retrieval, Captioning, Vqa, Ranking)}
 
 
-def make(name: str, config: ConfigDict, dataset: Heldout, threads: int) -> Task:
+def make(name: str, config: ConfigDict, dataset: EvalDataset, threads: int) -> Task:
     """The task of a config.
 
     Raises:

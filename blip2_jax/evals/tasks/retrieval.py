@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from blip2_jax.data import texts
-from blip2_jax.data.heldout import Heldout
+from blip2_jax.data.eval_dataset import EvalDataset
 from blip2_jax.evals.metrics import retrieval
 from blip2_jax.evals.predictions import Prediction, Predictions, PredictionsByRecord
 from blip2_jax.evals.tasks.task import SINGLE_PROCESS, Execution, Metrics, Reasons, Task
@@ -37,7 +37,7 @@ class Retrieval(Task):
 
     kind = "retrieval"
 
-    def __init__(self, name: str, config: ConfigDict, dataset: Heldout, threads: int):
+    def __init__(self, name: str, config: ConfigDict, dataset: EvalDataset, threads: int):
         super().__init__(name, config, dataset, threads)
         size, count = self.config.group or len(self.numbers), len(self.numbers)
         if count < size:

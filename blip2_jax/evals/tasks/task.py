@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from blip2_jax.data import transforms
-from blip2_jax.data.heldout import Heldout
+from blip2_jax.data.eval_dataset import EvalDataset
 from blip2_jax.evals import submissions
 from blip2_jax.evals.predictions import Prediction, Predictions, PredictionsByRecord
 from blip2_jax.inference.pipeline import Blip2
@@ -23,7 +23,7 @@ SCORING = ("metric", "forms", "lemmatize", "scores", "by", "tokenizer", "example
 
 Metrics = dict[str, float | str]
 Reasons = dict[str, str]  # why something could not be scored, by its name
-Batch = tuple[list[int], list[np.ndarray], list[tuple[int, str]]]  # see `Heldout.batches`
+Batch = tuple[list[int], list[np.ndarray], list[tuple[int, str]]]  # see `EvalDataset.batches`
 
 
 def _do_nothing() -> None:
@@ -66,7 +66,7 @@ class Task:
 
     kind = ""
 
-    def __init__(self, name: str, config: ConfigDict, dataset: Heldout, threads: int):
+    def __init__(self, name: str, config: ConfigDict, dataset: EvalDataset, threads: int):
         self.name, self.config, self.dataset, self.threads = name, config, dataset, threads
         self.numbers = self._select_records()
         if not self.numbers:

@@ -12,7 +12,7 @@ from blip2_jax.data.faults import RecordError
 from blip2_jax.runtime.watchdog import alive
 
 
-class Heldout:
+class EvalDataset:
     """What is known of each image; the images themselves are read when they are needed.
 
     Args:
