@@ -44,7 +44,7 @@ import numpy as np
 from blip2_jax import cli
 from blip2_jax.data import datasets, files, shards, sources, tars, transforms
 from blip2_jax.data.faults import Skipped
-from blip2_jax.data.prepared import DONE, read_json
+from blip2_jax.data.prepared import PREPARED, read_json
 from blip2_jax.reporting import dataset_card
 from blip2_jax.runtime.outputs import Own
 
@@ -170,7 +170,7 @@ def prepare_pairs(args: argparse.Namespace) -> int:
       ValueError: what is wrong, and what to do.
     """
     settings = _settings(args)
-    done = read_json(args.out, DONE) if args.out and not args.check else {}
+    done = read_json(args.out, PREPARED) if args.out and not args.check else {}
     before = done.get("splits", {}).get(args.split)
     if done and "splits" not in done:
         raise ValueError(f"{args.out} holds other data; name another --out.")
@@ -271,7 +271,7 @@ def _finish(plan: shards.Plan, splits: dict[str, Any], summary: dict[str, Any]) 
             files.write(files.join(plan.out, name), text.encode())
     seconds = sum(of["seconds"] for of in splits.values())
     done = json.dumps({"splits": splits, "seconds": seconds})
-    files.write(files.join(plan.out, DONE), done.encode())
+    files.write(files.join(plan.out, PREPARED), done.encode())
 
 
 def _print_rows(source: Any) -> None:

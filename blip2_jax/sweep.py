@@ -40,10 +40,10 @@ from typing import Any
 
 from blip2_jax import cli
 from blip2_jax.reporting.sweep_page import write_sweep_report
-from blip2_jax.runtime import atomic, compare, jobs, run_dir, values
+from blip2_jax.runtime import atomic, compare, jobs, values
 from blip2_jax.runtime.distributed import PREEMPTED
-from blip2_jax.runtime.metrics import METRICS_FILE, read_jsonl
 from blip2_jax.runtime.outputs import Own, Taken
+from blip2_jax.runtime.run_dir import RunDir
 
 BACKENDS = ("print", "local", "slurm", "tpu", "gke")
 SWEEP_FILE, RESULTS, PAGE = "sweep.json", "results.csv", "results.html"
@@ -195,7 +195,7 @@ class Run:
         Raises:
           ConfigError: the workdir holds those of another run.
         """
-        saved = run_dir.read_done(self.workdir)
+        saved = RunDir(self.workdir).read_finished()
         if saved is None:
             return False
         config = json.loads(self.config)
@@ -307,7 +307,7 @@ def check_workdir(workdir: Path, identity: Mapping[str, Any]) -> None:
     file = workdir / SWEEP_FILE
     if file.is_file():
         cli.check_same_run(_read(file), identity, workdir)
-    elif (workdir / run_dir.CHECKPOINTS).exists() or (workdir / run_dir.DONE).exists():
+    elif RunDir(workdir).holds_a_run():
         raise cli.ConfigError(f"{workdir} holds a run, not a sweep; name another --workdir.")
 
 
@@ -404,13 +404,14 @@ def write_results(
     keys = list(dict.fromkeys(key for run in runs for key in run.point))
     found, rows = [], []
     for run in runs:
-        log = run.workdir / METRICS_FILE
-        records = read_jsonl(log) if log.is_file() else []
+        records = RunDir(run.workdir).read_metrics()
         status = "finished"
         costs: dict[str, Any] = {}
         if run.is_finished():
-            done = run_dir.read_done(run.workdir) or {}
-            costs = {name: done[name] for name in ("seconds", "peak_memory_gb") if name in done}
+            finished = RunDir(run.workdir).read_finished() or {}
+            costs = {
+                name: finished[name] for name in ("seconds", "peak_memory_gb") if name in finished
+            }
         elif failed and run.name in failed:
             status = f"failed ({failed[run.name]})"
         else:
@@ -427,12 +428,12 @@ def write_results(
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    finished = sum(row["status"] == "finished" for row in rows)
+    num_finished = sum(row["status"] == "finished" for row in rows)
     with own.replacing(PAGE) as draft:
         write_sweep_report(
             draft,
             title=f"Sweep of {title}",
-            summary=f"{finished} of {len(runs)} runs finished.",
+            summary=f"{num_finished} of {len(runs)} runs finished.",
             keys=keys,
             runs=found,
         )

@@ -40,7 +40,10 @@ from blip2_jax.runtime.bad_steps import BadSteps
 from blip2_jax.runtime.checkpoint import Checkpointer, SaveError, restore_params_into
 from blip2_jax.runtime.compare import moved
 from blip2_jax.runtime.distributed import PREEMPTED
-from blip2_jax.runtime.metrics import MetricsWriter, Profiler, Progress
+from blip2_jax.runtime.metric_writers import RunWriters
+from blip2_jax.runtime.profiler import Profiler
+from blip2_jax.runtime.progress import Progress
+from blip2_jax.runtime.run_dir import RunDir
 from blip2_jax.runtime.timer import Timer
 from blip2_jax.runtime.watchdog import Watchdog, alive
 from blip2_jax.stages.flops import flops_per_sample
@@ -85,11 +88,7 @@ def _alone_in(workdir: Path) -> contextlib.AbstractContextManager[None]:
     if not distributed.is_first_process():
         return contextlib.nullcontext()
     cli.make_workdir(workdir)
-    return jobs.only_one(
-        workdir / run_dir.LOCK,
-        f"Another run is at work in {workdir}. Wait for its end or stop it, or take another "
-        "--workdir.",
-    )
+    return RunDir(workdir).lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +114,7 @@ def _train(
     preemption: distributed.Preemption,
 ) -> int:
     what = {"recipe": config.name, "config": json.loads(cli.config_to_json(config))}
-    done = run_dir.read_done(workdir)
+    done = RunDir(workdir).read_finished()
     if done is not None:
         cli.check_same_run(done, what, workdir)
         if config.steps == done["config"]["steps"] and not moved(done["config"], what["config"]):
@@ -147,7 +146,7 @@ def _train(
         cli.check_same_run(done, what, workdir)
         identity.check_start(done, config, workdir)
         if distributed.is_first_process():
-            run_dir.write_done(workdir, {**done, **what})
+            RunDir(workdir).write_finished({**done, **what})
         return _finished_before(config, workdir)
     flops = sum(part.total for part in flops_per_sample(config, run.model_config).values())
     chip = chips.of_device_kind(jax.devices()[0].device_kind)
@@ -162,14 +161,14 @@ def _train(
             print(f"  eval.batch_size: {losses.batch_size}, what the mesh and the data allow")
 
     with Checkpointer(
-        workdir / run_dir.CHECKPOINTS,
+        RunDir(workdir).checkpoints,
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
     ) as checkpointer:
         with cli.mistakes_in_config():
             start = first_state(run, checkpointer, what, timer, skipped, workdir)
         if done is not None and distributed.is_first_process():
-            (workdir / run_dir.DONE).unlink(missing_ok=True)  # it goes on
+            RunDir(workdir).remove_finished()
 
         def save(state: State, unwritten: dict[str, Any] | None = None) -> None:
             step = int(state["step"])
@@ -212,7 +211,7 @@ def _train(
         return PREEMPTED
     if distributed.is_first_process():
         cost = {"seconds": timer.seconds, "peak_memory_gb": distributed.peak_memory_gb()}
-        run_dir.write_done(workdir, {**what, **start.kept, **cost})
+        RunDir(workdir).write_finished({**what, **start.kept, **cost})
     return 0
 
 
@@ -343,16 +342,16 @@ def loop(
             resample=run.resample,
             llm=run.llm,
         ) as batches,
-        MetricsWriter(workdir, restored_step=step) as writer,
+        RunWriters(workdir, restored_step=step) as writers,
         Progress(config.steps, initial=step, label=config.name) as progress,
         Profiler(
-            workdir, first=first + config.profile.after, steps=config.profile.steps
+            RunDir(workdir).profile, first=first + config.profile.after, steps=config.profile.steps
         ) as profiler,
         contextlib.suppress(distributed.Stopped),  # between batches of an evaluation
     ):
         late = start.unwritten
-        if late is not None and distributed.from_first(str(writer.last_step)) != str(step):
-            writer.write(step, late["numbers"] | evaluations(late["losses"], late["tasks"]))
+        if late is not None and distributed.from_first(str(writers.last_step)) != str(step):
+            writers.write(step, late["numbers"] | evaluations(late["losses"], late["tasks"]))
         prefetched = batches.prefetch(lambda batch: mesh.global_batch(batch, run.mesh, size))
         timer.start()
         # All hosts look at the same numbers: they leave after the same step.
@@ -380,7 +379,7 @@ def loop(
                     due = {"numbers": numbers, "losses": losses_due, "tasks": tasks_due}
                     save(state, unwritten=due)
                     numbers = numbers | evaluations(losses_due, tasks_due)
-                writer.write(step, numbers, timing=timing)
+                writers.write(step, numbers, timing=timing)
                 progress.update(0, loss=numbers.get("loss", math.nan))
             if preemption.should_stop():
                 break

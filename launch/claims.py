@@ -21,7 +21,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from blip2_jax import cli
-from blip2_jax.runtime.metrics import read_jsonl
+from blip2_jax.runtime.jsonl import read_jsonl
 from blip2_jax.sweep import as_text, run_name
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -79,7 +79,7 @@ def test_the_card_and_the_page_say_what_is_in_it(web, tmp_path):
     assert "| train | 28 | 28 | 0 |" in text and "| not a readable image | 1 |" in text
     assert "words of a caption" in page and page.count("data:image/jpeg;base64,") == 3
     assert "http://" not in page.replace("http://www.w3.org", "")  # nothing beside it is needed
-    done = json.loads((out / prepare.DONE).read_text())
+    done = json.loads((out / prepare.PREPARED).read_text())
     train = done["splits"]["train"]
     assert train["totals"]["records"] == 28 and sum(train["lengths"]) == 28
     assert sum(train["bins"]["width (pixels)"].values()) == 28

@@ -59,7 +59,7 @@ from PIL import Image
 from blip2_jax import cli
 from blip2_jax.data import loader
 from blip2_jax.runtime import mesh as meshes
-from blip2_jax.runtime.metrics import read_jsonl
+from blip2_jax.runtime.jsonl import read_jsonl
 from tests.readme import place
 from tests.readme.place import Entry, Ran, Shell
 from tests.readme.text import README, ROOT
@@ -303,7 +303,7 @@ PREPARE = "blip2 prepare --source=digits --out=DIR"
 
 @command(PREPARE, small=SCENES)
 def _(ran):
-    assert (ran.dir / "done.json").is_file() and "24 train, 8 test" in ran.out
+    assert (ran.dir / "prepared.json").is_file() and "24 train, 8 test" in ran.out
 
 
 # --- the two claims
@@ -383,7 +383,7 @@ SHARDS = "blip2 prepare --source=digits --out=runs/mine/data"
 
 @command(SHARDS, small=SCENES)
 def _(ran):
-    assert (ran.home / "runs/mine/data/done.json").is_file()
+    assert (ran.home / "runs/mine/data/prepared.json").is_file()
 
 
 @command(STAGE1, small=DIGITS, after=[SHARDS])

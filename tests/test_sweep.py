@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.test_report import Page
 
 from blip2_jax import cli, sweep
-from blip2_jax.runtime import jobs, run_dir
-from blip2_jax.runtime.metrics import read_jsonl
+from blip2_jax.runtime import jobs
+from blip2_jax.runtime.jsonl import read_jsonl
+from blip2_jax.runtime.run_dir import RunDir
 from tests.launch import fakes
-from tests.test_report import Page
 
 pytestmark = pytest.mark.integration
 
@@ -331,13 +332,13 @@ def test_a_damaged_file_of_a_sweep_is_named_and_a_runs_is_no_end(
     assert sweep.main(list(words)) == 0
     (run,) = sweep.make_runs(str(path), workdir)
     document = {"recipe": "digits-stage1", "config": json.loads(run.config)}
-    run_dir.write_done(run.workdir, document)
+    RunDir(run.workdir).write_finished(document)
     assert run.is_finished()
     longer, elsewhere = (json.loads(json.dumps(document)) for _ in range(2))
     longer["config"]["steps"] -= 1  # what is asked for now is more
     elsewhere["config"]["data"]["dir"] = "/moved"  # the run itself compares what lies there
     for other in (longer, elsewhere):
-        run_dir.write_done(run.workdir, other)
+        RunDir(run.workdir).write_finished(other)
         assert not run.is_finished()
     run.workdir.joinpath("done.json").write_text('{"recipe"')
     assert not run.is_finished()

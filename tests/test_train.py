@@ -26,7 +26,7 @@ from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.vit import ViT, ViTConfig
 from blip2_jax.runtime import jobs, run_dir
 from blip2_jax.runtime.checkpoint import Checkpointer
-from blip2_jax.runtime.metrics import read_jsonl
+from blip2_jax.runtime.jsonl import read_jsonl
 from blip2_jax.stages import stage1
 from blip2_jax.weights import huggingface
 
@@ -128,7 +128,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(whole, world, tmp_p
     for event, lines in (
         ("blip2_jax.train.Checkpointer.save:1", 2),  # it begins at step 4, and ends later
         ("blip2_jax.train.loader.eval_batches:1", 2),  # at step 6
-        ("blip2_jax.train.MetricsWriter.write:3", 5),  # at step 10
+        ("blip2_jax.train.RunWriters.write:3", 5),  # at step 10
     ):
         killed = subprocess.run([*command, f"{event}:SIGKILL"], cwd=ROOT, capture_output=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -138,18 +138,18 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(whole, world, tmp_p
 
 
 def test_sigterm_saves_and_leaves_with_its_own_code(whole, world, tmp_path, monkeypatch):
-    real = train.MetricsWriter.write
+    real = train.RunWriters.write
 
     def terminate(writer, step, *args, **kwargs):
         real(writer, step, *args, **kwargs)
         if step == 6:  # between two checkpoints
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train.MetricsWriter, "write", terminate)
+    monkeypatch.setattr(train.RunWriters, "write", terminate)
     assert run(flags(world), tmp_path / "stage1") == train.PREEMPTED
     with Checkpointer(tmp_path / "stage1" / "checkpoints") as checkpointer:
         assert checkpointer.latest_step == 6
-    monkeypatch.setattr(train.MetricsWriter, "write", real)
+    monkeypatch.setattr(train.RunWriters, "write", real)
     assert run(flags(world), tmp_path / "stage1") == 0
     assert_same(result(tmp_path / "stage1"), result(whole))
 

@@ -6,7 +6,7 @@ from typing import Any
 from blip2_jax.data import files
 from blip2_jax.data.faults import RecordError
 
-DONE = "done.json"
+PREPARED = "prepared.json"
 
 
 def read_json(folder: str, name: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from blip2_jax.data import files, folders, lists, tars
 from blip2_jax.data.faults import RecordError, Skipped
+from blip2_jax.data.prepared import PREPARED
 from blip2_jax.runtime import atomic, digest
 
 SCHEMES = ("weight", "size", "sqrt_size")  # how the parts of a mixture are weighted
@@ -239,9 +240,10 @@ class TfdsSource:
         self._records = builder.as_data_source(
             split, decoders={"image": tfds.decode.SkipDecoding()}
         )
-        done = Path(folder) / "done.json"  # numbers of images go up to this, those skipped included
+        # Numbers of images go up to what it says, those skipped included.
+        record = Path(folder) / PREPARED
         again = f"Run the blip2 prepare --out={folder} that made it again."
-        known = atomic.read_json(done, again) if done.is_file() else {}
+        known = atomic.read_json(record, again) if record.is_file() else {}
         known = known.get("splits", {}).get(split, {})
         self.image_numbers = known.get("image_numbers", len(self._records))
         self._files = [str(path) for path in builder.info.splits[split].filepaths]

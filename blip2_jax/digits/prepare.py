@@ -7,7 +7,7 @@ import json
 import time
 from pathlib import Path
 
-from blip2_jax.data.prepared import DONE, read_json
+from blip2_jax.data.prepared import PREPARED, read_json
 from blip2_jax.runtime.outputs import replacing_folder
 
 
@@ -37,8 +37,8 @@ def prepare(args: argparse.Namespace) -> int:
 def write(out: Path, seed: int, sizes: dict[str, int]) -> int:
     """Writes the embedded world into `out`; returns the exit code."""
     settings = {"source": "digits", "seed": seed, "sizes": sizes}
-    if (out / DONE).is_file():
-        done = read_json(str(out), DONE)
+    if (out / PREPARED).is_file():
+        done = read_json(str(out), PREPARED)
         if {name: done.get(name) for name in settings} != settings:
             raise SystemExit(f"blip2 prepare: {out} holds other data ({done}); name another --out.")
         print(f"{out}: prepared before.")
@@ -60,7 +60,7 @@ def write(out: Path, seed: int, sizes: dict[str, int]) -> int:
             builder.download_and_prepare()
         counts = {name: builder.info.splits[name].num_examples for name in sizes}
         seconds = time.monotonic() - started
-        (draft / DONE).write_text(json.dumps({**settings, "seconds": seconds}, indent=2) + "\n")
+        (draft / PREPARED).write_text(json.dumps({**settings, "seconds": seconds}, indent=2) + "\n")
     written = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(f"{out}: {written} scenes in {seconds:.0f} s")
     return 0

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from blip2_jax import __version__, cli
 from blip2_jax.data import transforms
 from blip2_jax.data.faults import RecordError
+from blip2_jax.data.prepared import PREPARED, read_json
 from blip2_jax.evals import predictions
 from blip2_jax.evals.metrics import truth, vqa
 from blip2_jax.evals.predictions import PredictionsByRecord
@@ -21,8 +22,8 @@ from blip2_jax.evals.tasks.task import Task
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.reporting.run_page import write_report
 from blip2_jax.runtime import distributed, run_dir
-from blip2_jax.runtime.metrics import METRICS_FILE, read_jsonl
 from blip2_jax.runtime.outputs import Own
+from blip2_jax.runtime.run_dir import RunDir
 
 LIBRARIES = (
     "jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "pycocoevalcap", "pillow",
@@ -106,12 +107,12 @@ class Results:
                 for i, example in enumerate(mapped)
             ]
         runs = [run for run in map(run_dir.find, dict.fromkeys(self.sources.values())) if run]
-        logs = {run.name: run.workdir / METRICS_FILE for run in runs if run.workdir}
+        logs = {run.name: RunDir(run.workdir).read_metrics() for run in runs if run.workdir}
         write_report(
             path,
             title=config.title or f"BLIP-2: {config.name}",
             metrics=self.metrics,
-            curves={name: read_jsonl(log) for name, log in logs.items() if log.is_file()},
+            curves={name: records for name, records in logs.items() if records},
             examples=shown,
             attention=attention,
             timings={
@@ -147,11 +148,13 @@ def costs(sources: Iterable[str], scored: Scored, seconds: float) -> dict[str, f
     """
     parts: dict[str, Mapping[str, Any]] = {}
     if scored:
-        parts["prepare"] = run_dir.read_done(Path(scored[0][0].dataset.data.dir)) or {}
+        parts["prepare"] = read_json(scored[0][0].dataset.data.dir, PREPARED)
     for run in map(run_dir.find, sources):
         if run is not None:
-            done = run_dir.read_done(run.workdir) if run.workdir and run.step >= run.steps else None
-            parts[run.name] = done or run.document
+            finished = None
+            if run.workdir and run.step >= run.steps:
+                finished = RunDir(run.workdir).read_finished()
+            parts[run.name] = finished or run.document
     took = {f"seconds/{name}": part["seconds"] for name, part in parts.items() if "seconds" in part}
     took["seconds/evaluate"] = seconds
     memory = [part.get("peak_memory_gb", 0.0) for part in parts.values()]

@@ -19,7 +19,7 @@ from typing import Generic, Protocol, TextIO, TypeVar
 from tqdm import tqdm
 
 from blip2_jax.runtime.distributed import PREEMPTED
-from blip2_jax.runtime.metrics import Progress
+from blip2_jax.runtime.progress import Progress
 
 LOG_FILE = "log.txt"
 _TICK = 0.1  # seconds between two looks at the processes

@@ -2,12 +2,14 @@
 
     WORKDIR/checkpoints/STEP/   parameters and optimizer (`state`), and what the run is (`extra`)
     WORKDIR/done.json           what the run is and what it cost; written at its end
-    WORKDIR/metrics.jsonl, ...  see `metrics`
+    WORKDIR/metrics.jsonl       what it computed; timing.jsonl and tensorboard/ beside it
+    WORKDIR/profile/            a trace of some steps, if one was asked for
 
 A run, finished or not, is named by its workdir, which stands for its newest checkpoint; one of its
 checkpoints by WORKDIR/checkpoints/STEP, wherever that folder was copied to.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,12 +18,75 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from blip2_jax.runtime import atomic, checkpoint, digest
+from blip2_jax.runtime import atomic, checkpoint, digest, jobs
 from blip2_jax.runtime.checkpoint import CheckpointError
+from blip2_jax.runtime.jsonl import read_jsonl
 
 CHECKPOINTS = "checkpoints"
-DONE = "done.json"
-LOCK = "train.lock"  # held while a run is at work
+
+
+class RunDir:
+    """The folder of a run.
+
+    Args:
+      path: the workdir; it need not be there.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / CHECKPOINTS
+        self.metrics = self.path / "metrics.jsonl"
+        self.timing = self.path / "timing.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
+        self.lock_file = self.path / "train.lock"  # held while the run is at work
+        self._finished = self.path / "done.json"
+
+    def holds_a_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.checkpoints.exists() or self._finished.exists()
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Two runs that write one folder would spoil each other's files.
+
+        Raises:
+          jobs.Busy: when it is entered, and another run is at work here.
+        """
+        return jobs.only_one(
+            self.lock_file,
+            f"Another run is at work in {self.path}. Wait for its end or stop it, or take another "
+            "--workdir.",
+        )
+
+    def read_finished(self) -> dict[str, Any] | None:
+        """The record of a finished run; None where there is none, or where it is damaged.
+
+        A run can write it again from its last checkpoint, so a damaged one is reported and no
+        error.
+        """
+        if not self._finished.is_file():
+            return None
+        try:
+            return atomic.read_json(self._finished, "The same blip2 train writes it again.")
+        except atomic.DamagedFile as error:
+            print(error, file=sys.stderr)
+            return None
+
+    def write_finished(self, record: Mapping[str, Any]) -> None:
+        """Says that the run is finished.
+
+        Args:
+          record: what the run is (see `training.identity`) and what it cost.
+        """
+        atomic.write_json(self._finished, dict(record))
+
+    def remove_finished(self) -> None:
+        """Says that the run goes on."""
+        self._finished.unlink(missing_ok=True)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; none where there is no such file."""
+        return read_jsonl(self.metrics) if self.metrics.is_file() else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +168,7 @@ def _open(folder: Path, step: int | None) -> RunCheckpoint | None:
     steps, workdir = checkpoint.steps_in(folder), folder.parent
     if step is None and steps:
         step = steps[-1]
-    if not steps and not (workdir / LOCK).is_file():
+    if not steps and not RunDir(workdir).lock_file.is_file():
         return None  # somebody else's folder of that name
     if step is None:
         raise CheckpointError(
@@ -123,23 +188,3 @@ def _read(folder: Path, workdir: Path | None, step: int | None) -> RunCheckpoint
     if "config" not in document:  # a model in the native format, whose arrays are saved likewise
         return None
     return RunCheckpoint(folder, workdir, document["step"] if step is None else step, document)
-
-
-def read_done(workdir: Path) -> dict[str, Any] | None:
-    """What a finished run says of itself; None where there is none, or where it is damaged.
-
-    A run can write it again from its last checkpoint, so a damaged one is reported and no error.
-    """
-    path = workdir / DONE
-    if not path.is_file():
-        return None
-    try:
-        return atomic.read_json(path, "The same blip2 train writes it again.")
-    except atomic.DamagedFile as error:
-        print(error, file=sys.stderr)
-        return None
-
-
-def write_done(workdir: Path, document: Mapping[str, Any]) -> None:
-    """Says that a run is finished."""
-    atomic.write_json(workdir / DONE, dict(document))

@@ -73,10 +73,10 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
 
 
 def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(folder, capsys):
-    before = (folder / prepare.DONE).stat().st_mtime_ns
+    before = (folder / prepare.PREPARED).stat().st_mtime_ns
     assert prepare.write(folder, 0, SIZES) == 0
     assert "prepared before" in capsys.readouterr().out
-    assert (folder / prepare.DONE).stat().st_mtime_ns == before
+    assert (folder / prepare.PREPARED).stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match="other data"):
         prepare.write(folder, 5, SIZES)
 
@@ -88,7 +88,7 @@ def test_a_killed_preparation_is_made_anew(folder, tmp_path):
                           capture_output=True, text=True).stdout.strip()  # fmt: skip
     left = tmp_path / f".d.{dead}@{socket.gethostname()}.partial"
     shutil.copytree(folder, left)
-    (left / prepare.DONE).unlink()
+    (left / prepare.PREPARED).unlink()
     (tmp_path / "d.partial").mkdir()  # somebody's
     assert prepare.write(tmp_path / "d", 0, SIZES) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "d.partial"]

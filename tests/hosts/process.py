@@ -55,7 +55,7 @@ def devices(order: Iterable[int]) -> Iterator[None]:
 
 def kill_after(step: int, workdir: Path) -> None:
     """Kills this process once the step is logged and the checkpoint before it is there."""
-    write = train.MetricsWriter.write
+    write = train.RunWriters.write
 
     def write_and_die(writer, now, *args, **kwargs):
         write(writer, now, *args, **kwargs)
@@ -66,7 +66,7 @@ def kill_after(step: int, workdir: Path) -> None:
                 time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train.MetricsWriter.write = write_and_die
+    train.RunWriters.write = write_and_die
 
 
 def main(files: list[str]) -> None:

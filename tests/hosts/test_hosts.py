@@ -23,7 +23,7 @@ from blip2_jax.models import blip2
 from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.vit import ViT, ViTConfig
 from blip2_jax.runtime import distributed
-from blip2_jax.runtime.metrics import read_jsonl
+from blip2_jax.runtime.jsonl import read_jsonl
 from blip2_jax.weights import checkpoint, huggingface, tables, transfer
 from tests.hosts import process
 

@@ -17,7 +17,7 @@ import yaml
 
 from blip2_jax.runtime import run_dir
 from blip2_jax.runtime.checkpoint import Checkpointer
-from blip2_jax.runtime.metrics import read_jsonl
+from blip2_jax.runtime.jsonl import read_jsonl
 from tests.launch import fakes
 
 pytestmark = pytest.mark.integration

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from blip2_jax.runtime import distributed, metrics, state
+from blip2_jax.runtime import distributed, state
+from blip2_jax.runtime.run_dir import RunDir
 
 
 def test_one_machine_never_waits_for_others(monkeypatch):
@@ -156,7 +157,7 @@ def test_two_hosts_work_as_one(tmp_path):
     assert first["extra"] == second["extra"] == {"hosts": 2}
     alone = state.fingerprint({"x": jnp.arange(64.0).reshape(8, 8)})
     assert set(first["fingerprints"] + second["fingerprints"]) == {alone}
-    assert metrics.read_jsonl(tmp_path / metrics.METRICS_FILE) == [{"step": 1, "mean": 31.5}]
+    assert RunDir(tmp_path).read_metrics() == [{"step": 1, "mean": 31.5}]
     # Only the first was told; both leave after the same step.
     assert first["told_to_stop"] and second["told_to_stop"]
     assert first["stopped_at"] == second["stopped_at"]

@@ -85,7 +85,7 @@ def test_what_is_not_there_is_said_with_what_there_is(run, tmp_path):
     shutil.rmtree(run / "checkpoints")
     assert run_dir.find(run) is None
     (run / "checkpoints").mkdir()
-    (run / run_dir.LOCK).touch()
+    run_dir.RunDir(run).lock_file.touch()
     with pytest.raises(CheckpointError, match="has saved no checkpoint yet"):
         run_dir.find(run)
     assert run_dir.find(tmp_path / "none") is None and run_dir.find("owner/name") is None
@@ -115,8 +115,8 @@ def test_damaged_arrays_are_named_with_the_remedy(run):
 @pytest.mark.parametrize("text", ["", '{"recipe": "stage1", "config"', "\0\0\0", "[]", "\xff"])
 def test_a_damaged_done_json_is_no_end_and_no_error(tmp_path, capsys, text):
     (tmp_path / "done.json").write_bytes(text.encode("latin-1"))
-    assert run_dir.read_done(tmp_path) is None
+    assert run_dir.RunDir(tmp_path).read_finished() is None
     assert "done.json is damaged" in capsys.readouterr().err
-    run_dir.write_done(tmp_path, {"recipe": "stage1"})
-    assert run_dir.read_done(tmp_path) == {"recipe": "stage1"}
+    run_dir.RunDir(tmp_path).write_finished({"recipe": "stage1"})
+    assert run_dir.RunDir(tmp_path).read_finished() == {"recipe": "stage1"}
     assert json.loads((tmp_path / "done.json").read_text()) == {"recipe": "stage1"}

@@ -15,7 +15,7 @@ import tests.data.made as made
 from blip2_jax.data import lists, tars
 from blip2_jax.models.vit import ViT, ViTConfig
 from blip2_jax.runtime import watchdog
-from blip2_jax.runtime.metrics import Progress
+from blip2_jax.runtime.progress import Progress
 from blip2_jax.weights import huggingface
 
 SETUP = (

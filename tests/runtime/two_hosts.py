@@ -10,9 +10,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from blip2_jax.runtime import distributed, metrics, state
+from blip2_jax.runtime import distributed, state
 from blip2_jax.runtime import mesh as mesh_lib
 from blip2_jax.runtime.checkpoint import Checkpointer
+from blip2_jax.runtime.metric_writers import RunWriters
 
 MAX_STEPS = 3000  # Far more than the news of a signal takes to go around.
 
@@ -28,7 +29,7 @@ def main(workdir: Path) -> None:
         checkpointer.save(1, tree, {"hosts": distributed.process_count()})
         checkpointer.wait()
         restored, extra = checkpointer.restore(state.with_shardings(tree, sharding))
-    with metrics.MetricsWriter(workdir) as writer:
+    with RunWriters(workdir) as writer:
         writer.write(1, {"mean": jnp.mean(tree["x"])})
 
     step = 0

@@ -15,7 +15,7 @@ from blip2_jax.evals.predictions import Prediction, Predictions, PredictionsByRe
 from blip2_jax.evals.tasks.task import SINGLE_PROCESS, Execution, Metrics, Reasons, Task
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.runtime import atomic
-from blip2_jax.runtime.metrics import Progress
+from blip2_jax.runtime.progress import Progress
 
 NUM_WRITTEN = 10  # best matches of each query, in the file of predictions
 

@@ -16,7 +16,7 @@ from blip2_jax.evals.predictions import Prediction, Predictions, PredictionsByRe
 from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.runtime import run_dir
 from blip2_jax.runtime.distributed import Host
-from blip2_jax.runtime.metrics import Progress
+from blip2_jax.runtime.progress import Progress
 
 # Keys of a task that may change when it goes on: they decide nothing of what is predicted.
 SCORING = ("metric", "forms", "lemmatize", "scores", "by", "tokenizer", "examples")
