@@ -1,6 +1,6 @@
 """Runs `blip2 WORDS` in this process, as the command does, and interrupts it at a named event.
 
-    INTERRUPT=blip2_jax.train.RunWriters.write:6:SIGKILL python -m tests.interrupted train ...
+    INTERRUPT=blip2_jax.train.Checkpointer.save:6:SIGKILL python -m tests.interrupted train ...
 
 Once the 6th call of that function has returned, the process sends itself the signal. The function
 has the name by which it is looked up, as in `mock.patch`; calls in other processes do not count.

@@ -26,6 +26,7 @@ ALLOWED = {
     "evals/tasks": {"data", "evals", "inference", "runtime"},
     "evals/metrics": {"evals"},  # no model
     "planning": {"recipe", "stages", "runtime"},
+    "training": {"recipe", "cli", "evals", "planning", "stages", "weights", "data", "runtime"},
     "cli": {"runtime"},
     "recipe": {"stages", "weights", "models", "data", "runtime"},
     "pretrained": {"recipe", "cli", "stages", "inference", "weights", "models", "data", "runtime"},

@@ -8,10 +8,11 @@ import jax
 import pytest
 
 import tests.tiny as tiny
-from blip2_jax import cli, recipe, train
+from blip2_jax import cli, recipe
 from blip2_jax.data import language, tokenizers
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.checkpoint import Checkpointer, saved_shapes
+from blip2_jax.training.overview import texts_of
 
 # (recipe, trained parameters: LAVIS's logs and the paper's tables; None where none is published)
 RECIPES = [
@@ -143,6 +144,6 @@ def test_a_checkpoint_of_the_full_size_holds_what_is_trained_and_no_tower(mesh, 
 def test_a_run_shows_how_its_texts_end():
     """White space is made visible, as it may be another than was meant in a shell."""
     config = tiny.config("stage2", **{"data.end_of_text": "\\n", "data.prompt": "a\tb"})
-    (line,) = train._texts_of(config)
+    (line,) = texts_of(config)
     assert r"prompt 'a\tb'" in line and r"end of text '\\n'" in line
-    assert train._texts_of(tiny.config("stage1")) == []
+    assert texts_of(tiny.config("stage1")) == []

@@ -24,10 +24,12 @@ from blip2_jax.data import loader, tokenizers
 from blip2_jax.digits import prepare as digits
 from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.vit import ViT, ViTConfig
-from blip2_jax.runtime import jobs, run_dir
+from blip2_jax.runtime import jobs, mesh, run_dir
 from blip2_jax.runtime.checkpoint import Checkpointer
 from blip2_jax.runtime.jsonl import read_jsonl
+from blip2_jax.runtime.metric_writers import RunWriters
 from blip2_jax.stages import stage1
+from blip2_jax.training.start import start_from
 from blip2_jax.weights import huggingface
 
 pytestmark = pytest.mark.integration
@@ -127,8 +129,8 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(whole, world, tmp_p
     log = tmp_path / "stage1" / "metrics.jsonl"
     for event, lines in (
         ("blip2_jax.train.Checkpointer.save:1", 2),  # it begins at step 4, and ends later
-        ("blip2_jax.train.loader.eval_batches:1", 2),  # at step 6
-        ("blip2_jax.train.RunWriters.write:3", 5),  # at step 10
+        ("blip2_jax.data.loader.eval_batches:1", 2),  # at step 6
+        ("blip2_jax.runtime.metric_writers.RunWriters.write:3", 5),  # at step 10
     ):
         killed = subprocess.run([*command, f"{event}:SIGKILL"], cwd=ROOT, capture_output=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -138,18 +140,18 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(whole, world, tmp_p
 
 
 def test_sigterm_saves_and_leaves_with_its_own_code(whole, world, tmp_path, monkeypatch):
-    real = train.RunWriters.write
+    real = RunWriters.write
 
     def terminate(writer, step, *args, **kwargs):
         real(writer, step, *args, **kwargs)
         if step == 6:  # between two checkpoints
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train.RunWriters, "write", terminate)
+    monkeypatch.setattr(RunWriters, "write", terminate)
     assert run(flags(world), tmp_path / "stage1") == train.PREEMPTED
     with Checkpointer(tmp_path / "stage1" / "checkpoints") as checkpointer:
         assert checkpointer.latest_step == 6
-    monkeypatch.setattr(train.RunWriters, "write", real)
+    monkeypatch.setattr(RunWriters, "write", real)
     assert run(flags(world), tmp_path / "stage1") == 0
     assert_same(result(tmp_path / "stage1"), result(whole))
 
@@ -184,7 +186,7 @@ def test_a_finished_run_goes_on_for_more_steps(whole, world, tmp_path, capsys):
 
 def test_stopped_or_failed_in_an_evaluation_a_run_has_lost_nothing(whole, world, tmp_path):
     """The step is saved first; the evaluation is made again, and the log is that of a whole run."""
-    real, asked = train.loader.eval_batches, []
+    real, asked = loader.eval_batches, []
     workdir = tmp_path / "run"
 
     def stop(*args, **kwargs):
@@ -196,7 +198,7 @@ def test_stopped_or_failed_in_an_evaluation_a_run_has_lost_nothing(whole, world,
         return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.loader, "eval_batches", stop)
+        patch.setattr(loader, "eval_batches", stop)
         assert run(flags(world), workdir) == train.PREEMPTED
         assert run_dir.find(workdir).step == 6
         assert read_jsonl(workdir / "metrics.jsonl")[-1]["step"] == 4
@@ -314,7 +316,7 @@ def test_a_run_that_goes_on_and_each_of_its_checkpoints_is_a_model(whole, world,
     config = frozen_config(flags(world, **{"init.checkpoint": str(whole / "checkpoints" / "8")}))
     built, params = pretrained.load_trained(workdir)
     fingerprints = json.loads((whole / "done.json").read_text())["fingerprints"]
-    started = train.start_from(built.init_state(jax.random.key(1)), config, fingerprints)
+    started = start_from(built.init_state(jax.random.key(1)), config, fingerprints)
     jax.tree.map(np.testing.assert_array_equal, started["params"], params)
     stamps = [run_dir.stamp(p) for p in (workdir, whole / "checkpoints" / "8", whole)]
     assert stamps[0] == stamps[1] != stamps[2]
@@ -410,10 +412,10 @@ def bad_at_3_and_5(monkeypatch):
             batch = {**batch, "image": np.zeros_like(batch["image"])}
         return put(batch, mesh, batch_size)
 
-    put = train.mesh.global_batch
+    put = mesh.global_batch
     spoil.step = 0
     monkeypatch.setattr(stage1, "loss_fn", loss_fn)
-    monkeypatch.setattr(train.mesh, "global_batch", spoil)
+    monkeypatch.setattr(mesh, "global_batch", spoil)
     return spoil
 
 

@@ -27,18 +27,20 @@ from blip2_jax.data import loader
 from blip2_jax.runtime import distributed
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.checkpoint import Checkpointer
+from blip2_jax.runtime.metric_writers import RunWriters
 from blip2_jax.runtime.timer import Timer
+from blip2_jax.training.start import first_state
 
 
 def start(config: FrozenConfigDict, workdir: str) -> dict[str, np.ndarray]:
     """The state before the first step of a run in this workdir, and the model's parameters."""
     run = recipe.build(config)
     frozen, fingerprints = run.load_frozen()
-    what = {"fingerprints": fingerprints}
+    identity = {"fingerprints": fingerprints}
     skipped = loader.count_of(range(1), config)
     with Checkpointer(Path(workdir) / "checkpoints") as checkpointer:
         timer = Timer(examples=1, flops=1.0)
-        state = train.first_state(run, checkpointer, what, timer, skipped, Path(workdir)).state
+        state = first_state(run, checkpointer, identity, timer, skipped, Path(workdir)).state
     everywhere = jax.jit(lambda x: x, out_shardings=meshes.replicated(run.mesh))
     found = everywhere({"state": state, "model": run.merge_params(frozen, state["params"])})
     return dict(meshes.flatten_with_names(jax.device_get(found)))
@@ -55,7 +57,7 @@ def devices(order: Iterable[int]) -> Iterator[None]:
 
 def kill_after(step: int, workdir: Path) -> None:
     """Kills this process once the step is logged and the checkpoint before it is there."""
-    write = train.RunWriters.write
+    write = RunWriters.write
 
     def write_and_die(writer, now, *args, **kwargs):
         write(writer, now, *args, **kwargs)
@@ -66,7 +68,7 @@ def kill_after(step: int, workdir: Path) -> None:
                 time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train.RunWriters.write = write_and_die
+    RunWriters.write = write_and_die
 
 
 def main(files: list[str]) -> None:

@@ -9,10 +9,11 @@ import shutil
 import pytest
 
 import tests.tiny as tiny
-from blip2_jax import cli, identity
+from blip2_jax import cli
 from blip2_jax.data import tokenizers
 from blip2_jax.runtime import digest
 from blip2_jax.runtime.compare import moved, run_differences
+from blip2_jax.training import identity
 
 CONFIG = json.loads(
     cli.config_to_json(
@@ -99,7 +100,10 @@ def test_a_start_may_move_but_not_change(tmp_path):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "weights").write_text("some")
     config = tiny.config(**{"init.bert": str(tmp_path / "bert")})
-    saved = {"config": json.loads(cli.config_to_json(config)), "init": identity.start(config)}
+    saved = {
+        "config": json.loads(cli.config_to_json(config)),
+        "init": identity.start_digests(config),
+    }
     moved_to = shutil.copytree(tmp_path / "bert", tmp_path / "moved")
     elsewhere = tiny.config(**{"init.bert": str(moved_to)})
     identity.check_start(saved, elsewhere, tmp_path)

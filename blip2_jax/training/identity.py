@@ -1,7 +1,7 @@
-"""What a run is, as its checkpoints say it: what must be the same for it to go on.
+"""The identity of a run, which its checkpoints hold: what must be the same for it to go on.
 
-How it is executed may differ, and so may the places of what it reads: what lies there is known by
-its digest. `runtime.compare` holds the keys of each kind.
+How it is executed may differ, and so may the paths of what it reads, whose content is compared by
+digest. `runtime.compare` holds the keys of each kind.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def contents(
     }
 
 
-def start(config: ConfigDict) -> dict[str, str]:
+def start_digests(config: ConfigDict) -> dict[str, str]:
     """Digests of what a fresh run starts from."""
     return {key: run_dir.stamp(config.init[key]) if config.init[key] else "" for key in STARTS}
 
