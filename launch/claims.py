@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 
 from blip2_jax import cli
 from blip2_jax.runtime.jsonl import read_jsonl
-from blip2_jax.sweep import as_text, run_name
+from blip2_jax.sweeps.points import as_text, run_name
 
 ROOT = Path(__file__).resolve().parent.parent
 claims = cli.load_module(str(ROOT / "configs/digits/claims.py"))

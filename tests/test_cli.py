@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from blip2_jax import cli, sweep
+from blip2_jax import cli
 from blip2_jax.__main__ import main
 from blip2_jax.runtime import values
+from blip2_jax.sweeps import points
 
 DEFAULT = """
     from ml_collections import ConfigDict, config_dict
@@ -211,7 +212,7 @@ def test_values_of_keys_without_a_type():
 
 def test_what_a_sweep_writes_is_read_back():
     for value in ("a\nb", r"a\nb", "\\", ("a", "b\n"), (0.5, 1.0), 3, 1e-4, True, None, "plain"):
-        text = sweep.as_text(value)
+        text = points.as_text(value)
         assert values.parse(text, value) == value and "\n" not in text
 
 
@@ -375,9 +376,9 @@ def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
 def test_a_recipes_sweep_is_within_reach(recipe):
     with open(recipe, "a") as file:
         file.write("\ndef sweep(add):\n    add(name='a')\n")
-    points = []
-    cli.load_module(recipe).sweep(lambda **point: points.append(point))
-    assert points == [{"name": "a"}]
+    made = []
+    cli.load_module(recipe).sweep(lambda **point: made.append(point))
+    assert made == [{"name": "a"}]
 
 
 def test_json_keeps_a_config_and_is_stable(recipe):

@@ -31,6 +31,7 @@ ALLOWED = {
     "recipe": {"stages", "weights", "models", "data", "runtime"},
     "pretrained": {"recipe", "cli", "stages", "inference", "weights", "models", "data", "runtime"},
     "reporting": {"runtime"},
+    "sweeps": {"cli", "reporting", "runtime"},
 }  # fmt: skip
 
 

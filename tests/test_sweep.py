@@ -17,6 +17,7 @@ from blip2_jax import cli, sweep
 from blip2_jax.runtime import jobs
 from blip2_jax.runtime.jsonl import read_jsonl
 from blip2_jax.runtime.run_dir import RunDir
+from blip2_jax.sweeps import backends, points
 from tests.launch import fakes
 
 pytestmark = pytest.mark.integration
@@ -37,8 +38,8 @@ def recipe(tmp_path):
     return make
 
 
-def points(recipe, body):
-    return sweep.read_points(recipe(body))
+def points_of(recipe, body):
+    return points.read_points(recipe(body))
 
 
 def refused(capsys, *words):
@@ -51,7 +52,7 @@ def refused(capsys, *words):
 
 
 def test_both_forms_give_points(recipe):
-    assert points(recipe, "def sweep(add):\n    for s in range(2):\n        add(seed=s)\n") == [
+    assert points_of(recipe, "def sweep(add):\n    for s in range(2):\n        add(seed=s)\n") == [
         {"seed": 0},
         {"seed": 1},
     ]
@@ -61,7 +62,7 @@ def get_hyper(hyper):
     both = hyper.zipit([hyper.sweep("seed", [1, 2]), hyper.sweep("steps", [10, 20])])
     return hyper.chainit([hyper.product([lr, both]), hyper.fixed("seed", 9)])
 """
-    assert points(recipe, body) == [
+    assert points_of(recipe, body) == [
         {"optim.peak_lr": 1e-4, "seed": 1, "steps": 10},
         {"optim.peak_lr": 1e-4, "seed": 2, "steps": 20},
         {"optim.peak_lr": 1e-3, "seed": 1, "steps": 10},
@@ -78,7 +79,7 @@ def test_every_sweep_of_the_repository_can_be_run(tmp_path):
     ]
     assert ROOT / "configs" / "digits" / "stage1.py" in found
     for path in found:
-        assert sweep.make_runs(str(path), tmp_path)
+        assert points.make_runs(str(path), tmp_path)
 
 
 HOSTILE = [
@@ -98,7 +99,7 @@ HOSTILE = [
 def test_hostile_values_arrive_in_the_config_and_make_safe_names(recipe, tmp_path):
     body = f"def sweep(add):\n    for p in {HOSTILE!r}:\n        add(**{{'data.prompt': p}})\n"
     path = recipe(body)
-    runs = sweep.make_runs(path, tmp_path / "w")
+    runs = points.make_runs(path, tmp_path / "w")
     for value, run in zip(HOSTILE, runs, strict=True):
         assert json.loads(run.config)["data"]["prompt"] == value
         assert cli.load_config(path, run.flags[2:]).data.prompt == value
@@ -117,19 +118,19 @@ def test_hostile_values_arrive_in_the_config_and_make_safe_names(recipe, tmp_pat
     ],
 )
 def test_names_say_what_is_overridden(point, name):
-    texts = {key: sweep.as_text(value) for key, value in point.items()}
-    assert sweep.run_name(texts) == name
-    assert sweep.run_name(dict(reversed(texts.items()))) == name
+    texts = {key: points.as_text(value) for key, value in point.items()}
+    assert points.run_name(texts) == name
+    assert points.run_name(dict(reversed(texts.items()))) == name
 
 
 def test_long_names_are_cut_and_stay_apart():
-    names = {sweep.run_name({"data.prompt": "x" * 300 + end}) for end in "ab"}
+    names = {points.run_name({"data.prompt": "x" * 300 + end}) for end in "ab"}
     assert len(names) == 2 and max(map(len, names)) < 128
 
 
 def test_tuples_and_numbers_take_the_type_of_their_key(recipe, tmp_path):
     body = "def sweep(add):\n    add(**{'optim.betas': (0.9, 0.95), 'optim.peak_lr': 1})\n"
-    (run,) = sweep.make_runs(recipe(body), tmp_path)
+    (run,) = points.make_runs(recipe(body), tmp_path)
     optim = json.loads(run.config)["optim"]
     assert (optim["betas"], optim["peak_lr"]) == ([0.9, 0.95], 1.0)
 
@@ -221,11 +222,11 @@ def test_a_sweep_that_was_killed_does_each_run_once(tmp_path):
     """Four real runs, two at a time: kill -9 in between, later Ctrl-C, and then the end."""
     workdir = tmp_path / "sweep"
     # Of two places, one is free for the third run when another run has ended.
-    first = start(workdir, INTERRUPT="blip2_jax.sweep.command:3:SIGKILL")
+    first = start(workdir, INTERRUPT="blip2_jax.sweeps.backends.command:3:SIGKILL")
     first.communicate(timeout=600)
     assert first.returncode == -signal.SIGKILL and len(finished(workdir)) >= 1
     # What was running goes on without its sweep; the next one must neither disturb nor repeat it.
-    second = start(workdir, INTERRUPT="blip2_jax.sweep.command:2:SIGINT")
+    second = start(workdir, INTERRUPT="blip2_jax.sweeps.backends.command:2:SIGINT")
     assert second.communicate(timeout=600) and second.returncode == 42
     before = finished(workdir)
     assert 1 <= len(before) < 4
@@ -330,7 +331,7 @@ def test_a_damaged_file_of_a_sweep_is_named_and_a_runs_is_no_end(
     path, workdir = recipe("def sweep(add):\n    add(seed=1)\n"), tmp_path / "w"
     words = (f"--config={path}", f"--workdir={workdir}", "--backend=local")
     assert sweep.main(list(words)) == 0
-    (run,) = sweep.make_runs(str(path), workdir)
+    (run,) = points.make_runs(str(path), workdir)
     document = {"recipe": "digits-stage1", "config": json.loads(run.config)}
     RunDir(run.workdir).write_finished(document)
     assert run.is_finished()
@@ -415,8 +416,8 @@ def test_launchers_get_every_run(tmp_path, capfd, monkeypatch, backend, expected
 
 def test_workers_share_the_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,5")
-    visible = [each["CUDA_VISIBLE_DEVICES"] for each in sweep.share_gpus(3)]
+    visible = [each["CUDA_VISIBLE_DEVICES"] for each in backends.share_gpus(3)]
     assert visible == ["0,5", "1", "2"]
-    assert sweep.share_gpus(1) == [{}]
+    assert backends.share_gpus(1) == [{}]
     with pytest.raises(cli.ConfigError, match="--workers=5, but there are 4 GPUs"):
-        sweep.share_gpus(5)
+        backends.share_gpus(5)

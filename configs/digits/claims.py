@@ -22,7 +22,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from blip2_jax.sweep import as_text, run_name
+from blip2_jax.sweeps.points import as_text, run_name
 from configs.digits import evaluate
 
 SEEDS = (1, 2, 3)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from blip2_jax import cli, sweep
+from blip2_jax import cli
+from blip2_jax.sweeps import points
 
 claims = cli.load_module("launch/claims.py")
 conditions = claims.claims
@@ -77,7 +78,7 @@ def test_the_sweeps_are_of_these_runs(monkeypatch):
     runs = {
         stage: {
             str(run.workdir)
-            for run in sweep.make_runs(
+            for run in points.make_runs(
                 f"configs/digits/claims_{stage}.py", Path(f"{conditions.FOLDER}/{stage}"), []
             )
         }
