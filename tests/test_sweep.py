@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.test_report import Page
 
 from blip2_jax import cli, sweep
 from blip2_jax.runtime import jobs
@@ -19,6 +18,7 @@ from blip2_jax.runtime.jsonl import read_jsonl
 from blip2_jax.runtime.run_dir import RunDir
 from blip2_jax.sweeps import backends, points
 from tests.launch import fakes
+from tests.reporting.test_run_page import Page
 
 pytestmark = pytest.mark.integration
 

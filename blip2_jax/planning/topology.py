@@ -93,7 +93,7 @@ class Slice:
             kwargs |= {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
         shape = "x".join(map(str, self.shape))
         try:
-            found = topologies.get_topology_desc(
+            description = topologies.get_topology_desc(
                 platform="tpu", topology_name=f"{self.chip.name}:{shape}", **kwargs
             )
         except Exception as error:  # whatever a plugin that cannot be loaded raises
@@ -101,7 +101,7 @@ class Slice:
                 f"libtpu, which compiles for TPUs, cannot be loaded: {_first_line(error)} "
                 "Install it with pip install 'blip2_jax[plan]' (Linux; no TPU is needed)."
             ) from error
-        return list(found.devices)
+        return list(description.devices)
 
 
 def _first_line(error: Exception) -> str:

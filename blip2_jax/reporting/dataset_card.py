@@ -42,8 +42,8 @@ def markdown_card(name: str, splits: dict[str, dict[str, Any]]) -> str:
         if summary["skipped"]:
             lines += ["", "| left out because | records | for example |", "| --- | ---: | --- |"]
             for reason, entry in summary["skipped"].items():
-                places = "<br>".join(f"`{place}`" for place in entry["examples"][:3] if place)
-                lines.append(f"| {reason} | {entry['count']:,} | {places} |")
+                examples = "<br>".join(f"`{path}`" for path in entry["examples"][:3] if path)
+                lines.append(f"| {reason} | {entry['count']:,} | {examples} |")
     lines += ["", "## Reading it", "", "```python", "import tensorflow_datasets as tfds", ""]
     lines += [
         'builder = tfds.builder_from_directory("THIS_FOLDER")',

@@ -52,15 +52,15 @@ def write_report(
     Raises:
       ValueError: an image or an attention map of the wrong shape.
     """
-    rows = score_rows(metrics)
+    scores = score_rows(metrics)
     return render(
         path,
         "run.html.j2",
         title=title,
         summary=summary,
-        headlines=headline_rows(rows),
-        groups=group_rows(rows),
-        other={k: _plain(v) for k, v in metrics.items() if k not in rows and not is_baseline(k)},
+        headlines=headline_rows(scores),
+        groups=group_rows(scores),
+        other={k: _plain(v) for k, v in metrics.items() if k not in scores and not is_baseline(k)},
         curves=draw_curves(curves),
         examples=[example_card(example) for example in examples],
         attention=[attention_maps(item, i) for i, item in enumerate(attention)],

@@ -39,7 +39,7 @@ _MAX_CIDER = 10.0  # of CIDEr-D, whose scale is not 0..1
 
 def score_rows(metrics: Mapping[str, float | str]) -> dict[str, dict[str, Any]]:
     """Each score with its baseline, ready to show: texts, and bar lengths in 0..1."""
-    rows = {}
+    scores = {}
     for name, value in metrics.items():
         if _NOT_SCORES.match(name) or is_baseline(name) or not isinstance(value, (int, float)):
             continue
@@ -47,7 +47,7 @@ def score_rows(metrics: Mapping[str, float | str]) -> dict[str, dict[str, Any]]:
         fraction = not name.endswith("cider")
         scale = 1.0 if fraction else _MAX_CIDER
         gain = None if baseline is None else value - baseline
-        rows[name] = {
+        scores[name] = {
             "name": name,
             "headline": LABELS.get(name, label_of(name)),
             "label": "All"
@@ -61,14 +61,14 @@ def score_rows(metrics: Mapping[str, float | str]) -> dict[str, dict[str, Any]]:
             "gain": None if gain is None else _gain(gain, fraction),
             "better": gain is not None and gain > 0,
         }
-    return rows
+    return scores
 
 
-def headline_rows(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def headline_rows(scores: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of the embedded world, or the first score of every group."""
-    first = {name.partition("/")[0]: name for name in reversed(rows)}
-    chosen = [name for name in HEADLINES if name in rows] or list(first.values())[::-1]
-    return [rows[name] for name in chosen]
+    first = {name.partition("/")[0]: name for name in reversed(scores)}
+    chosen = [name for name in HEADLINES if name in scores] or list(first.values())[::-1]
+    return [scores[name] for name in chosen]
 
 
 def is_baseline(name: str) -> bool:
@@ -91,9 +91,9 @@ def _baseline(name: str, metrics: Mapping[str, Any]) -> tuple[float | None, str]
     return 1 - missed, "chance"
 
 
-def group_rows(rows: Mapping[str, dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+def group_rows(scores: Mapping[str, dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
-    for name, row in rows.items():
+    for name, row in scores.items():
         group = name.partition("/")[0] if "/" in name else "Other"
         groups.setdefault(group, []).append(row)
     return [(LABELS.get(group, label_of(group)), members) for group, members in groups.items()]

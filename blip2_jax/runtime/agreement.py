@@ -96,16 +96,17 @@ def _compare(facts: Mapping[str, Any], what: str) -> None:
     lines = []
     for i, host in enumerate(hosts):
         if digests[i] != usual:
-            most = hosts[digests.index(usual)]["facts"]
-            found = [
+            expected = hosts[digests.index(usual)]["facts"]
+            different = [
                 line
-                for name in most.keys() | host["facts"].keys()
+                for name in expected.keys() | host["facts"].keys()
                 for line in differences(
-                    name, most.get(name), host["facts"].get(name), LOCAL, ("elsewhere", "here")
+                    name, expected.get(name), host["facts"].get(name), LOCAL, ("elsewhere", "here")
                 )
             ]
-            more = [f"  ... and {len(found) - MAX_LINES} more"] if len(found) > MAX_LINES else []
-            lines += [f"Process {i} ({host['name']}):", *sorted(found)[:MAX_LINES], *more]
+            lines += [f"Process {i} ({host['name']}):", *sorted(different)[:MAX_LINES]]
+            if len(different) > MAX_LINES:
+                lines.append(f"  ... and {len(different) - MAX_LINES} more")
     raise ProcessesDiffer(
         f"{digests.count(usual)} of {len(hosts)} processes are about to do the same, the others "
         "something else. Give all the same command, code, libraries and files.\n" + "\n".join(lines)
@@ -119,7 +120,7 @@ def _digest(facts: Mapping[str, Any]) -> str:
         if not isinstance(value, Mapping):
             return value
         names = {key: f"{name}.{key}" if name else key for key in value}
-        free = {key for key in value if any(fnmatchcase(names[key], place) for place in LOCAL)}
+        free = {key for key in value if any(fnmatchcase(names[key], pattern) for pattern in LOCAL)}
         return {key: kept(names[key], value[key]) for key in value if key not in free}
 
     text = json.dumps(kept("", facts), sort_keys=True)

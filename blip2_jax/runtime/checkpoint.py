@@ -155,15 +155,15 @@ class Checkpointer:
         broken: list[int] = []
         for step in reversed(self.all_steps()):
             try:
-                found, trouble = self.restore(abstract_state, step, expect=expect), None
+                restored, trouble = self.restore(abstract_state, step, expect=expect), None
             except CheckpointError:
                 raise
             except Exception as error:
-                found, trouble = None, error
+                restored, trouble = None, error
             if distributed.all_agree(trouble is None):
                 for other in broken:
                     self._put_aside(other)
-                return found
+                return restored
             broken.append(step)
             if distributed.is_first_process() or trouble is not None:
                 print(
@@ -212,13 +212,13 @@ class Checkpointer:
             ) from error
 
     def _existing(self, step: int | None) -> int:
-        found = self.latest_step if step is None else step
-        if found is None or found not in self._manager.all_steps():
+        existing = self.latest_step if step is None else step
+        if existing is None or existing not in self._manager.all_steps():
             name = "checkpoint" if step is None else f"checkpoint of step {step}"
             raise CheckpointError(
                 f"There is no {name} in {self.directory}; it holds the steps {self.all_steps()}."
             )
-        return found
+        return existing
 
     def _check_leaves(self, step: int, abstract_state: Any) -> None:
         saved = _shapes(self._manager.item_metadata(step)["state"])
@@ -240,8 +240,8 @@ class Checkpointer:
 
 def steps_in(directory: str | Path) -> list[int]:
     """The complete checkpoints in a folder, oldest first; a run may be saving others meanwhile."""
-    found = ocp.utils.checkpoint_steps_paths(epath.Path(directory))
-    return sorted(int(path.name) for path in found if path.name.isdigit())
+    paths = ocp.utils.checkpoint_steps_paths(epath.Path(directory))
+    return sorted(int(path.name) for path in paths if path.name.isdigit())
 
 
 def is_step(folder: Path) -> bool:
@@ -294,7 +294,7 @@ def restore_params(folder: str | Path, abstract: dict[str, Any]) -> dict[str, An
     item = {"params": abstract}
     try:
         with ocp.PyTreeCheckpointer() as reader:
-            found = reader.restore(
+            restored = reader.restore(
                 _item(folder, "state"),
                 args=ocp.args.PyTreeRestore(
                     item=item,
@@ -304,7 +304,7 @@ def restore_params(folder: str | Path, abstract: dict[str, Any]) -> dict[str, An
             )
     except Exception as error:  # the library's errors have no common class
         raise CheckpointError(_unreadable(folder, error)) from error
-    return found["params"]
+    return restored["params"]
 
 
 def restore_params_into(
@@ -330,8 +330,8 @@ def restore_params_into(
     common = {path: leaf for path, leaf in ours.items() if path in theirs}
     if not common:
         raise CheckpointError(f"{folder} has none of {list(params)}.")
-    found = restore_params(folder, nested(common))
-    merged = ours | dict(flatten_with_names(found))
+    restored = restore_params(folder, nested(common))
+    merged = ours | dict(flatten_with_names(restored))
     return nested(merged), len(common), _missing(ours, set(common))
 
 
@@ -357,10 +357,10 @@ def _item(folder: str | Path, name: str) -> epath.Path:
 
 
 def _saved_params(folder: str | Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    found = saved_shapes(folder)
+    shapes = saved_shapes(folder)
     return {
         path.removeprefix("params/"): leaf
-        for path, leaf in found.items()
+        for path, leaf in shapes.items()
         if path.startswith("params/")
     }
 
@@ -380,10 +380,10 @@ def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
-def _missing(paths: Collection[str], found: Collection[str]) -> list[str]:
-    """The top-level keys of which nothing was found, and the other paths one by one."""
-    some = {path.split("/")[0] for path in found}
-    names = [p if p.split("/")[0] in some else p.split("/")[0] for p in paths if p not in found]
+def _missing(paths: Collection[str], taken: Collection[str]) -> list[str]:
+    """The top-level keys of which nothing was taken, and the other paths one by one."""
+    some = {path.split("/")[0] for path in taken}
+    names = [p if p.split("/")[0] in some else p.split("/")[0] for p in paths if p not in taken]
     return list(dict.fromkeys(names))
 
 

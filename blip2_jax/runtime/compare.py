@@ -87,8 +87,8 @@ def run_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     """
     lines = []
     for key, value in now.items():
-        found = differences(key, saved.get(key), value, EXECUTION | PLACES | {STEPS})
-        lines += [f"{line} ({HINTS[key]})" for line in found] if key in HINTS else found
+        different = differences(key, saved.get(key), value, EXECUTION | PLACES | {STEPS})
+        lines += [f"{line} ({HINTS[key]})" for line in different] if key in HINTS else different
     before, after = (document.get("config", {}).get("steps") for document in (saved, now))
     if before is not None and after is not None and after < before:
         lines.append(f"  {STEPS}: {before} saved, {after} now (it can be more, not fewer)")

@@ -57,12 +57,12 @@ def initialize(enabled: bool = False, *, start_timeout: int = 300, peer_timeout:
             )
         except (ValueError, LookupError, RuntimeError) as error:
             known = {name: os.environ[name] for name in ADDRESSES if name in os.environ}
-            said = ", ".join(f"{name}={value}" for name, value in known.items()) or "none of them"
+            given = [f"{name}={value}" for name, value in known.items()] or ["none of them"]
             raise ValueError(
                 f"{ENABLE}=1 or config.distributed asks for several hosts, and JAX cannot tell who "
                 f"they are ({type(error).__name__}: {error}). On Cloud TPU, GKE and under srun it "
-                f"finds out by itself; elsewhere set {', '.join(ADDRESSES)} (here: {said}), or "
-                f"{ENABLE}=0 to run on this host alone."
+                f"finds out by itself; elsewhere set {', '.join(ADDRESSES)} "
+                f"(here: {', '.join(given)}), or {ENABLE}=0 to run on this host alone."
             ) from error
 
 
@@ -287,16 +287,16 @@ class StopSignal:
         if self._client is None:
             return
         self._meetings += 1
-        place = f"{self._place}/{self._meetings}"
-        self._client.key_value_set(f"{place}/here/{jax.process_index()}", "yes")
+        meeting = f"{self._place}/{self._meetings}"
+        self._client.key_value_set(f"{meeting}/here/{jax.process_index()}", "yes")
         if jax.process_index() == 0:  # one decides, so that all do the same
-            while not (all_here := len(self._values(f"{place}/here")) == jax.process_count()):
+            while not (all_here := len(self._values(f"{meeting}/here")) == jax.process_count()):
                 if self.requested:
                     break
                 time.sleep(POLL)
                 self._share()
             self._decide(self._meetings, "go on" if all_here else "stop")
-        while not (decided := self._values(f"{place}/decided")):
+        while not (decided := self._values(f"{meeting}/decided")):
             time.sleep(POLL)
             self._share()
         if decided != ["go on"]:

@@ -75,21 +75,21 @@ def _pass_round(x: jax.Array, index: jax.Array, *, shards: int) -> jax.Array:
     One part more than its own is all that a device ever holds, but the bytes it passes on are in
     proportion to the number of devices.
     """
-    here, rows = jax.lax.axis_index(BATCH_AXES), len(x)
-    wanted = jax.lax.dynamic_slice_in_dim(index, here * rows, rows)
+    here, local_rows = jax.lax.axis_index(BATCH_AXES), len(x)
+    wanted = jax.lax.dynamic_slice_in_dim(index, here * local_rows, local_rows)
     onward = [(i, (i + 1) % shards) for i in range(shards)]
 
     def step(
         carry: tuple[jax.Array, jax.Array], turn: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        passing, found = carry
-        at = wanted - (here - turn) % shards * rows  # place in the part that is passing
-        present = ((at >= 0) & (at < rows)).reshape(-1, *[1] * (x.ndim - 1))
-        found = jnp.where(present, passing[jnp.clip(at, 0, rows - 1)], found)
-        return (jax.lax.ppermute(passing, BATCH_AXES, onward), found), None
+        passing, taken = carry
+        at = wanted - (here - turn) % shards * local_rows  # index in the part that is passing
+        present = ((at >= 0) & (at < local_rows)).reshape(-1, *[1] * (x.ndim - 1))
+        taken = jnp.where(present, passing[jnp.clip(at, 0, local_rows - 1)], taken)
+        return (jax.lax.ppermute(passing, BATCH_AXES, onward), taken), None
 
-    (_, found), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), jnp.arange(shards))
-    return found
+    (_, taken), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), jnp.arange(shards))
+    return taken
 
 
 def _send_rows(x: jax.Array, index: jax.Array, *, rows_per_round: int) -> jax.Array:
@@ -97,13 +97,13 @@ def _send_rows(x: jax.Array, index: jax.Array, *, rows_per_round: int) -> jax.Ar
     traffic = _Traffic.of(index, len(x), rows_per_round)
 
     def send(number: jax.Array, arrived: jax.Array) -> jax.Array:
-        these = traffic.round(number)
+        moved = traffic.round(number)
         return _ragged_all_to_all(
-            x[these.rows],
+            x[moved.sent_rows],
             arrived,
-            these.place_in_round,
-            these.count,
-            these.place_on_arrival,
+            moved.index_in_round,
+            moved.count,
+            moved.index_on_arrival,
         )
 
     arrived = jax.lax.fori_loop(0, traffic.rounds, send, jnp.zeros_like(x))
@@ -116,16 +116,16 @@ def _return_rows(gradient: jax.Array, index: jax.Array, *, rows_per_round: int) 
     leaving = gradient[traffic.arrivals]
 
     def send(number: jax.Array, total: jax.Array) -> jax.Array:
-        these = traffic.round(number)
+        moved = traffic.round(number)
         home = jnp.zeros((rows_per_round, *gradient.shape[1:]), gradient.dtype)
         home = _ragged_all_to_all(
             leaving,
             home,
-            these.place_on_arrival.T,
-            these.count.T,
-            these.place_in_round.T,
+            moved.index_on_arrival.T,
+            moved.count.T,
+            moved.index_in_round.T,
         )
-        return total.at[these.rows].add(home.astype(total.dtype))  # beyond the round's: zeros
+        return total.at[moved.sent_rows].add(home.astype(total.dtype))  # beyond the round's: zeros
 
     total = jnp.zeros(gradient.shape, jnp.float32)
     return jax.lax.fori_loop(0, traffic.rounds, send, total).astype(gradient.dtype)
@@ -136,17 +136,17 @@ class _Round:
     """What travels in one round. Matrices are int32[shards, shards], [from, to].
 
     Attributes:
-      rows: int32[rows_per_round], this device's rows that it sends, in order of who wants them;
-        what is left over is row 0.
+      sent_rows: int32[rows_per_round], this device's rows that it sends, in order of who wants
+        them; what is left over is row 0.
       count: how many rows travel.
-      place_in_round: where they begin among the `rows` of the device they come from.
-      place_on_arrival: where they begin among all that arrives at the device they go to.
+      index_in_round: where they begin among the `sent_rows` of the device they come from.
+      index_on_arrival: where they begin among all that arrives at the device they go to.
     """
 
-    rows: jax.Array
+    sent_rows: jax.Array
     count: jax.Array
-    place_in_round: jax.Array
-    place_on_arrival: jax.Array
+    index_in_round: jax.Array
+    index_on_arrival: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,12 +180,15 @@ class _Traffic:
         home = index // local_rows
         wanted_from = jax.vmap(functools.partial(jnp.bincount, length=len(index)))(home)
         count = wanted_from.T.astype(jnp.int32)
-        before = lambda x, axis: jnp.cumsum(x, axis) - x  # noqa: E731
+
+        def sum_before(x: jax.Array, axis: int) -> jax.Array:
+            return jnp.cumsum(x, axis) - x
+
         return cls(
             index=index,
             count=count,
-            first_sent=before(count, 1),
-            first_arrived=before(count, 0),
+            first_sent=sum_before(count, 1),
+            first_arrived=sum_before(count, 0),
             arrivals=jnp.argsort(home[jax.lax.axis_index(BATCH_AXES)], stable=True),
             rounds=-(-count.sum(axis=1).max() // rows_per_round),
             rows_per_round=rows_per_round,
@@ -199,17 +202,17 @@ class _Traffic:
         mine = (self.index // local_rows == here).ravel()
         order = jnp.cumsum(mine) - 1
         (wanted,) = jnp.nonzero(mine & (order >= begin) & (order < end), size=size, fill_value=-1)
-        rows = jnp.where(wanted >= 0, self.index.ravel()[wanted] % local_rows, 0)
+        sent_rows = jnp.where(wanted >= 0, self.index.ravel()[wanted] % local_rows, 0)
         first = jnp.clip(self.first_sent, begin, end)
         last = jnp.clip(self.first_sent + self.count, begin, end)
         arrival = self.first_arrived + first - self.first_sent
-        return _Round(rows, last - first, first - begin, arrival)
+        return _Round(sent_rows, last - first, first - begin, arrival)
 
 
 def _ragged_all_to_all(
-    rows: jax.Array, into: jax.Array, begin: jax.Array, count: jax.Array, place: jax.Array
+    x: jax.Array, into: jax.Array, begin: jax.Array, count: jax.Array, target: jax.Array
 ) -> jax.Array:
-    """Sends `count[i, j]` rows from `begin[i, j]` on of device i to `place[i, j]` in j's `into`."""
+    """Sends `count[i, j]` rows of device i, from `begin[i, j]`, to `target[i, j]` in j's `into`."""
     here = jax.lax.axis_index(BATCH_AXES)
-    sent = (begin[here], count[here], place[here])
-    return jax.lax.ragged_all_to_all(rows, into, *sent, count[:, here], axis_name=BATCH_AXES)
+    sent = (begin[here], count[here], target[here])
+    return jax.lax.ragged_all_to_all(x, into, *sent, count[:, here], axis_name=BATCH_AXES)

@@ -1,6 +1,6 @@
 """Long processes, several at a time, that survive the process which started them.
 
-A task is a folder and a command that can be started again: it goes on where it was, and says by
+A job is a folder and a command that can be started again: it goes on where it was, and says by
 code 42 that it was told to stop before its end.
 """
 
@@ -29,7 +29,7 @@ class Busy(RuntimeError):
     """Another process is at work there."""
 
 
-class Task(Protocol):
+class Job(Protocol):
     """What is to be run."""
 
     @property
@@ -44,62 +44,62 @@ class Task(Protocol):
         """Whether there is nothing left to do."""
 
 
-AnyTask = TypeVar("AnyTask", bound=Task)
-Words = tuple[list[str], Mapping[str, str]]  # of a command, and what it adds to the environment
+AnyJob = TypeVar("AnyJob", bound=Job)
+Command = tuple[list[str], Mapping[str, str]]  # arguments, and additions to the environment
 
 
 def run_all(
-    tasks: Sequence[AnyTask],
+    jobs: Sequence[AnyJob],
     workers: int,
-    command: Callable[[AnyTask, int], Words],
+    command: Callable[[AnyJob, int], Command],
     label: str = "",
 ) -> tuple[dict[str, int], bool]:
-    """Runs all tasks that are not finished, `workers` at a time, with a progress line.
+    """Runs all jobs that are not finished, `workers` at a time, with a progress line.
 
-    A task that leaves with code 42 is started again; one that fails is reported and stops no
+    A job that leaves with code 42 is started again; one that fails is reported and stops no
     other. On SIGTERM or Ctrl-C all are told to save themselves; on a second one they are killed.
 
     Args:
-      tasks: by name, and each in a folder of its own, which gets their output as `log.txt`.
+      jobs: by name, and each in a folder of its own, which gets their output as `log.txt`.
       workers: how many at a time.
-      command: of a task on a worker (from 0): its words, and what to add to the environment.
+      command: of a job on a worker (from 0): its arguments, and what to add to the environment.
       label: stands before the progress.
 
     Returns:
-      The exit code of each task that failed (negative: killed by that signal), and whether the
+      The exit code of each job that failed (negative: killed by that signal), and whether the
       whole was told to stop.
     """
-    waiting = collections.deque(task for task in tasks if not task.is_finished())
-    jobs: dict[int, _Job[AnyTask]] = {}
+    waiting = collections.deque(job for job in jobs if not job.is_finished())
+    running: dict[int, _JobProcess[AnyJob]] = {}
     failed: dict[str, int] = {}
-    done, told = len(tasks) - len(waiting), 0
-    progress = Progress(len(tasks), initial=done, label=label, unit="run", active=True)
+    done, told = len(jobs) - len(waiting), 0
+    progress = Progress(len(jobs), initial=done, label=label, unit="run", active=True)
     with _Stop() as stop, progress:
-        while jobs or (waiting and not stop.count):
+        while running or (waiting and not stop.count):
             for worker in range(workers):
-                if worker not in jobs and waiting and not stop.count:
-                    task = waiting.popleft()
-                    jobs[worker] = _Job(task, *command(task, worker))
+                if worker not in running and waiting and not stop.count:
+                    job = waiting.popleft()
+                    running[worker] = _JobProcess(job, *command(job, worker))
             if stop.count > told:
                 told = stop.count
-                tqdm.write(f"Stopping {len(jobs)} runs ...", file=sys.stderr)
-                for job in jobs.values():
-                    job.send(signal.SIGTERM if told == 1 else signal.SIGKILL)
+                tqdm.write(f"Stopping {len(running)} runs ...", file=sys.stderr)
+                for process in running.values():
+                    process.send(signal.SIGTERM if told == 1 else signal.SIGKILL)
             ended = 0
-            for worker, job in list(jobs.items()):
-                code = job.poll(give_up=stop.count > 0)
+            for worker, process in list(running.items()):
+                code = process.poll(give_up=stop.count > 0)
                 if code is None:
                     continue
-                del jobs[worker]
+                del running[worker]
                 if code == PREEMPTED and not stop.count:
-                    waiting.appendleft(job.task)
+                    waiting.appendleft(process.job)
                 elif code and not stop.count:
-                    failed[job.task.name] = code
-                    tqdm.write(f"{job.task.name} failed with code {code}.", file=sys.stderr)
+                    failed[process.job.name] = code
+                    tqdm.write(f"{process.job.name} failed with code {code}.", file=sys.stderr)
                     ended += 1
                 else:
                     ended += code == 0
-            progress.update(ended, running=len(jobs), failed=len(failed))
+            progress.update(ended, running=len(running), failed=len(failed))
             time.sleep(_TICK)
     return failed, stop.count > 0
 
@@ -125,29 +125,29 @@ def _lock(file: TextIO) -> bool:
     return True
 
 
-class _Job(Generic[AnyTask]):
-    """A task on its way, in a process group of its own.
+class _JobProcess(Generic[AnyJob]):
+    """A job that was started, in a process group of its own.
 
     Its processes hold a lock as long as they live. If the one that started them was killed, they
     go on without it: a later one finds the lock taken, waits, and then looks what is left to do.
     """
 
-    def __init__(self, task: AnyTask, words: list[str], environment: Mapping[str, str]):
-        self.task, self._words, self._environment = task, words, environment
+    def __init__(self, job: AnyJob, arguments: list[str], environment: Mapping[str, str]):
+        self.job, self._arguments, self._environment = job, arguments, environment
         self._process: subprocess.Popen[bytes] | None = None
-        task.workdir.mkdir(parents=True, exist_ok=True)
-        self._held = open(task.workdir / "run.lock", "a")
+        job.workdir.mkdir(parents=True, exist_ok=True)
+        self._held = open(job.workdir / "run.lock", "a")
         if not self._start():
-            text = f"{task.name} goes on from an earlier start; waiting for it."
+            text = f"{job.name} goes on from an earlier start; waiting for it."
             tqdm.write(text, file=sys.stderr)
 
     def _start(self) -> bool:
         if not _lock(self._held):
             return False
-        if not self.task.is_finished():
-            with open(self.task.workdir / LOG_FILE, "a") as log:
+        if not self.job.is_finished():
+            with open(self.job.workdir / LOG_FILE, "a") as log:
                 self._process = subprocess.Popen(
-                    self._words,
+                    self._arguments,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -158,7 +158,7 @@ class _Job(Generic[AnyTask]):
         return True
 
     def poll(self, give_up: bool) -> int | None:
-        """The exit code, or None while the task goes on; a task to wait for can be given up."""
+        """The exit code, or None while the job goes on; a job to wait for can be given up."""
         if self._process is None and not self._start():
             code = PREEMPTED if give_up else None
         else:
@@ -168,7 +168,7 @@ class _Job(Generic[AnyTask]):
         return code
 
     def send(self, number: signal.Signals) -> None:
-        """Sends a signal to all processes of the task."""
+        """Sends a signal to all processes of the job."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)

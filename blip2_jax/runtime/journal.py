@@ -40,7 +40,7 @@ def read(path: Path, request: Mapping[str, Any], command: str) -> list[dict[str,
     try:
         for line in kept.split(b"\n")[:-1] or [whole]:
             documents.append(json.loads(line))
-        first, *rows = documents
+        first, *records = documents
         before = first["request"]
     except (ValueError, KeyError, TypeError) as error:
         if kept.startswith(HEAD) and documents:
@@ -53,12 +53,12 @@ def read(path: Path, request: Mapping[str, Any], command: str) -> list[dict[str,
     if before != now:
         lines = differences("request", before, now, ignored=())
         raise ValueError(
-            f"{path} was written by another request; name another place, or remove it:\n"
+            f"{path} was written by another request; name another file, or remove it:\n"
             + "\n".join(lines)
         )
     if kept != whole:
         atomic.write_bytes(path, kept)
-    return rows
+    return records
 
 
 class Journal:
@@ -75,9 +75,11 @@ class Journal:
         if not self._file.tell():
             self.write([{"request": request}])
 
-    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def write(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Appends lines; they are with the operating system when this returns."""
-        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self._file.write(
+            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        )
         self._file.flush()
 
     def __enter__(self) -> "Journal":

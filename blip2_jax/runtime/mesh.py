@@ -151,16 +151,17 @@ def global_batch(
       The same keys with arrays `[B, ...]`, laid out as `batch_sharding`.
     """
     sharding = batch_sharding(mesh)
-    place = {row: number for number, row in enumerate(local_rows(mesh, batch_size))}
+    local_index = {row: number for number, row in enumerate(local_rows(mesh, batch_size))}
 
-    def put(rows: np.ndarray) -> jax.Array:
+    def put(local: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:  # a slice for each axis
             first, stop, _ = index[0].indices(batch_size)
-            return rows[place[first] : place[first] + stop - first]
+            begin = local_index[first]
+            return local[begin : begin + stop - first]
 
-        return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
 
-    return {key: put(np.asarray(rows)) for key, rows in batch.items()}
+    return {key: put(np.asarray(local)) for key, local in batch.items()}
 
 
 def num_batch_shards(mesh: Mesh) -> int:

@@ -48,7 +48,7 @@ def write_results(
 ) -> None:
     """Writes results.csv and results.html, and prints the table."""
     keys = list(dict.fromkeys(key for run in runs for key in run.point))
-    shown_runs, rows = [], []
+    shown_runs, table = [], []
     for run in runs:
         records = RunDir(run.workdir).read_metrics()
         status = "finished"
@@ -68,15 +68,15 @@ def write_results(
         last: dict[str, Any] = {"step": 0}
         for record in records:  # not all steps have all metrics
             last |= record
-        rows.append({"run": run.name, "status": status, **run.point, **last, **costs})
+        table.append({"run": run.name, "status": status, **run.point, **last, **costs})
 
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table, page = (own.folder / name for name in (RESULTS, PAGE))
+    columns = list(dict.fromkeys(name for row in table for name in row))
+    table_file, page_file = (own.folder / name for name in (RESULTS, PAGE))
     with own.replacing(RESULTS) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(rows)
-    num_finished = sum(row["status"] == "finished" for row in rows)
+        writer.writerows(table)
+    num_finished = sum(row["status"] == "finished" for row in table)
     with own.replacing(PAGE) as draft:
         write_sweep_report(
             draft,
@@ -88,10 +88,10 @@ def write_results(
     width = max(len(run.name) for run in runs)
     shown = [name for name in ("loss", "eval/loss") if name in columns]
     print(f"{'':<{width}}  {'status':<14}{'step':>8}" + "".join(f"{name:>12}" for name in shown))
-    for row in rows:
+    for row in table:
         numbers = "".join(f"{row[name]:>12.4g}" if name in row else " " * 12 for name in shown)
         print(f"{row['run']:<{width}}  {row['status']:<14}{row['step']:>8}{numbers}")
-    print(f"Results: {table}, {page}")
+    print(f"Results: {table_file}, {page_file}")
 
 
 def last_line(log: Path) -> str:

@@ -20,7 +20,7 @@ class _Part:
     part: str
     kind: str
     parameters: str
-    a_device: str
+    per_device: str
     fingerprint: str
 
 
