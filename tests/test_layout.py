@@ -1,11 +1,14 @@
 """Imports run one way, and importing the package is cheap."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from blip2_jax.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent / "blip2_jax"
 
@@ -28,6 +31,7 @@ ALLOWED = {
     "planning": {"recipe", "stages", "runtime"},
     "training": {"recipe", "cli", "evals", "planning", "stages", "weights", "data", "runtime"},
     "cli": {"runtime"},
+    "identity": {"cli", "data", "evals", "runtime"},
     "recipe": {"stages", "weights", "models", "data", "runtime"},
     "pretrained": {"recipe", "cli", "stages", "inference", "weights", "models", "data", "runtime"},
     "reporting": {"runtime"},
@@ -37,7 +41,7 @@ ALLOWED = {
 
 def imports(file: Path) -> set[str]:
     """First part below blip2_jax of everything a file imports from the package."""
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -45,8 +49,8 @@ def imports(file: Path) -> set[str]:
             names = [alias.name for alias in node.names]
         else:
             continue
-        found |= {name.split(".")[1] for name in names if name.startswith("blip2_jax.")}
-    return found
+        imported |= {name.split(".")[1] for name in names if name.startswith("blip2_jax.")}
+    return imported
 
 
 @pytest.mark.parametrize("part", ALLOWED)
@@ -64,6 +68,16 @@ def test_nothing_imports_the_embedded_world():
             assert "digits" not in imports(file), file
 
 
+def test_imports_make_no_circle():
+    """Between folders, and between files at the top; imports inside functions count too."""
+    parts: dict[str, set[str]] = {}
+    for file in ROOT.rglob("*.py"):
+        part = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        if part != "__init__":  # which everything imports
+            parts.setdefault(part, set()).update(imports(file) - {part, "__version__"})
+    graphlib.TopologicalSorter(parts).prepare()  # CycleError names the circle
+
+
 @pytest.mark.integration
 def test_flags_are_parsed_without_jax():
     """Launchers do so at their start, on machines that run nothing."""
@@ -78,9 +92,10 @@ def test_flags_are_parsed_without_jax():
     assert not {"jax", "flax", "transformers", "torch"} & set(loaded)
 
 
-def test_every_folder_has_a_rule():
+def test_everything_but_commands_has_a_rule():
     folders = {p.name for p in ROOT.iterdir() if p.is_dir() and list(p.glob("*.py"))}
-    assert folders <= ALLOWED.keys()
+    files = {p.stem for p in ROOT.glob("[!_]*.py")}
+    assert folders | files <= ALLOWED.keys() | COMMANDS.keys()
 
 
 @pytest.mark.integration
