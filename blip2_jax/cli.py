@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from blip2_jax.runtime import dtypes, values
 from blip2_jax.runtime.compare import run_differences
 
-_BESIDE = "_recipes"  # the package that a recipe and the files beside it are in, while it runs
+_RECIPE_PACKAGE = "_recipes"  # holds a recipe and its siblings while it runs
 AddArguments = Callable[[argparse.ArgumentParser], None]
 OVERRIDE = "--config."
 # Keys of one text, of several, or of none (None): see `runtime.mesh.Rules`.
@@ -40,7 +40,7 @@ class ConfigError(ValueError):
 
 @contextlib.contextmanager
 def mistakes_in_config() -> Iterator[None]:
-    """While a run is set up, a ValueError is about what its config asks for: a ConfigError."""
+    """Turns a ValueError of setting up a run into a ConfigError."""
     try:
         yield
     except ConfigError:
@@ -87,7 +87,7 @@ def parse(
     """
     parser = argparse.ArgumentParser(
         prog=prog,
-        description=_fitted((doc or "").strip()),
+        description=_wrap_paragraphs((doc or "").strip()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -130,7 +130,7 @@ def dtype(text: str) -> Any:
 def _check_flags(
     parser: argparse.ArgumentParser, arguments: Sequence[str], synonyms: Mapping[str, str]
 ) -> None:
-    """Leaves with a message if there is a flag that the parser does not know."""
+    """Exits with a message if there is an unknown flag."""
     known = list(parser._option_string_actions)
     others = {f"--{theirs}": f"--{ours}" for theirs, ours in synonyms.items()}
     for argument in arguments:
@@ -142,8 +142,8 @@ def _check_flags(
             parser.error(f"There is no {flag}.{values.did_you_mean(spelled, known, others)}")
 
 
-def _fitted(doc: str) -> str:
-    """Paragraphs fit the terminal; what is indented (commands, tables) stays as it is."""
+def _wrap_paragraphs(doc: str) -> str:
+    """Wraps paragraphs to the terminal; indented lines (commands, tables) stay as they are."""
     # No break at hyphens: options have them.
     wrapper = textwrap.TextWrapper(
         min(shutil.get_terminal_size().columns, 100) - 2,
@@ -200,7 +200,7 @@ def load_module(path: str) -> ModuleType:
       ConfigError: no such file, or one that is not Python, or that fails.
     """
     file = _find(_split_argument(path)[0])
-    spec = importlib.util.spec_from_file_location(f"{_BESIDE}.{file.stem}", file)
+    spec = importlib.util.spec_from_file_location(f"{_RECIPE_PACKAGE}.{file.stem}", file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is no Python file; the name of a recipe ends in .py.")
     module = importlib.util.module_from_spec(spec)
@@ -247,7 +247,7 @@ def _find(path: str) -> Path:
 
 @contextlib.contextmanager
 def _running(file: Path) -> Iterator[None]:
-    """While a recipe runs, its imports are found, and what it does wrong is a ConfigError."""
+    """While a recipe runs, its imports are found, and its errors are ConfigErrors."""
     with _importable(file):
         try:
             yield
@@ -272,9 +272,9 @@ def _importable(file: Path) -> Iterator[None]:
     folders = [parent for parent in file.parents if parent.name == "configs"]
     packages = {
         "configs": [str(folder) for folder in (*folders[:1], _recipes())],
-        _BESIDE: [str(file.parent)],
+        _RECIPE_PACKAGE: [str(file.parent)],
     }
-    finder = _Beside(file.parent)
+    finder = _SiblingFinder(file.parent)
 
     def is_of_recipes(name: str) -> bool:
         return name.partition(".")[0] in {*packages, *finder.found}
@@ -294,7 +294,7 @@ def _importable(file: Path) -> Iterator[None]:
         sys.modules.update(hidden)
 
 
-class _Beside(importlib.abc.MetaPathFinder):
+class _SiblingFinder(importlib.abc.MetaPathFinder):
     """Finds the modules of a folder, and remembers which were asked for."""
 
     def __init__(self, folder: Path):
@@ -314,7 +314,7 @@ class _Beside(importlib.abc.MetaPathFinder):
 
 
 def _override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """Applies `--config.key=value` words in their order."""
+    """Applies `--config.key=value` arguments in their order."""
     known = flat_keys(config)
     for word in overrides:
         key, _, value = word.removeprefix(OVERRIDE).partition("=")

@@ -10,8 +10,8 @@
 SRC is a Hugging Face folder, a LAVIS .pth, a native folder, the workdir of a run (of BLIP-2, or of
 a tower's own pre-training), which stands for its newest checkpoint, or one of its checkpoints
 (WORKDIR/checkpoints/STEP). What SRC does not hold (a LAVIS file has no language model and often no
-image encoder) is named beside it. Nothing is lost on the way: values keep their
-bits unless --dtype asks otherwise, and what a format has no place for is said.
+image encoder) is named by flags. Values keep their bits unless --dtype is given; what a format
+cannot hold is reported.
 
 DST is new, or empty. What this command wrote before is replaced with --overwrite, in one step: a
 killed conversion leaves the old one whole. Anything else is left alone.

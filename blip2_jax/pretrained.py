@@ -1,4 +1,4 @@
-"""From whatever a user names to a model: a run, a Hugging Face folder, LAVIS or a native folder.
+"""Loads models: from a run, a Hugging Face folder, a LAVIS file or a native folder.
 
 `load` is `blip2_jax.load`. Nothing else makes a `Blip2`, but `from_run`, of a run in training.
 `recipe` is imported by the functions that read runs: it takes half a second.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from blip2_jax.recipe import Recipe
     from blip2_jax.stages.step import Params
 
-BERT = "bert-base-uncased"  # whose vocabulary every published Q-Former has, and [DEC]
+BERT = "bert-base-uncased"  # with [DEC], the vocabulary of every published Q-Former
 
 
 def load(
@@ -74,7 +74,7 @@ def load(
     if saved is not None:
         if saved.step < saved.steps:
             print(f"{saved.folder}: step {saved.step} of {saved.steps}.", file=sys.stderr)
-        folder = saved.folder  # not `source`: the run may be saving others meanwhile
+        folder = saved.folder  # not `source`: a running run saves newer checkpoints
         run, params = load_run(folder, mesh, {"vit": vit, "llm": llm})
         if not isinstance(run.model_config, Blip2Config):
             raise ValueError(

@@ -208,10 +208,10 @@ def model_config(config: ConfigDict) -> Any:
     )
 
 
-def _held_to_local_tokenizers(config: ConfigDict, sizes: Any) -> Any:
-    """A BLIP-2's sizes, held to those of its tokenizers that are on this machine.
+def _check_local_tokenizers(config: ConfigDict, sizes: Any) -> Any:
+    """A BLIP-2's sizes, checked against those of its tokenizers that are on this machine.
 
-    Those that have yet to come from the hub are held to them when batches are made.
+    Those that must be fetched from the hub are checked when batches are made.
     """
     if not isinstance(sizes, blip2.Blip2Config):
         return sizes
@@ -227,7 +227,7 @@ def _held_to_local_tokenizers(config: ConfigDict, sizes: Any) -> Any:
 def with_tokenizers(
     config: ConfigDict, sizes: blip2.Blip2Config, qformer_tokenizer: Any, llm_tokenizer: Any
 ) -> blip2.Blip2Config:
-    """A BLIP-2's sizes with the end of its texts, held to its tokenizers, as far as they are given.
+    """A BLIP-2's sizes with its end-of-text tokens, checked against the tokenizers that are given.
 
     Raises:
       ValueError: a tokenizer has more tokens than there are embeddings; an end that is no token.
@@ -262,7 +262,7 @@ def build(config: ConfigDict, mesh: Mesh | None = None) -> Recipe:
     _check_objectives(config)
     mesh = meshes.make_mesh(config.mesh) if mesh is None else mesh
     _check_batch_size(config, mesh)
-    sizes = _held_to_local_tokenizers(config, model_config(config))
+    sizes = _check_local_tokenizers(config, model_config(config))
     _check_lora(config)
 
     def init_all(key: jax.Array) -> Params:

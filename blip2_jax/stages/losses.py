@@ -45,7 +45,7 @@ def similarity(image: jax.Array, text: jax.Array) -> jax.Array:
 
 
 def itc_targets(same: jax.Array, label_smoothing: float) -> jax.Array:
-    """What each row of the similarity matrix should give its mass to.
+    """Target distribution of each row of the similarity matrix.
 
     Args:
       same: bool[B, B], True where image b and text c belong together (the diagonal, and pairs

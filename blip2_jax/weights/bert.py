@@ -1,4 +1,4 @@
-"""What the Q-Former takes over from BERT at the start of stage 1 (paper, section 3.1)."""
+"""Initialization of the Q-Former from BERT at the start of stage 1 (paper, section 3.1)."""
 
 from typing import Any
 

@@ -69,8 +69,8 @@ class Renamed:
         return self._tensors.read(self._names[name], index)
 
 
-# What trainers wrap modules in: torch.compile, FSDP and checkpointing, at any depth; DDP and PEFT
-# around the whole.
+# Prefixes of wrapped modules: of torch.compile, FSDP and checkpointing at any depth; of DDP and
+# PEFT around the whole model.
 INNER = re.compile(r"(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 OUTER = ("module.", "base_model.model.")
 
@@ -107,7 +107,7 @@ def _starts(prefix: str) -> Callable[[str], bool]:
 
 
 def check_pointer(path: Path) -> None:
-    """Refuses what Git LFS leaves in a file's place when it is cloned without it."""
+    """Raises WeightsError for a Git LFS pointer, which stands for a file not downloaded."""
     if path.is_file() and path.stat().st_size < 1024:
         with path.open("rb") as file:
             if file.read(64).startswith(b"version https://git-lfs"):
@@ -117,8 +117,8 @@ def check_pointer(path: Path) -> None:
                 )
 
 
-def what_is(folder: Path) -> str:
-    """What a folder is that is no model as transformers saves it, and what to do; "" if unknown."""
+def foreign_folder(folder: Path) -> str:
+    """What a folder holds if it is not in transformers' form, and the remedy; "" if unknown."""
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         try:
@@ -185,8 +185,8 @@ class SafetensorsFiles:
         Raises:
           WeightsError: the file is cut short or damaged there.
         """
-        # Opened anew each time: what a mapped file has been read of counts as this process's
-        # memory until the file is closed.
+        # Opened for each tensor: pages of a mapped file count as this process's memory until the
+        # file is closed.
         with _open(self._files[name]) as tensors:
             try:
                 return tensors.get_slice(name)[index] if index else tensors.get_tensor(name)
@@ -315,7 +315,7 @@ def open_folder(folder: Path) -> Tensors:
         return unwrapped(TorchFiles(sorted(set(files.values())) or [single], str(folder)))
     raise WeightsError(
         f"Neither model.safetensors nor pytorch_model.bin, whole or with an index, in {folder}. "
-        + (what_is(folder) or "Download the folder again.")
+        + (foreign_folder(folder) or "Download the folder again.")
     )
 
 
@@ -327,7 +327,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
-    """Refuses to begin writing what the disk cannot hold."""
+    """Raises WeightsError if the disk has less free space than is to be written."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -387,7 +387,7 @@ def open_safetensors(path: Path) -> SafetensorsFiles:
 
 @contextlib.contextmanager
 def writing(folder: Path, num_bytes: int, *, overwrite: bool = False) -> Iterator[Path]:
-    """A draft folder that becomes `folder` in one step when all went well, and vanishes otherwise.
+    """A draft folder that is renamed to `folder` at the end, and removed after an error.
 
     Args:
       folder: what is to be written; see `outputs.check_folder`.

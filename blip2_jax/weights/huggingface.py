@@ -42,7 +42,7 @@ def find(source: str) -> Path:
         if not folder.exists() and HUB_NAME.fullmatch(source):
             folder = _from_hub(source)
     if not (folder / "config.json").is_file():
-        hint = files.what_is(folder) or hint
+        hint = files.foreign_folder(folder) or hint
         raise WeightsError(f"No config.json in {folder} (from {source!r}). {hint}")
     return folder
 

@@ -1,7 +1,7 @@
-"""How a folder's images become numbers: `preprocessor_config.json`, read and written.
+"""Image preprocessing of a folder: `preprocessor_config.json`, read and written.
 
-What it says goes into the encoder's config: mean and deviation, how images are resized, and whether
-they are cut. transformers 5 writes the same inside `processor_config.json`.
+Its settings go into the encoder's config: mean and deviation, how images are resized, and whether
+they are cropped. transformers 5 writes the same inside `processor_config.json`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 
 RESAMPLES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
-# Families that read CLIP's colors when the folder does not say; any other has to say.
+# Families that have CLIP's mean and deviation where the folder gives none; others must give them.
 CLIP_COLORS = ("clip_vision_model", "blip_2_vision_model", "instructblip_vision_model")
 
 _SQUARE: dict[str, Any] = {
@@ -33,8 +33,8 @@ _SQUARE: dict[str, Any] = {
 }
 _CLIP = {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
 
-# What transformers' image processors take for what a file leaves out, by the name without its
-# ending (`ImageProcessor`, `ImageProcessorFast`, `FeatureExtractor`, ...).
+# Defaults of transformers' image processors for keys that a file leaves out, by the class's name
+# without its ending (`ImageProcessor`, `ImageProcessorFast`, `FeatureExtractor`, ...).
 DEFAULTS: dict[str, Mapping[str, Any]] = {
     "Blip": {**_SQUARE, **_CLIP, "size": {"height": 384, "width": 384}},
     "CLIP": {
@@ -58,7 +58,7 @@ class _Settings:
         name = document.get("image_processor_type") or document.get("feature_extractor_type") or ""
         family = name.partition("ImageProcessor")[0].removesuffix("FeatureExtractor")
         if name and family not in DEFAULTS:
-            # Files that say all that matters need no defaults.
+            # Complete files need no defaults.
             missing = [key for key in ("size", "image_mean", "image_std") if key not in document]
             if missing:
                 raise self.error(f"{', '.join(missing)} is missing, and the class {name} unknown")
@@ -82,7 +82,7 @@ class _Settings:
     def side(self, key: str) -> tuple[str, int]:
         """A size in any of its forms: ("square", side) or ("shortest_edge", side)."""
         size = self[key]
-        if isinstance(size, int):  # before 4.26; whose meaning the class knew
+        if isinstance(size, int):  # before 4.26: the class decides what it means
             short = key == "size" and "shortest_edge" in self._defaults["size"]
             return ("shortest_edge" if short else "square"), size
         if isinstance(size, list) and len(size) == 2:
@@ -98,7 +98,7 @@ class _Settings:
 
 
 def settings(folder: Path, sizes: ViTConfig, family: str, *, whole: bool) -> ViTConfig:
-    """An encoder's config with what its folder says of images.
+    """An encoder's config with its folder's image preprocessing.
 
     Args:
       folder: may hold `preprocessor_config.json` or `processor_config.json`.
@@ -108,8 +108,8 @@ def settings(folder: Path, sizes: ViTConfig, family: str, *, whole: bool) -> ViT
         are squeezed into a square whatever its own model did, as BLIP-2 does with CLIP's.
 
     Raises:
-      WeightsError: something is asked for that is not done here; nothing is said, and the family is
-        not one of CLIP's.
+      WeightsError: a setting that is not supported; no settings, and the family is not one of
+        CLIP's.
     """
     document = _find(folder)
     if document is None:
@@ -211,14 +211,14 @@ def document_of(sizes: ViTConfig) -> dict[str, Any]:
 
 
 def write(folder: Path, sizes: ViTConfig) -> None:
-    """Makes a folder say how an encoder's images are read, unless it says just that already."""
+    """Writes an encoder's preprocessing into a folder, unless the folder has just that already."""
     existing = _find(folder)
     if existing is not None:
         try:
             if _apply(_Settings(*existing), sizes, whole=True) == sizes:
                 return
         except WeightsError:
-            pass  # what the copied file asks for is not what this model does
+            pass  # the copied file has settings that this model does not
     path = folder / PREPROCESSOR
     document = document_of(sizes)
     if existing is not None and existing[1].name == PROCESSOR:

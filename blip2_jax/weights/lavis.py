@@ -1,7 +1,7 @@
-"""LAVIS's `.pth` files: what they hold is found out from their tensors, for they have no config.
+"""LAVIS's `.pth` files, which have no config: sizes are read off their tensors.
 
 An official file has the trained part only. A stage-1 or stage-2 file lacks the image encoder, and
-every file lacks the LLM; they come from files of their own, named beside it.
+every file lacks the LLM; both come from files of their own, which the user names.
 """
 
 from pathlib import Path
@@ -200,7 +200,7 @@ def check_target(path: Path, *, overwrite: bool = False) -> None:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         own = isinstance(loaded, dict) and "written_by" in loaded
-    except Exception:  # whatever it is, it is not ours
+    except Exception:  # not a file that was written here
         own = False
     if not own:
         raise WeightsError(f"{path} holds what this command did not write; name a new file.")

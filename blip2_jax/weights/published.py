@@ -32,7 +32,7 @@ def _flan_t5(width: int, ffn: int, heads: int) -> dict[str, Any]:
         "num_layers": 24,
         "num_decoder_layers": 24,
         "feed_forward_proj": "gated-gelu",
-        "dense_act_fn": "gelu",  # the exact one: LAVIS overrides FlanT5's own, and so does BLIP-2
+        "dense_act_fn": "gelu",  # exact GELU: LAVIS and BLIP-2 override FlanT5's own
         "tie_word_embeddings": False,
         "dropout_rate": 0.1,
     }

@@ -22,14 +22,14 @@ class Kind:
     Attributes:
       load, save: ours of theirs, and theirs of ours.
       stored: their shape, of ours.
-      turned: whether slices of ours are slices of theirs with the axes in reverse (True) or in
+      transposed: whether slices of ours are slices of theirs with the axes in reverse (True) or in
         the same order (False); None if a piece of ours cannot be cut out of theirs.
     """
 
     load: Callable[[Array], Array]
     save: Callable[[Array], Array]
     stored: Callable[[Shape], Shape]
-    turned: bool | None = None
+    transposed: bool | None = None
 
 
 def _conv_to_linear(weight: Array) -> Array:
@@ -51,9 +51,9 @@ def _same(x: Any) -> Any:
 
 
 KINDS = {
-    "same": Kind(_same, _same, _same, turned=False),
+    "same": Kind(_same, _same, _same, transposed=False),
     # torch stores [out, in]
-    "linear": Kind(lambda x: x.T, lambda x: x.T, lambda shape: shape[::-1], turned=True),
+    "linear": Kind(lambda x: x.T, lambda x: x.T, lambda shape: shape[::-1], transposed=True),
     "patches": Kind(_conv_to_linear, _linear_to_conv, _conv_shape),
     "class": Kind(lambda x: x[None, None], lambda x: x[0, 0], lambda shape: shape[2:]),
     "positions": Kind(lambda x: x[None], lambda x: x[0], lambda shape: shape[1:]),

@@ -30,7 +30,7 @@ SMALL = 32 * 2**20  # bytes of a leaf that the host may hold as a whole
 
 
 class Piece(NamedTuple):
-    """Where one parameter's values stand: in `names`, one a layer, from row `start` on."""
+    """Source of one parameter: the tensors `names`, one a layer, from index `start` on."""
 
     row: Row
     names: tuple[str, ...]
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What does not fit: a text with {} in place of a tensor's name, and the name."""
+    """A mismatch: a text with {} in place of a tensor's name, and the name."""
 
     text: str
     name: str
@@ -143,12 +143,12 @@ def plan(table: Table, abstract: Any, tensors: Tensors, *, partial: bool = False
     missing = leaves.keys() - pieces
     problems += [Problem("{}: the name table has no row for it", path) for path in missing]
     rest = tensors.shapes.keys() - used - table.copies.keys()
-    beyond = [_beyond(row, leaves) for row in table.rows if row.stack]
+    dropped = [_of_dropped_layers(row, leaves) for row in table.rows if row.stack]
     ignored = [re.compile(p) for p in table.ignored]
     left_out = {
         name
         for name in rest
-        if any(p.fullmatch(name) for p in ignored) or any(f(name) for f in beyond)
+        if any(p.fullmatch(name) for p in ignored) or any(f(name) for f in dropped)
     }
     problems += [
         Problem("tensor {}: the model has no parameter for it", name) for name in rest - left_out
@@ -166,19 +166,19 @@ def _pattern(row: Row) -> re.Pattern[str]:
     return re.compile(re.escape(row.theirs).replace(r"\{i\}", r"(\d+)"))
 
 
-def _beyond(row: Row, leaves: Leaves) -> Callable[[str], bool]:
-    """Whether a name is this row's, of a layer that the model leaves out (an encoder's last)."""
+def _of_dropped_layers(row: Row, leaves: Leaves) -> Callable[[str], bool]:
+    """Tells whether a name is this row's of a layer that the model drops (an encoder's last)."""
     path = next(p for p in row.ours if p is not None)
     if path not in leaves:
         return lambda name: False
     depth = int(np.prod(leaves[path].shape[: row.stack])) * row.every
     pattern = _pattern(row)
 
-    def beyond(name: str) -> bool:
+    def dropped(name: str) -> bool:
         match = pattern.fullmatch(name)
         return match is not None and int(match[1]) >= depth
 
-    return beyond
+    return dropped
 
 
 def load(
@@ -307,9 +307,9 @@ def _read(
     alive()
     kind = KINDS[piece.row.kind]
     stored = kind.stored(shape)
-    if kind.turned is None:
+    if kind.transposed is None:
         return kind.load(tensors.read(name))[tuple(slice(*b) for b in bounds)]
-    index = [slice(*b) for b in (bounds[::-1] if kind.turned else bounds)]
+    index = [slice(*b) for b in (bounds[::-1] if kind.transposed else bounds)]
     if index:
         index[0] = slice(index[0].start + piece.start, index[0].stop + piece.start)
     whole = tensors.shapes[name] == stored and all(

@@ -64,7 +64,7 @@ def parse_blip2(config: Mapping[str, Any], source: str) -> Blip2Config:
         llm=None if kind == RETRIEVAL else parse_text(config, source),
         qformer_reads_prompt=instruct,
         projection_dim=whole["image_text_hidden_size"],
-        ln_vision_eps=vision.layer_norm_eps,  # there one key serves both
+        ln_vision_eps=vision.layer_norm_eps,  # one key for both in transformers
     )
 
 
@@ -80,7 +80,7 @@ def _read_qformer(config: Fields, num_query_tokens: int, encoder_width: int) -> 
         num_heads=config["num_attention_heads"],
         mlp_dim=config["intermediate_size"],
         cross_attention_frequency=config["cross_attention_frequency"],
-        encoder_width=encoder_width,  # whatever its own key says, as in transformers
+        encoder_width=encoder_width,  # its own key is ignored, as in transformers
         vocab_size=config["vocab_size"],
         bos_token_id=config["vocab_size"] - 1,
         max_position_embeddings=config["max_position_embeddings"],

@@ -9,7 +9,7 @@ from blip2_jax.models.layers import ACTIVATIONS
 from blip2_jax.weights.configs.defaults import DEFAULTS
 from blip2_jax.weights.files import WeightsError
 
-# Names of transformers' classes, of any age, whose weights and computation are a family's.
+# Names of transformers' classes, old and new, with a family's weights and computation.
 ARCHITECTURES = {
     "opt": r"OPT(Model|For\w+)",
     "llama": r"(Llama|LLaMA)(Model|For\w+)",
@@ -19,7 +19,7 @@ ARCHITECTURES = {
     "instructblip_vision_model": r"InstructBlipVisionModel",
 }
 
-# Keys of related families that change what is computed, beside a value that changes nothing.
+# Keys of related families that change the computation, with the value that does not.
 FOREIGN: dict[str, Mapping[str, Any]] = {
     "llama": {
         "sliding_window": None,  # Mistral
@@ -40,7 +40,7 @@ FOREIGN: dict[str, Mapping[str, Any]] = {
 }
 
 
-SIZES = (  # whose default follows from others, and which must be whole numbers like them
+SIZES = (  # integers whose default is derived from other keys
     "word_embed_proj_dim", "num_key_value_heads", "head_dim", "num_decoder_layers",
     "original_max_position_embeddings",
 )  # fmt: skip
@@ -80,7 +80,7 @@ class Fields:
         """An error that names the file."""
         return WeightsError(f"{self.source}: config.json of a {self.family}: {problem}.")
 
-    def says(self, key: str) -> bool:
+    def has(self, key: str) -> bool:
         """Whether the file itself has a value for a key."""
         return self._config.get(key) is not None
 
@@ -140,7 +140,7 @@ class Fields:
         return self._id(key, value)
 
     def tokens(self, key: str) -> tuple[int, ...]:
-        """Token ids that stand alone or in a list."""
+        """Token ids, given as one number or as a list."""
         value = self._config.get(key, self._defaults[key])
         several = value if isinstance(value, list) else [] if value in (None, -1) else [value]
         return tuple(self._id(key, item) for item in several)

@@ -19,7 +19,7 @@ def _rope(config: Fields, head_dim: int) -> RopeConfig:
     if (rope.get("partial_rotary_factor") or config["partial_rotary_factor"] or 1.0) != 1.0:
         raise config.error("a partial_rotary_factor is not supported")
     longest = config["max_position_embeddings"]
-    # transformers lets the key beside win over the key inside.
+    # In transformers the top-level key wins over the one inside.
     original = (
         config["original_max_position_embeddings"]
         or rope.get("original_max_position_embeddings")
@@ -32,7 +32,7 @@ def _rope(config: Fields, head_dim: int) -> RopeConfig:
             raise config.error(f"rotary scaling {kind!r} without a number for {key!r}")
         return float(rope[key])
 
-    if kind == "default" or kind == "dynamic":  # which stretches nothing up to the longest text
+    if kind == "default" or kind == "dynamic":  # the latter changes nothing up to the longest text
         return RopeConfig(theta=theta, kind=kind, factor=rope.get("factor") or 1.0)
     if kind == "linear":
         return RopeConfig(theta=theta, kind=kind, factor=number("factor"))
@@ -99,7 +99,7 @@ def read(config: Fields) -> LlamaConfig:
     head_dim = config["head_dim"] or config.heads("hidden_size", "num_attention_heads")
     rope = _rope(config, head_dim)
     longest = config["max_position_embeddings"]
-    if rope.kind == "longrope":  # longer texts than this turn by other factors
+    if rope.kind == "longrope":  # longer texts use other factors
         longest = min(longest, rope.original_length)
     bos, eos = config.token("bos_token_id"), config.tokens("eos_token_id")
     if (bos, eos) == (0, (1,)):

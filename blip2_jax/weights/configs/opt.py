@@ -28,7 +28,7 @@ def read(config: Fields) -> OPTConfig:
         tied_head=config["tie_word_embeddings"],
         bos_token_id=config.token("bos_token_id"),
         # Left empty where the file has none: BLIP-2 ends an OPT's text by a newline.
-        eos_token_ids=config.tokens("eos_token_id") if config.says("eos_token_id") else (),
+        eos_token_ids=config.tokens("eos_token_id") if config.has("eos_token_id") else (),
         pad_token_id=config.token("pad_token_id"),
     )
 

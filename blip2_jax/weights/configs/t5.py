@@ -9,7 +9,7 @@ from blip2_jax.weights.configs.fields import Fields, write_tokens
 def read(config: Fields) -> T5Config:
     """T5 v1.1; an explicit `dense_act_fn` wins over what `feed_forward_proj` says.
 
-    `tie_word_embeddings` is no witness: transformers 5 writes True for untied FlanT5s too, and
+    `tie_word_embeddings` is not reliable: transformers 5 writes True for untied FlanT5s too, and
     the scaling of a tied head as `scale_decoder_outputs`.
     """
     form = config["feed_forward_proj"]
