@@ -225,7 +225,10 @@ def torch_stage1(model, head, temperature, image, batch):
 
     with torch.no_grad():
         own = torch.eye(size, dtype=torch.bool, device=ids.device)
-        chances = lambda s: torch.softmax(s.float().masked_fill(own, -1e4), dim=1)  # noqa: E731
+
+        def chances(s):
+            return torch.softmax(s.float().masked_fill(own, -1e4), dim=1)
+
         hard_text = torch.multinomial(chances(scores), 1)[:, 0]
         hard_image = torch.multinomial(chances(scores.T), 1)[:, 0]
     texts = torch.cat([ids, ids, ids[hard_text]])

@@ -116,9 +116,9 @@ def test_pages_take_no_place_of_other_files(tmp_path, monkeypatch):
 
 
 def test_the_command_explains_itself():
-    run = lambda word: subprocess.run(  # noqa: E731
-        [ROOT / "launch/docs.sh", word], capture_output=True, text=True
-    )
+    def run(word):
+        return subprocess.run([ROOT / "launch/docs.sh", word], capture_output=True, text=True)
+
     assert "--out=DIR" in run("--help").stdout
     assert "--overwrite" in run("--help").stdout
     wrong = run("--output=x")

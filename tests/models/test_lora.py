@@ -26,7 +26,10 @@ def test_low_rank_paths_are_trained_and_nothing_else_of_the_language_model(famil
     run = recipe.build(c)
     assert run.abstract_frozen.keys() == {"vit", "llm"}
     plain = recipe.build(families.config(family, tmp_path))
-    shapes = lambda r: jax.tree.map(lambda x: x.shape, r.abstract_frozen)  # noqa: E731
+
+    def shapes(r):
+        return jax.tree.map(lambda x: x.shape, r.abstract_frozen)
+
     assert shapes(run) == shapes(plain)  # what a folder of weights fills, as before
 
     state, frozen = run.init_state(jax.random.key(0)), tiny.frozen(run)

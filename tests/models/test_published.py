@@ -37,7 +37,9 @@ def load(theirs, folder, **vit):
 
 
 def merge(config, params):
-    make = lambda: make_model(config, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
+    def make():
+        return make_model(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
     module = nnx.eval_shape(make)
     whole = nnx.to_pure_dict(nnx.state(module))
     fresh = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), whole)
@@ -344,7 +346,10 @@ def test_bfloat16_stays_near(generation, family, tmp_path):
     ids, mask = jnp.asarray(ids), jnp.asarray(mask)
     want = np.asarray(ours.language_logits(ours.visual_prompt(images), ids, mask))
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.to_pure_dict(nnx.state(ours)))
-    make = lambda: make_model(ours.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))  # noqa: E731
+
+    def make():
+        return make_model(ours.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+
     half = nnx.merge(nnx.graphdef(nnx.eval_shape(make)), params)
     got = half.language_logits(half.visual_prompt(images), ids, mask)
     assert got.dtype == jnp.float32

@@ -63,9 +63,12 @@ def test_generation_cannot_see_the_future(setup):
 
 def test_matching_lets_queries_see_text_and_text_see_the_image_through_them(setup):
     qformer, queries, image, ids, mask = setup
-    run = lambda ids, image: qformer(  # noqa: E731
-        queries, ids, image_kv=qformer.image_keys_values(image), mask=key_mask(mask, 5)
-    )[0]
+
+    def run(ids, image):
+        return qformer(
+            queries, ids, image_kv=qformer.image_keys_values(image), mask=key_mask(mask, 5)
+        )[0]
+
     base = run(ids, image)
     assert np.abs(base[:, :5] - run(ids.at[0, 2].add(1), image)[:, :5])[0].max() > 1e-3
     assert np.abs(base[:, 5:] - run(ids, image + 1.0)[:, 5:]).max() > 1e-3

@@ -37,7 +37,10 @@ def opts(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("opt")
     theirs.save_pretrained(folder)
     sizes = huggingface.llm_config(str(folder))
-    make = lambda: OPT(sizes, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
+
+    def make():
+        return OPT(sizes, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
     params = huggingface.load(str(folder), sizes, abstract(make))
     graph = nnx.graphdef(nnx.eval_shape(make))
     return theirs, nnx.merge(graph, params)
@@ -71,7 +74,10 @@ def test_clip_vit_equals_transformers(tmp_path):
             p.add_(0.05 * torch.randn_like(p))  # norms and biases are not left at 1 and 0
     theirs.save_pretrained(tmp_path)
     sizes = huggingface.vit_config(str(tmp_path))
-    make = lambda: ViT(sizes, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
+
+    def make():
+        return ViT(sizes, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
     params = huggingface.load(str(tmp_path), sizes, abstract(make))
     ours = nnx.merge(nnx.graphdef(nnx.eval_shape(make)), params)
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
@@ -91,7 +97,10 @@ def test_clips_positions_are_resampled_with_their_corners_aligned(tmp_path):
     theirs = transformers.CLIPVisionModel(config)
     theirs.save_pretrained(tmp_path)
     sizes = huggingface.vit_config(str(tmp_path), image_size=48)
-    make = lambda: ViT(sizes, rngs=nnx.Rngs(0))  # noqa: E731
+
+    def make():
+        return ViT(sizes, rngs=nnx.Rngs(0))
+
     params = huggingface.load(str(tmp_path), sizes, abstract(make))
     (table,) = (p.detach() for n, p in theirs.named_parameters() if "position_embedding" in n)
     grid = table[1:].reshape(1, 4, 4, 16).permute(0, 3, 1, 2)

@@ -66,7 +66,9 @@ def test_a_ring_inside_a_loop_counts_its_turns(mesh):
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
     def ring(x):
-        step = lambda x, _: (jax.lax.ppermute(x, axes, [(i, (i + 1) % 8) for i in range(8)]), None)  # noqa: E731
+        def step(x, _):
+            return (jax.lax.ppermute(x, axes, [(i, (i + 1) % 8) for i in range(8)]), None)
+
         return jax.lax.scan(step, x, None, length=7)[0]
 
     program = read(ring, mesh, array(mesh, (ROWS, 10), axes))

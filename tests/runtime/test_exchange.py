@@ -23,7 +23,10 @@ def ragged_all_to_all(
 ):
     """XLA's, from its documentation, out of operations that a CPU has."""
     here = jax.lax.axis_index(axis_name)
-    all_of = lambda x: jax.lax.all_gather(x, axis_name)  # noqa: E731
+
+    def all_of(x):
+        return jax.lax.all_gather(x, axis_name)
+
     operands, offsets, sizes, places = map(
         all_of, (operand, input_offsets, send_sizes, output_offsets)
     )

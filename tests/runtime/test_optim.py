@@ -85,9 +85,11 @@ def test_the_rate_is_lavis_at_every_step_of_its_recipes(name):
 
 
 def test_a_warmup_beyond_the_first_epoch_is_cut_off_and_a_missing_one_is_one_step():
-    of = lambda **changes: optim.make_schedule(  # noqa: E731
-        CONFIG | {"schedule": "per_epoch", "steps_per_epoch": 4, "total_steps": 12} | changes
-    )
+    def of(**changes):
+        return optim.make_schedule(
+            CONFIG | {"schedule": "per_epoch", "steps_per_epoch": 4, "total_steps": 12} | changes
+        )
+
     rates = [float(of()(step)) for step in range(14)]
     slope = (1e-3 - 1e-6) / 10
     cosine = [1e-5 + (1e-3 - 1e-5) * 0.5 * (1 + math.cos(math.pi * n / 3)) for n in (1, 2, 3)]
