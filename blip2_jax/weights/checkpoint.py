@@ -1,7 +1,7 @@
-"""A whole model on disk, in any of the formats: understood first, loaded when asked.
+"""A whole model on disk, in any of the formats: configs and headers first, arrays on request.
 
 A model's parameters may stand in several files: a LAVIS file has no LLM and often no image
-encoder, which then come from files of their own. Each part brings its name table.
+encoder, which then come from files of their own. Each part has its name table.
 """
 
 import dataclasses
