@@ -1,7 +1,7 @@
-"""The processes of a run make sure, before its first step, that they are about to do the same.
+"""A check, before a run's first step, that all its processes are about to do the same.
 
 Processes that differ in a flag, in their code or in a file would train on: each computes its part
-of another model, and nothing that is logged shows it.
+of another model, and nothing in the log shows it.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ JAX_OPTIONS = (
     "jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable",
     "jax_default_matmul_precision",
 )  # fmt: skip
-# How each process does its part, and where it finds what all compare by digest: these may differ.
+# Execution of each process, and paths whose contents are compared by digest: these may differ.
 LOCAL = PLACES | {
     "config.distributed", "config.data.threads", "config.data.workers", "config.data.index_dir",
 }  # fmt: skip

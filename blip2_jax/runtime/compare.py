@@ -1,4 +1,4 @@
-"""Says, entry by entry, how two JSON documents differ; and whether two are of the same run."""
+"""Differences of two JSON documents, entry by entry; and whether two are of the same run."""
 
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
@@ -21,7 +21,7 @@ EXECUTION = frozenset(
         "config.data.max_skipped",
     }
 )
-# Where things lie, which may change too: what lies there is compared by its digest.
+# Paths, which may change too: the contents are compared by digest.
 PLACES = frozenset(
     {
         "config.data.dir",
@@ -40,7 +40,7 @@ PLACES = frozenset(
 )
 STEPS = "config.steps"  # a run may go on for more
 
-# What entries of a run's document that are no config keys are of.
+# For messages: what an entry of a run's document that is no config key stands for.
 HINTS = {
     "fingerprints": "other weights in config.model.NAME.source",
     "data": "config.data leads to other records",
@@ -82,7 +82,7 @@ def run_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     Execution and places may differ, and `config.steps` may be more.
 
     Args:
-      saved: what the run said of itself; may say more than `now`.
+      saved: the document of the run; may have more entries than `now`.
       now: what is about to run, as JSON would hold it: "config", "recipe", digests.
     """
     lines = []
@@ -96,5 +96,5 @@ def run_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 
 def moved(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether anything that two configs of one run read lies elsewhere now."""
+    """Whether a path differs in two configs of one run."""
     return bool(differences("config", saved, now, EXECUTION | {STEPS}))

@@ -1,4 +1,4 @@
-"""Short hashes of what files hold; the same wherever they lie, and whenever they were written."""
+"""Short hashes of the contents of files, whatever their paths and times."""
 
 import hashlib
 import os
@@ -27,7 +27,7 @@ def of_files(paths: Iterable[str | Path]) -> str:
 
     Up to 64 MiB are read of all of them together: all of what is small; of more than that, blocks
     at even distances, the first and the last of each file among them. A file that was exchanged
-    has another size or other blocks, unless somebody takes pains.
+    by mistake has another size or other blocks.
 
     Args:
       paths: local files.

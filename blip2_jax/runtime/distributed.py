@@ -1,4 +1,4 @@
-"""Several hosts, the compilation cache, and being told to stop."""
+"""Several hosts, the compilation cache, and signals to stop."""
 
 import dataclasses
 import json
@@ -28,13 +28,13 @@ def initialize(enabled: bool = False, *, start_timeout: int = 300, peer_timeout:
 
     Addresses are found by JAX itself on Cloud TPU, GKE and SLURM; elsewhere set
     `JAX_COORDINATOR_ADDRESS=host:port`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. It is asked for,
-    by the config or by `BLIP2_DISTRIBUTED=1` in the environment, and never tried by luck: on a
+    by the config or by `BLIP2_DISTRIBUTED=1` in the environment, and never tried unasked: on a
     plain machine it would wait for hosts that do not exist, and on a pod a failure must not turn
     into N separate runs.
 
     Args:
-      enabled: the config's word; the environment can only switch it on.
-      start_timeout: seconds in which all processes must have come; else those that have end.
+      enabled: the config's setting; the environment can only switch it on.
+      start_timeout: seconds in which all processes must have joined; else those that have, end.
       peer_timeout: seconds without a sign of life from a process, killed or stopped, after which
         JAX ends all others with a message.
 
@@ -93,7 +93,7 @@ def is_first_process() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """A process, and of how many that share work which each can do alone."""
+    """A process, among those that share work which each can do alone."""
 
     index: int
     count: int
@@ -120,14 +120,14 @@ def gather(value: Any) -> list[Any]:
 
 
 def all_agree(yes: bool) -> bool:
-    """Whether all hosts say yes; each must ask."""
+    """Whether all hosts say yes; each must call."""
     if jax.process_count() == 1:
         return yes
     return bool(multihost_utils.process_allgather(np.asarray(yes)).all())
 
 
 def from_first(text: str) -> str:
-    """What the first host says, on all hosts; each must ask."""
+    """The first host's text, on all hosts; each must call."""
     if jax.process_count() == 1:
         return text
     data = text.encode()
@@ -139,11 +139,11 @@ def from_first(text: str) -> str:
 def wait_for_all(name: str) -> None:
     """Waits until all processes are here, however long they take; one that dies ends the others.
 
-    JAX's coordination service tells, and no device is touched: a collective, which may have to make
-    its connections first, gives up after a time of its own (30 seconds on CPUs).
+    JAX's coordination service is asked, and no device is touched: a collective, which may have to
+    connect first, gives up after a time of its own (30 seconds on CPUs).
 
     Args:
-      name: of this one meeting.
+      name: of this barrier; each is used once.
     """
     client = jax_distributed.global_state.client
     if client is not None:
@@ -193,12 +193,12 @@ class Stopped(Exception):
 
 
 class Preemption:
-    """Hears SIGTERM, which spot machines, GKE and SLURM send some seconds before the end.
+    """Handles SIGTERM, which spot machines, GKE and SLURM send some seconds before the end.
 
     The loop asks `should_stop()` after each step and between the batches of an evaluation, and
-    leaves with a checkpoint saved. On several hosts all must stop at the same question, or the
-    others would wait in a collective for ever: there, JAX's own preemption service hears the signal
-    and agrees on a question, and this object leaves the signal to it.
+    leaves with a checkpoint saved. On several hosts all must stop at the same call, or the
+    others would wait in a collective: there, JAX's own preemption service receives the signal
+    and agrees on a step, and this object leaves the signal to it.
     """
 
     def __init__(self) -> None:
@@ -231,7 +231,7 @@ class Preemption:
             raise Stopped
 
     def close(self) -> None:
-        """Gives the signal back to whoever had it."""
+        """Restores the previous handler of the signal."""
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None
@@ -241,11 +241,11 @@ class Preemption:
 
 
 class StopSignal:
-    """Hears SIGTERM for processes that share work which each does alone, at its own pace.
+    """Handles SIGTERM for processes that share work which each does alone, at its own pace.
 
-    Whichever hears it, all stop at their next `check`. Where they must exchange something they
+    Whichever receives it, all stop at their next `check`. Where they must exchange something they
     `meet` first, so that none waits for one that has stopped. (`Preemption` is for processes that
-    do everything in step.) The processes hear of each other through JAX's coordination service,
+    do everything in step.) The processes learn of each other through JAX's coordination service,
     which needs no device and can be asked without waiting.
     """
 
@@ -255,13 +255,15 @@ class StopSignal:
         StopSignal._number += 1
         self.requested = self._told = False
         self._meetings = 0
-        self._place = f"blip2_jax/stop/{StopSignal._number}"
+        self._prefix = f"blip2_jax/stop/{StopSignal._number}"
         # No public name leads to the service's table of keys and values.
         self._client = jax_distributed.global_state.client if jax.process_count() > 1 else None
         self._previous: Any = None
 
     def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():  # else Python lets nobody listen
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # elsewhere Python allows no handler
             # On several hosts in place of JAX's own, which waits for all to do the same steps.
             self._previous = signal.signal(signal.SIGTERM, self._on_signal)
         return self
@@ -287,7 +289,7 @@ class StopSignal:
         if self._client is None:
             return
         self._meetings += 1
-        meeting = f"{self._place}/{self._meetings}"
+        meeting = f"{self._prefix}/{self._meetings}"
         self._client.key_value_set(f"{meeting}/here/{jax.process_index()}", "yes")
         if jax.process_index() == 0:  # one decides, so that all do the same
             while not (all_here := len(self._values(f"{meeting}/here")) == jax.process_count()):
@@ -305,21 +307,21 @@ class StopSignal:
 
     def _decide(self, meeting: int, verdict: str) -> None:
         if self._client is not None:
-            name = f"{self._place}/{meeting}/decided/0"
+            name = f"{self._prefix}/{meeting}/decided/0"
             self._client.key_value_set(name, verdict, allow_overwrite=True)
 
     def _share(self) -> None:
-        """Tells the others, and hears from them."""
+        """Tells the others of a request to stop, and learns of theirs."""
         if self._client is None:
             return
         if self.requested and not self._told:
             self._told = True
-            self._client.key_value_set(f"{self._place}/told/{jax.process_index()}", "yes")
+            self._client.key_value_set(f"{self._prefix}/told/{jax.process_index()}", "yes")
         elif not self.requested:
-            self.requested = bool(self._values(f"{self._place}/told"))
+            self.requested = bool(self._values(f"{self._prefix}/told"))
 
     def _values(self, folder: str) -> list[str]:
-        """Of the service's keys in a folder."""
+        """The values of the service's keys in a folder."""
         if self._client is None:
             return []
         return [value for _, value in self._client.key_value_dir_get(folder)]

@@ -1,4 +1,4 @@
-"""Floating-point types by all the names that they have; without jax, which takes a while to import.
+"""Floating-point types by all their names; without jax, which takes a while to import.
 
 `cli` needs them to parse a command line, which launchers do on machines that run nothing.
 """

@@ -1,9 +1,9 @@
-"""Rows of a batch that lies on many devices, brought to where they are wanted.
+"""`x[index]` along the sharded dimension of a batch, by ragged all-to-all.
 
 Left to itself, XLA gathers the whole batch on every device. Here each device receives its own
 share of the rows and no more, however many devices there are. A row may be wanted by any number of
-devices, so what a device must send is known only at run time: rows leave in rounds of a fixed size
-(one or two, as a rule), by ragged all-to-all. Where XLA has none, all rows go round in a ring.
+devices, so what a device must send is known only at run time: rows are sent in rounds of a fixed
+size (one or two, as a rule). Where XLA has no ragged all-to-all, all rows go round in a ring.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def take_rows(
 
 
 def _pass_round(x: jax.Array, index: jax.Array, *, shards: int) -> jax.Array:
-    """The parts of x go round; each device keeps the rows it wants as they pass.
+    """Sends the parts of x round a ring; each device keeps the rows that it wants.
 
     One part more than its own is all that a device ever holds, but the bytes it passes on are in
     proportion to the number of devices.
@@ -111,7 +111,7 @@ def _send_rows(x: jax.Array, index: jax.Array, *, rows_per_round: int) -> jax.Ar
 
 
 def _return_rows(gradient: jax.Array, index: jax.Array, *, rows_per_round: int) -> jax.Array:
-    """The transpose of `_send_rows`: gradients of rows go home, and add up there."""
+    """The transpose of `_send_rows`: gradients of rows are sent back and added up."""
     traffic = _Traffic.of(index, len(gradient), rows_per_round)
     leaving = gradient[traffic.arrivals]
 

@@ -1,4 +1,4 @@
-"""Lines of JSON that a long job appends as it goes, and finds again when it is started anew.
+"""Lines of JSON that a long job appends as it goes, and reads when it is started again.
 
 The first line says what was asked for. A file that answers another request is refused, so that
 results of two settings never mix; a last line that a kill cut off is dropped.

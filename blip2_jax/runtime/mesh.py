@@ -1,4 +1,4 @@
-"""The device mesh, and where every array lives on it.
+"""The device mesh, and the sharding of every array on it.
 
 Three mesh axes, always present: `data` (the batch only; the slow network between TPU slices goes
 here), `fsdp` (the batch and the parameters) and `tensor` (the parameters only). A parameter is
@@ -114,7 +114,7 @@ def local_rows(mesh: Mesh, batch_size: int, devices: Sequence[Any] | None = None
     """The rows of a global batch that a process loads: those its devices hold, in order.
 
     They follow from `batch_sharding` alone, so row k of the batch is the same record on every mesh
-    and for any number of processes. They need not stand side by side, and where a part of the
+    and for any number of processes. They need not be adjacent, and where a part of the
     batch is on devices of several processes, each of these loads it.
 
     Args:
@@ -175,7 +175,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 class Placement(NamedTuple):
-    """Where one leaf goes. `notes` says, in words, which rules could not be followed."""
+    """The sharding of one leaf. `notes` says which rules could not be followed."""
 
     path: str
     shape: tuple[int, ...]
@@ -203,7 +203,7 @@ def shardings(abstract_tree: Any, axes_table: AxesTable, rules: Rules, mesh: Mes
       ValueError: leaves that no row covers (all are listed), a name without a rule, a rule with an
         unknown mesh axis, or more names than dimensions.
     """
-    placements = place(abstract_tree, axes_table, rules, mesh)
+    placements = placements_of(abstract_tree, axes_table, rules, mesh)
     for placement in placements:
         for note in placement.notes:
             log.warning("%s %s: %s", placement.path, list(placement.shape), note)
@@ -211,8 +211,10 @@ def shardings(abstract_tree: Any, axes_table: AxesTable, rules: Rules, mesh: Mes
     return jax.tree.unflatten(jax.tree.structure(abstract_tree), leaves)
 
 
-def place(abstract_tree: Any, axes_table: AxesTable, rules: Rules, mesh: Mesh) -> list[Placement]:
-    """Decides where each leaf goes; see `shardings` for arguments and errors."""
+def placements_of(
+    abstract_tree: Any, axes_table: AxesTable, rules: Rules, mesh: Mesh
+) -> list[Placement]:
+    """The sharding of each leaf; see `shardings` for arguments and errors."""
     _check_rules(axes_table, rules, mesh)
     compiled = [(re.compile(pattern), tuple(names)) for pattern, names in axes_table]
     placements, uncovered = [], []

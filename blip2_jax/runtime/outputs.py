@@ -1,7 +1,7 @@
-"""Where commands write: nothing is overwritten or deleted that was not written here.
+"""Outputs of commands: nothing is overwritten or deleted that was not written here.
 
 What was written is noted in a file beside it (`RECEIPT`): each file's size and, of small ones, its
-digest. What is not in the note, or was changed since, is somebody's work and stays.
+digest. What is not in the note, or was changed since, is the user's and stays.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise Taken(f"{folder} is a file, and a folder is to be written; name another place.")
+        raise Taken(f"{folder} is a file, and a folder is to be written; name another path.")
     if folder in (Path.cwd(), *Path.cwd().parents):
         raise Taken(f"{folder} is where this command runs; name a new folder inside it.")
     there = [
@@ -109,7 +109,7 @@ def check_folder(folder: Path, *, overwrite: bool = False) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A draft that takes a folder's place in one step when all went well, and else vanishes.
+    """A draft that replaces a folder in one step when all went well, and is removed otherwise.
 
     Killed at any moment, the folder is what it was, or what it was to be.
 
@@ -131,7 +131,7 @@ def replacing_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]
         files = [path for path in sorted(draft.rglob("*")) if path.is_file()]
         names = [(str(path.relative_to(draft)), path) for path in files if path.name != RECEIPT]
         _note(draft, {name: [_print(path)] for name, path in names})
-        check_folder(folder, overwrite=overwrite)  # once more: work takes its time
+        check_folder(folder, overwrite=overwrite)  # again, because the block may have taken long
         _swap(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Where parameters lie unless a config says otherwise; not in `mesh`, for configs need no jax."""
+"""The default sharding rules; apart from `mesh`, because configs are read without jax."""
 
-# Which mesh axis each logical axis of a parameter lies on.
+# Logical axis of a parameter -> the mesh axis that splits it.
 RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}

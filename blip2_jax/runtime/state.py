@@ -1,4 +1,4 @@
-"""The train state, its shape, its place, and a fingerprint of any tree of arrays.
+"""The train state, its shapes and shardings, and a fingerprint of any tree of arrays.
 
 State is a plain dict, `{"step": int32[], "bad_steps": int32[], "params": trainable, "opt_state":
 optax state}`; `bad_steps` of the `step` steps so far were not finite and changed nothing. Frozen
@@ -51,7 +51,7 @@ def state_shardings(
     tx: optax.GradientTransformation,
     mesh: Mesh,
 ) -> dict[str, Any]:
-    """Where the state lives: optimizer moments lie with their parameter, counters everywhere."""
+    """Shardings of the state: moments are placed as their parameter, counters are replicated."""
     whole = replicated(mesh)
     opt_state = optax.tree.map_params(
         tx,
@@ -101,7 +101,7 @@ def fingerprint(tree: Any) -> str:
 
     Each element's bits are mixed with its position and summed modulo 2**32, on the device that
     holds it: integer sums do not depend on their order, so the result is the same on any mesh, and
-    no array ever travels. Two sums with different mixings make 64 bits for each leaf.
+    no array is sent. Two sums with different mixings make 64 bits for each leaf.
 
     Args:
       tree: arrays of any real dtype, on host or devices.

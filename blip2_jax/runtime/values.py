@@ -1,4 +1,4 @@
-"""What is typed on a command line, as a value of the type that its default has."""
+"""Texts of the command line, parsed as values of the type that the default has."""
 
 import ast
 import math
@@ -50,7 +50,7 @@ def parse(text: str, default: Any, *, several: bool = False) -> Any:
 
 
 def _parse_one(text: str, kind: type[Any]) -> Any:
-    if kind is str:  # no text is None: what is meant is that there is none
+    if kind is str:  # a text cannot be None: an empty one is meant
         return "" if text == "None" else unescape(text)
     if kind is bool:
         if text.lower() not in _BOOLS:

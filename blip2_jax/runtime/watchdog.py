@@ -18,8 +18,8 @@ _current: "Watchdog | None" = None
 class Watchdog:
     """Ends this process when `alive` is not called for too long, with the stacks of all threads.
 
-    It counts in C, on a monotonic clock, and needs no interpreter lock. The heartbeats of a
-    process that ends so stop, which ends the others. There is one in a process.
+    It counts in C, on a monotonic clock, and needs no interpreter lock. A process that it ends
+    sends no heartbeats any more, which ends the others. There is one in a process.
 
     Args:
       seconds: between two signs of life; 0: no watchdog.
@@ -44,7 +44,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def alive(self) -> None:
-        """Begins to count anew."""
+        """Restarts the count."""
         now = time.monotonic()
         # Each arming starts a thread: at most a hundred in the time that is watched.
         if self._seconds and now - self._armed > self._seconds / 100:
@@ -62,7 +62,7 @@ def alive() -> None:
 
 @contextlib.contextmanager
 def waiting_for_others(every: float = 1.0) -> Iterator[None]:
-    """Waiting here for what other processes do is no hanging: each has its own watchdog.
+    """Keeps this process alive while it waits for others, which have their own watchdogs.
 
     Only for a place where all processes meet and none of them waits for anything else.
 

@@ -31,14 +31,15 @@ def describe(run: recipe.Recipe, fingerprints: dict[str, str], flops: float) -> 
     device holds of it.
     """
     config = run.config
+    arrays = parameter_overview.get_parameter_overview(
+        run.abstract_state["params"], include_stats="sharding"
+    )
     return "\n".join(
         [
             f"{config.name}: {config.steps} steps of {config.data.batch_size} on {run.mesh.size} "
             f"{jax.devices()[0].device_kind} device(s), mesh {dict(run.mesh.shape)}",
             "Trained parameters:",
-            parameter_overview.get_parameter_overview(
-                run.abstract_state["params"], include_stats="sharding"
-            ),
+            arrays.rpartition("\nTotal:")[0],  # counts are in the next table
             parameter_overview.make_table(list(_parts(run, fingerprints))),
             *texts_of(config),
             f"  {_size(flops, 'FLOPs')} an example",
@@ -55,7 +56,8 @@ def _parts(run: recipe.Recipe, fingerprints: dict[str, str]) -> Iterator[_Part]:
 
 
 def _count(tree: Any) -> str:
-    return f"{parameter_overview.count_parameters(tree):,}"
+    # A part may be a single array; clu counts a scalar as 1.0.
+    return f"{int(parameter_overview.count_parameters({'part': tree})):,}"
 
 
 def _held(tree: Any) -> str:

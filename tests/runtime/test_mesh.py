@@ -127,12 +127,12 @@ def test_an_indivisible_dimension_is_kept_whole_and_reported(mesh, caplog):
     placed = mesh_lib.shardings(tree, AXES, RULES, mesh)
     assert placed["kernel"].spec == P(None, "tensor")
     assert "embed=6 is not divisible by fsdp=4" in caplog.text
-    summary = mesh_lib.placement_summary(mesh_lib.place(tree, AXES, RULES, mesh), mesh)
+    summary = mesh_lib.placement_summary(mesh_lib.placements_of(tree, AXES, RULES, mesh), mesh)
     assert "kernel [6, 16]: embed=6 is not divisible" in summary
 
 
 def test_one_mesh_axis_splits_one_dimension(mesh):
-    (placement,) = mesh_lib.place({"embedding": shape(16, 8)}, AXES, RULES, mesh)
+    (placement,) = mesh_lib.placements_of({"embedding": shape(16, 8)}, AXES, RULES, mesh)
     assert placement.spec == P("fsdp", None)
     assert "embed=8 is kept whole" in placement.notes[0]
 
@@ -151,6 +151,8 @@ def test_a_wrong_table_or_rule_is_refused(mesh, axes, rules, message):
 
 
 def test_the_summary_counts_bytes_on_a_device(mesh):
-    placed = mesh_lib.place({"kernel": shape(512, 1024), "bias": shape(1024)}, AXES, RULES, mesh)
+    placed = mesh_lib.placements_of(
+        {"kernel": shape(512, 1024), "bias": shape(1024)}, AXES, RULES, mesh
+    )
     summary = mesh_lib.placement_summary(placed, mesh)
     assert "2 arrays, 2.0 MiB in all, 0.3 MiB on each device; 0.2 % of the bytes" in summary

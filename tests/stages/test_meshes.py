@@ -59,7 +59,7 @@ def test_products_are_split_as_megatron_splits_them(llm):
     qformer = QFormerConfig(vocab_size=30524)  # 30,523 words divide by nothing
     abstract = checkpoint.abstract_params(Blip2Config(qformer=qformer, llm=llm))
     mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    placements = meshes.place(abstract, AXES, RULES, mesh)
+    placements = meshes.placements_of(abstract, AXES, RULES, mesh)
     assert not [p for p in placements if p.notes]
     split = 0
     for path, shape, _, spec, _ in placements:
