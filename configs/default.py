@@ -197,7 +197,7 @@ def get_config() -> ConfigDict:
             "flip": True,
             # RandAugment's operations and magnitude; LAVIS's `blip_image_train`: (2, 5).
             "randaugment": (0, 0),
-            "resize": "exact",  # Pillow's antialiased bicubic; or fast (see the README)
+            "resize": "exact",  # Pillow's antialiased bicubic; or fast (docs/benchmarks.md)
             # What shows through transparent pixels: a color's name or #rrggbb; "drop": what lies
             # under them, as LAVIS and transformers have it.
             "alpha_background": "white",

@@ -1,4 +1,4 @@
-"""Measures what the README says about speed and memory, each beside a peer, in one run.
+"""Measures what docs/benchmarks.md says about speed and memory, each beside a peer, in one run.
 
   python launch/benchmark.py load --folder=/tmp/opt-2.7b     read full-size weights as bfloat16
   python launch/benchmark.py generate --folder=/tmp/middle   caption images

@@ -1,4 +1,4 @@
-"""Measures what the README says about data, each figure beside a peer or a target, in one run.
+"""Measures what docs/benchmarks.md says about data, each figure beside a peer or a target.
 
   python launch/benchmark_data.py index --folder=/tmp/tars     a million records in tars (4 GB)
   python launch/benchmark_data.py speed --folder=/tmp/photos   JPEG to tensor, beside its peers

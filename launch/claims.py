@@ -1,4 +1,4 @@
-"""Two claims of the paper in small: the README's table and picture, from the runs of two sweeps.
+"""Two claims of the paper in small: table and picture of docs/digits.md, from two sweeps.
 
   blip2 sweep --config=configs/digits/claims_stage1.py --workdir=runs/claims/stage1 --backend=local
   blip2 sweep --config=configs/digits/claims_stage2.py --workdir=runs/claims/stage2 --backend=local
@@ -6,10 +6,10 @@
 
 What was held fixed, and why, is written in configs/digits/claims.py, from before the runs. The data
 and the frozen towers are the quickstart's; run that first, or blip2 prepare --source=digits.
-Keeps the scores of all finished runs in launch/pictures/claims.csv, from then on with or without
+Keeps the scores of all finished runs in docs/pictures/claims.csv, from then on with or without
 their folders; remove it when the conditions change. When every run is there, prints a table (mean,
 lowest and highest of the seeds; in how many of them the whole stage 1 is better) and draws
-launch/pictures/claims.svg.
+docs/pictures/claims.svg.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from blip2_jax.sweeps.points import as_text, run_name
 
 ROOT = Path(__file__).resolve().parent.parent
 claims = cli.load_module(str(ROOT / "configs/digits/claims.py"))
-PICTURES = ROOT / "launch" / "pictures"
+PICTURES = ROOT / "docs" / "pictures"
 NOTHING = "no stage 1"
 COLORS = {
     "stage 1": "#1b6ca8",

@@ -1,77 +1,130 @@
-"""Builds the API reference from the docstrings, as static HTML; `docs.sh` calls it.
+"""Builds the guides and the API reference as one static, searchable site; `docs.sh` calls it.
 
 python launch/docs.py --out=DIR [--overwrite]
+
+The guides are README.md, docs/, CONTRIBUTING.md and CHANGELOG.md. The reference has a page for each
+public module of the package, from its docstrings, and one for each recipe, which is its source.
 """
 
 import argparse
-import pkgutil
+import logging
+import os
+import posixpath
+import re
+import shutil
 import sys
-import warnings
+import tempfile
 from pathlib import Path
+from typing import Any
 
-import pdoc
+from mkdocs.commands.build import build as build_site
+from mkdocs.config import load_config
 
 from blip2_jax.runtime import outputs
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Where libraries define what they export elsewhere -> the name that people import.
-NAMES = {
-    "flax.nnx.graphlib.GraphDef": "nnx.GraphDef",
-    "flax.nnx.module.Module": "nnx.Module",
-    "flax.nnx.nn.linear.": "nnx.",
-    "flax.nnx.nn.normalization.": "nnx.",
-    "flax.nnx.rnglib.Rngs": "nnx.Rngs",
-    "flax.nnx.variablelib.Param": "nnx.Param",
-    "grain._src.python.dataset.dataset.": "grain.",
-    "jax._src.mesh.Mesh": "jax.sharding.Mesh",
-    "jax._src.stages.": "jax.stages.",
-    "jax.jaxlib._jax.Array": "jax.Array",
-    "ml_collections.config_dict.config_dict.": "ml_collections.",
-    "numpy.random._generator.Generator": "numpy.random.Generator",
-    "optax._src.base.": "optax.",
+CONFIG = ROOT / "launch" / "docs"
+# What is not under docs/ in the repository -> its page in the site.
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
 }
+LINK = re.compile(r"(?<=\]\()[^)\s]+(?=\))|(?<=src=\")[^\"]+(?=\")")
 
 
 def build(out: Path) -> None:
-    """Writes a page for each public module of the package, and for each config.
+    """Writes the site.
 
     Args:
-      out: the folder, made if need be; `index.html` in it leads to the package's own page.
+      out: the folder, made if need be; `index.html` in it is the README.
 
     Raises:
-      UserWarning: what cannot be rendered as it stands, e.g. a type that does not exist.
+      mkdocs.exceptions.Abort: a link or an anchor leads nowhere, or a docstring cannot be read.
     """
-    sys.path.insert(0, str(ROOT))
-    import blip2_jax
+    os.environ.setdefault("NO_MKDOCS_2_WARNING", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        pages = Path(folder)
+        shutil.copytree(ROOT / "docs", pages, dirs_exist_ok=True)
+        shutil.copy(CONFIG / "style.css", pages)
+        for path in guides():
+            text = _with_links_of_the_site(path)
+            (pages / _page_of(path.relative_to(ROOT).as_posix())).write_text(text, encoding="utf-8")
+        config = load_config(
+            str(CONFIG / "mkdocs.yml"),
+            docs_dir=str(pages),
+            site_dir=str(out),
+            strict=True,
+            nav=[
+                {"Guides": [_page_of(path.relative_to(ROOT).as_posix()) for path in guides()]},
+                {"API reference": _write_reference("blip2_jax", pages)},
+                {"Recipes": _write_reference("configs", pages)},
+            ],
+        )
+        build_site(config)
 
-    for name in blip2_jax.__all__:
-        getattr(blip2_jax, name)  # imported when first used; pdoc shows what is there
-    parts = [part.name for part in pkgutil.iter_modules(blip2_jax.__path__)]
-    modules = ["blip2_jax", *(f"blip2_jax.{p}" for p in parts if not p.startswith("_")), "configs"]
-    pdoc.render.configure(
-        docformat="google",
-        footer_text=f"blip2_jax {blip2_jax.__version__}",
-        template_directory=Path(__file__).parent / "docs",
+
+def guides() -> list[Path]:
+    """The README, the pages that it lists under its last heading, in their order, and the rest."""
+    readme = ROOT / "README.md"
+    pages = re.findall(r"^\| \[(docs/\w+\.md)\]", readme.read_text(encoding="utf-8"), re.M)
+    others = [ROOT / name for name in PAGES if name != readme.name]
+    return [readme, *(ROOT / page for page in pages), *others]
+
+
+def _page_of(name: str) -> str:
+    """The site's page for a file of the repository, e.g. `reference/configs/stage1.md`."""
+    if name in PAGES:
+        return PAGES[name]
+    if name.startswith("docs/"):
+        return name.removeprefix("docs/")
+    if (ROOT / name).is_dir():
+        name = f"{name}/__init__.py"
+    return "reference/" + re.sub(
+        r"(/__init__)?\.py$", lambda m: "/index.md" if m[1] else ".md", name
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", module=r"pdoc\.")
-        pdoc.pdoc(*modules, output_directory=out)
-    for page in out.rglob("*.html"):
-        page.write_text(_with_public_names(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def _with_public_names(page: str) -> str:
-    """A page with the names of `NAMES` changed, in plain text and in signatures word by word."""
-    for defined, public in NAMES.items():
-        page = page.replace(defined, public).replace(_words(defined), _words(public))
-    return page
+def _with_links_of_the_site(path: Path) -> str:
+    """A page whose links to files of the repository lead to their pages in the site."""
+
+    def page(link: re.Match[str]) -> str:
+        target, anchor, place = link[0].partition("#")
+        if "://" in target or not target:
+            return link[0]
+        file = posixpath.normpath(posixpath.join(path.parent.relative_to(ROOT).as_posix(), target))
+        return _page_of(file) + anchor + place
+
+    return LINK.sub(page, path.read_text(encoding="utf-8"))
 
 
-def _words(name: str) -> str:
-    """A dotted name as it is highlighted in a signature."""
-    dot = '<span class="o">.</span>'
-    return dot.join(f'<span class="n">{word}</span>' if word else "" for word in name.split("."))
+def _write_reference(package: str, pages: Path) -> list[Any]:
+    """Writes a page for each public module of a folder; returns their order for the navigation."""
+    nav: list[Any] = []
+    for path in sorted((ROOT / package).iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        name = path.relative_to(ROOT).as_posix()
+        if path.is_dir():
+            inner = _write_reference(name, pages) if list(path.glob("*.py")) else []
+            nav += [{path.name: inner}] if inner else []
+        elif path.suffix == ".py" and (path.name == "__init__.py" or path.name[0] != "_"):
+            text = _page_of_recipe(path) if name.startswith("configs/") else _page_of_module(name)
+            if text:
+                page = _page_of(name)
+                (pages / page).parent.mkdir(parents=True, exist_ok=True)
+                (pages / page).write_text(text, encoding="utf-8")
+                nav.append({path.stem: page} if path.name != "__init__.py" else page)
+    return nav
+
+
+def _page_of_module(name: str) -> str:
+    module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    return f"# {module}\n\n::: {module}\n"
+
+
+def _page_of_recipe(path: Path) -> str:
+    """A recipe is its source: keys, values and the comments that explain them."""
+    source = path.read_text(encoding="utf-8")
+    return f"# {path.relative_to(ROOT)}\n\n````python\n{source}````\n" if source else ""
 
 
 def main() -> int:
@@ -79,12 +132,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the pages")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier pages")
     args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")  # what is wrong with a page
     try:
         with outputs.replacing_folder(args.out, overwrite=args.overwrite) as draft:
             build(draft)
     except outputs.Taken as error:
         raise SystemExit(f"docs.py: {error}") from error
-    print(f"API reference: {args.out / 'index.html'}")
+    print(f"Guides and API reference: {args.out / 'index.html'}")
+    print(f"With search: python -m http.server --directory {args.out}")
     return 0
 
 

@@ -1,8 +1,8 @@
-"""Prints the README's table: each row of the paper's tables 2 to 5, and the config that makes it.
+"""Prints the table of docs/evaluation.md: rows of the paper's tables 2 to 5, and their configs.
 
   python launch/paper_table.py
 
-All of it comes from the configs in configs/eval; tests/test_recipes.py holds the README to it.
+All of it comes from the configs in configs/eval; tests/test_recipes.py holds the page to it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,14 +29,14 @@ def rows() -> Iterator[str]:
     """The table's lines."""
     yield from HEAD
     for name in CONFIGS:
-        path = f"configs/eval/{name}.py"
-        for variant in cli.load_module(path).VARIANTS:
-            config = cli.load_config(f"{path}:{variant}")
+        recipe = f"eval/{name}"
+        for variant in cli.load_module(recipe).VARIANTS:
+            config = cli.load_config(f"{recipe}:{variant}")
             weights = f"public weights needed (`{config.published.weights}`)"
             if not config.published.weights:
                 weights = "its weights were not published"
             yield (
-                f"| table {config.published.table}, {variant} | `{path}:{variant}` | "
+                f"| table {config.published.table}, {variant} | `{recipe}:{variant}` | "
                 f"{scores(config.published.scores)} | not measured here: {weights} |"
             )
 

@@ -1,4 +1,4 @@
-"""Plans of many recipes: the tables of the README.
+"""Plans of many recipes: the tables of docs/planning.md.
 
   python launch/plans.py table                    every published recipe on three slices
   python launch/plans.py scaling                  what a chip sends, from 16 chips to 1024

@@ -1,23 +1,24 @@
-"""Everything that the README tells its readers to type is typed here, and does what it says.
+"""Everything that the README and docs/ tell their readers to type is typed here, and does it.
 
 Every command of a ```bash block, and every command quoted in its text or tables, is one test; so is
-every ```python block. They run in the README's order, in one clone with a reader's files in it
-(`readme/place.py`), each once; and after one another where one builds on another's results.
+every ```python block. They run in the order of the README and of the pages that it lists, in one
+clone with a reader's files in it (`readme/place.py`), each once; and after one another where one
+builds on another's results.
 
-To add a command to the README, add a function here, in the README's order:
+To add a command to a page, add a function here:
 
     @command("blip2 convert runs/stage2 exported --to=huggingface", after=[MY_STAGE2])
     def _(ran):
         assert (ran.home / "exported/config.json").is_file()
 
-The function checks what the README promises. The words are the README's, to the letter, in one
+The function checks what the page promises. The words are the page's, to the letter, in one
 line; `blip2` and `python` run in this process, scripts in bash with stand-ins for the clouds'
 tools. Keyword arguments say how it is run here:
 
     small="--config.steps=2"    words added to it, which make it small and change nothing else
     stands={"...": "photos/"}   what names of READERS stand for, besides place.STANDS_FOR; DIR is
                                 a new folder for every command
-    after=[COMMAND]             the README's commands that it builds on; they are run before
+    after=[COMMAND]             the commands of earlier pages that it builds on; they are run before
     environment={"DRY_RUN": "1"}
     beside=True                 if need be in a second process, while others run: takes long
     needs="libtpu"              skipped without this module
@@ -62,7 +63,7 @@ from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.jsonl import read_jsonl
 from tests.readme import place
 from tests.readme.place import Entry, Ran, Shell
-from tests.readme.text import README, ROOT
+from tests.readme.text import GUIDES, ROOT
 
 pytestmark = pytest.mark.docs
 
@@ -71,7 +72,7 @@ BLOCKS: dict[str, Callable[[Shell, str], None]] = {}
 
 
 def command(text: str, **how) -> Callable:
-    """Registers what a command of the README is held to."""
+    """Registers what a command of the guides is held to."""
 
     def register(check: Callable[[Ran], None]) -> Callable[[Ran], None]:
         assert text not in ENTRIES, f"{text} is here twice"
@@ -102,7 +103,7 @@ def block(first_line: str) -> Callable:
 def shell(tmp_path_factory, request):
     """The reader's clone, on a machine with one device and caches of its own."""
     folder = tmp_path_factory.mktemp("readme")
-    (sweep,) = (code for code in README.blocks("python") if code.startswith("def sweep(add)"))
+    (sweep,) = (code for code in GUIDES.blocks("python") if code.startswith("def sweep(add)"))
     seconds = "jax_persistent_cache_min_compile_time_secs"
     names = "jax_compilation_cache_dir", seconds, "jax_platforms", "jax_optimization_level"
     before = {name: getattr(jax.config, name) for name in names}
@@ -141,10 +142,10 @@ def is_mine(item: pytest.Item) -> bool:
 # --------------------------------------------------------------------------------------- commands
 
 
-@pytest.mark.parametrize("text", README.commands, ids=README.commands)
+@pytest.mark.parametrize("text", GUIDES.commands, ids=GUIDES.commands)
 def test_a_command_does_what_it_says(shell, text):
     if text not in ENTRIES:
-        pytest.fail(f"The README has a command that no test runs; add @command({text!r}) here.")
+        pytest.fail(f"There is a command that no test runs; add @command({text!r}) here.")
     entry = ENTRIES[text]
     if not entry.is_possible():
         pytest.skip(f"needs {entry.needs}")
@@ -154,25 +155,25 @@ def test_a_command_does_what_it_says(shell, text):
 
 
 # What readers choose themselves; `stands` replaces nothing else.
-READERS = {"DIR", "SRC", "...", "configs/R.py"}
+READERS = {"DIR", "SRC", "...", "configs/R.py", "RECIPE"}
 
 
-def test_every_entry_is_in_the_readme():
-    """And changes nothing that the README says."""
-    assert ENTRIES.keys() - README.commands == set()
+def test_every_entry_is_in_the_guides():
+    """And changes nothing that they say."""
+    assert ENTRIES.keys() - GUIDES.commands == set()
     for text, entry in ENTRIES.items():
         assert entry.stands.keys() <= READERS, text
         option = re.compile(r"--[\w.]+")
         twice = set(option.findall(text)) & set(option.findall(entry.small))
         assert not twice, f"{text}\nsays {twice} itself"
-    assert BLOCKS.keys() - {code.splitlines()[0] for code in README.blocks("python")} == set()
+    assert BLOCKS.keys() - {code.splitlines()[0] for code in GUIDES.blocks("python")} == set()
 
 
 def test_commands_stand_in_the_order_in_which_they_work():
     for text, entry in ENTRIES.items():
         for other in entry.after:
-            before, then = map(README.commands.index, (other, text))
-            assert before < then, f"{text}\nbuilds on\n{other}\nwhich the README has after it"
+            before, then = map(GUIDES.commands.index, (other, text))
+            assert before < then, f"{text}\nbuilds on\n{other}\nwhich stands after it"
 
 
 PAIRS = "--config.steps=2 --config.data.batch_size=8 --config.log.every=1"
@@ -189,7 +190,7 @@ def decoding(*tasks: str) -> str:
 
 
 def trained(folder: Path, steps: int = 2) -> None:
-    """A workdir is as the README says."""
+    """A workdir is as the guides say."""
     assert [line["step"] for line in read_jsonl(folder / "metrics.jsonl")][-1] == steps
     for name in ("timing.jsonl", "tensorboard", "checkpoints", "done.json"):
         assert (folder / name).exists(), name
@@ -197,16 +198,17 @@ def trained(folder: Path, steps: int = 2) -> None:
 
 @functools.cache
 def extras() -> dict[str, str]:
-    """What `pip install 'blip2_jax[EXTRA]'` may name, and what it then installs."""
+    """What `pip install '.[EXTRA]'` may name, and what it then installs."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     return dict(setup["options.extras_require"])
 
 
 def known_package(shell: Shell, text: str) -> Ran:
-    """Nothing is installed: the extra is one of setup.cfg's."""
+    """Nothing is installed: the extras are setup.cfg's."""
     package = shlex.split(text)[-1]
-    return Ran(0, extras()[re.fullmatch(r"blip2_jax\[(\w+)\]", package)[1]], "", shell.home)
+    named = package.removeprefix(".[").removesuffix("]").split(",") if package != "." else []
+    return Ran(0, "\n".join(extras()[extra] for extra in named), "", shell.home)
 
 
 def known_tests(shell: Shell, text: str) -> Ran:
@@ -214,6 +216,25 @@ def known_tests(shell: Shell, text: str) -> Ran:
     tree = ast.parse((shell.home / shlex.split(text)[1]).read_text())
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     return Ran(0, "\n".join(names), "", shell.home)
+
+
+# --- installing, which tests/test_package.py does
+
+
+for package, installed in {
+    ".": "",
+    ".[cuda]": "jax[cuda12]",
+    ".[tpu]": "jax[tpu]",
+    ".[plan]": "jax[tpu]",
+    ".[gcs]": "gcsfs",
+    ".[beam]": "apache-beam",
+    ".[convert]": "torch",
+    ".[cuda,convert,fast]": "simplejpeg",
+}.items():
+
+    @command(f"pip install {shlex.quote(package)}", run=known_package)
+    def _(ran, installed=installed):
+        assert installed in ran.out
 
 
 # --- at the top
@@ -268,7 +289,7 @@ def with_stand_ins(shell: Shell, text: str) -> Ran:
 STAND_INS = {"BLIP2_VENV": "../stands/environment"}
 
 
-# Its tests would run this one; tests/launch/test_docs.py makes the reference.
+# Its tests would run this one; tests/launch/test_docs.py makes the site.
 @command("./launch/test.sh", run=with_stand_ins, environment=STAND_INS)
 def _(ran):
     lint, layout, *_, tests = ran.out.splitlines()
@@ -329,8 +350,8 @@ for stage, runs in (("stage1", 9), ("stage2", 12)):
 @command("python launch/claims.py")
 def _(ran):
     table = ran.out.strip().splitlines()
-    assert len(table) == 12 and all(line in README.text.splitlines() for line in table)
-    assert "<svg" in (ran.home / "launch/pictures/claims.svg").read_text()
+    assert len(table) == 12 and all(line in GUIDES.text.splitlines() for line in table)
+    assert "<svg" in (ran.home / "docs/pictures/claims.svg").read_text()
 
 
 # --- using a model
@@ -371,11 +392,10 @@ def _(ran):
 
 
 STAGE1 = (
-    "blip2 train --config=configs/digits/stage1.py --workdir=runs/mine/stage1 "
-    "--config.data.dir=runs/mine/data"
+    "blip2 train --config=digits/stage1 --workdir=runs/mine/stage1 --config.data.dir=runs/mine/data"
 )
 STAGE2 = (
-    "blip2 train --config=configs/digits/stage2.py --workdir=runs/mine/stage2 "
+    "blip2 train --config=digits/stage2 --workdir=runs/mine/stage2 "
     "--config.data.dir=runs/mine/data --config.init.checkpoint=runs/mine/stage1"
 )
 SHARDS = "blip2 prepare --source=digits --out=runs/mine/data"
@@ -418,7 +438,7 @@ def scored(ran: Ran, *tasks: str) -> None:
     assert (ran.dir / "report.html").is_file()
 
 
-EVALUATE = "blip2 evaluate --config=configs/eval/vqa.py:vitg-flant5xl --workdir=DIR"
+EVALUATE = "blip2 evaluate --config=eval/vqa:vitg-flant5xl --workdir=DIR"
 VQA = ("vqav2_val", "vqav2_test_dev", "okvqa", "gqa")
 
 
@@ -440,7 +460,7 @@ FEW_SCORES = "--config.tasks.coco.tokenizer=fallback \"--config.tasks.coco.score
 
 
 def own_stage2(shell: Shell) -> None:
-    """runs/stage2: the reader's own run of stage 2, in the way of the README's others."""
+    """runs/stage2: the reader's own run of stage 2, in the way of the guides' others."""
     if not (shell.home / "runs/stage2/done.json").is_file():
         words = f"train --config=configs/R.py --workdir=runs/stage2 {PAIRS}"
         assert shell.blip2(words.split()).code == 0
@@ -454,32 +474,24 @@ def with_own_stage2(shell: Shell, text: str) -> Ran:
 
 
 parsed(
-    "blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR "
-    "--model=runs/caption",
+    "blip2 evaluate --config=eval/caption:vitg-opt2.7b --workdir=DIR --model=runs/caption",
     by="tests/test_evaluate.py",
 )
 parsed(
-    "blip2 evaluate --config=configs/eval/retrieval.py:vitg --workdir=DIR --task=flickr30k "
+    "blip2 evaluate --config=eval/retrieval:vitg --workdir=DIR --task=flickr30k "
     "--config.tasks.flickr30k.data.dir=/data/flickr30k",
     by="tests/test_evaluate.py",
 )
 
 
 @command(
-    "blip2 evaluate --config=configs/eval/caption.py:vitg-opt2.7b --workdir=DIR --task=coco "
+    "blip2 evaluate --config=eval/caption:vitg-opt2.7b --workdir=DIR --task=coco "
     "--predictions=captions_of_another_system.json",
     small=f"{OWN_COCO} {FEW_SCORES}",
 )
 def _(ran):
     scored(ran, "coco")
     assert ran.json(ran.dir / "predictions/coco.json")[0]["caption"] == "a red dog runs"
-
-
-parsed(
-    "blip2 train ... --config.eval.tasks=configs/eval/mine.py --config.eval.tasks_every=5000",
-    by="tests/test_train.py",
-    stands={"...": "--config=configs/R.py --workdir=runs/watched"},
-)
 
 
 @command(
@@ -494,11 +506,6 @@ def _(ran):
 
 
 # --- planning
-
-
-@command("pip install 'blip2_jax[plan]'", run=known_package)
-def _(ran):
-    assert "jax[tpu]" in ran.out
 
 
 # What libtpu needs long for: large batches and tables of words, long texts, dropout.
@@ -521,7 +528,7 @@ def planned(ran: Ran, chips: int) -> None:
 
 
 @command(
-    "blip2 plan --config=configs/stage1.py --topology=v5p-128 --batch=nearest",
+    "blip2 plan --config=stage1 --topology=v5p-128 --batch=nearest",
     small=f"{SIZES} --config.data.batch_size=70",
     needs="libtpu",
     beside=True,
@@ -532,8 +539,7 @@ def _(ran):
 
 
 @command(
-    "blip2 plan --config=configs/stage2.py:vitg-flant5xxl-paper --topology=v5e-16 "
-    "--config.stage.accumulate=5",
+    "blip2 plan --config=stage2:vitg-flant5xxl-paper --topology=v5e-16 --config.stage.accumulate=5",
     small=f"{SIZES} --config.data.batch_size=80",
     needs="libtpu",
     beside=True,
@@ -545,7 +551,7 @@ def _(ran):
 
 
 # The reader's recipe is here one that compiles in seconds: see the sweeps below.
-SWEPT = {"configs/R.py": "configs/swept.py", "DIR": "runs/lr"}
+SWEPT = {"configs/R.py": "configs/swept.py", "RECIPE": "configs/swept.py", "DIR": "runs/lr"}
 
 
 @command(
@@ -587,11 +593,6 @@ def _(ran):
 
 
 # --- data
-
-
-@command("pip install 'blip2_jax[gcs]'", run=known_package)
-def _(ran):
-    assert "gcsfs" in ran.out
 
 
 ALONE = "--workers=0"  # processes would each import everything
@@ -674,11 +675,11 @@ def _(ran):
 
 OWN = "--config.model.vit.source=my-clip --config.model.vit.layers=23"
 parsed(
-    f"blip2 train --config=configs/stage1.py --workdir=runs/own/stage1 {OWN}",
+    f"blip2 train --config=stage1 --workdir=runs/own/stage1 {OWN}",
     by="tests/test_train.py",
 )
 parsed(
-    f"blip2 train --config=configs/stage2.py --workdir=runs/own/stage2 {OWN} "
+    f"blip2 train --config=stage2 --workdir=runs/own/stage2 {OWN} "
     "--config.model.llm.source=my-llm --config.init.checkpoint=runs/own/stage1",
     by="tests/test_train.py",
 )
@@ -705,11 +706,6 @@ def _(ran):
 @command("blip2 convert blip2_pretrained.pth exported/itm --to=huggingface --vit=eva_vit_g.pth")
 def _(ran):
     assert (ran.home / "exported/itm/config.json").is_file()
-
-
-@command("pip install 'blip2_jax[convert]'", run=known_package)
-def _(ran):
-    assert "torch" in ran.out
 
 
 @command("python launch/benchmark.py load --folder=DIR", stands=ANY_MODEL, small="--only=blip2_jax")
@@ -745,7 +741,7 @@ def _(ran):
 
 
 def started(ran: Ran, *workdirs: str) -> None:
-    """`blip2 train` was started so often, on the README's recipe and workdir."""
+    """`blip2 train` was started so often, on the guides' recipe and workdir."""
     train = ["train", "--config=configs/R.py"]
     assert ran.started == [[*train, f"--workdir={workdir}"] for workdir in workdirs]
 
@@ -815,7 +811,7 @@ def swept(ran: Ran) -> None:
 
 
 @command(
-    "blip2 sweep --config=configs/R.py --workdir=DIR --backend=local",
+    "blip2 sweep --config=RECIPE --workdir=DIR --backend=local",
     stands=SWEPT,
     run=sweep_what_is_left,
 )
@@ -834,11 +830,11 @@ def _(ran):
 # ----------------------------------------------------------------------------------------- Python
 
 
-@pytest.mark.parametrize("code", README.blocks("python"), ids=lambda code: code.splitlines()[0])
+@pytest.mark.parametrize("code", GUIDES.blocks("python"), ids=lambda code: code.splitlines()[0])
 def test_a_block_of_python_runs(shell, code):
     first = code.splitlines()[0]
     if first not in BLOCKS:
-        pytest.fail(f"The README has Python that no test runs; add @block({first!r}) here.")
+        pytest.fail(f"There is Python that no test runs; add @block({first!r}) here.")
     BLOCKS[first](shell, code)
 
 
@@ -888,6 +884,17 @@ def mix(shell: Shell, code: str) -> None:
     assert source[len(source) - 1]["captions"] == ["picture 0"]  # from the bucket
 
 
+@block("from configs.eval import caption  # in a recipe")
+def evaluate_while_training(shell: Shell, code: str) -> None:
+    """In a recipe; its keys are those of the evaluation's tasks. tests/test_train.py runs such."""
+    recipe = "from configs.R import get_config as R\n\n\ndef get_config():\n    config = R()\n"
+    first, *rest = code.splitlines()
+    lines = "".join(f"    {line}\n" for line in rest)
+    Path("configs/watched.py").write_text(f"{first}\n{recipe}{lines}    return config\n")
+    config = cli.load_config("configs/watched.py", ["--config.evals.coco.decoding.num_beams=1"])
+    assert set(config.evals) == {"coco", "nocaps"} and config.eval.tasks_every == 5000
+
+
 @block("def sweep(add):  # in a recipe, beside get_config()")
 def sweep(shell: Shell, code: str) -> None:
     """In the recipe that the commands of sweeps are run with."""
@@ -897,13 +904,13 @@ def sweep(shell: Shell, code: str) -> None:
 # ------------------------------------------------------------------------- what they log and make
 
 
-@pytest.mark.parametrize("name", README.metrics)
-def test_a_metric_that_the_readme_names_is_logged(shell, name):
+@pytest.mark.parametrize("name", GUIDES.metrics)
+def test_a_metric_that_the_guides_name_is_logged(shell, name):
     ran = shell.ran(STAGE1)
     assert name in read_jsonl(ran.home / "runs/mine/stage1/metrics.jsonl")[-1]
 
 
-# Files that the README names and that its commands make: by which, and where.
+# Files that the guides name and that their commands make: by which, and where.
 MADE = {
     "runs/quickstart/report.html": (QUICKSTART, "runs/quickstart/report.html"),
     "runs/quickstart/metrics.json": (QUICKSTART, "runs/quickstart/metrics.json"),
@@ -915,7 +922,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_a_file_that_the_readme_names_is_made(shell, name):
+def test_a_file_that_the_guides_name_is_made(shell, name):
     text, path = MADE[name]
     ran = shell.ran(text)
-    assert name in README.files and (ran.home / path.format(dir=ran.dir)).exists()
+    assert name in GUIDES.files and (ran.home / path.format(dir=ran.dir)).exists()

@@ -336,7 +336,7 @@ def fast_image(
 ) -> np.ndarray:
     """`random_resized_crop`, with libjpeg-turbo alone and OpenCV's area averaging.
 
-    About half the time; the same crops, pixels that differ a little (README, "Your own data").
+    About half the time; the same crops, pixels that differ a little (docs/benchmarks.md).
     What is no plain JPEG goes through Pillow's decoder. Needs `pip install 'blip2_jax[fast]'`.
     """
     import cv2

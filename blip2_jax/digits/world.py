@@ -148,6 +148,7 @@ def _shuffled(scene: Scene, rng: np.random.Generator) -> list[Thing]:
 
 
 def pick(rng: np.random.Generator, options: Sequence[Any]) -> Any:
+    """One of the options, all equally likely."""
     return options[int(rng.integers(len(options)))]
 
 

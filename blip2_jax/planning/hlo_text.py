@@ -9,6 +9,8 @@ BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4, "c64": 64, "c128": 128}
 
 @dataclasses.dataclass(frozen=True)
 class Op:
+    """One instruction of a compiled program, as its text has it."""
+
     name: str
     shape: str
     opcode: str
@@ -18,6 +20,7 @@ class Op:
     root: bool
 
     def called(self, key: str) -> str:
+        """The computation that an attribute names, as `body=%NAME`; "" if it names none."""
         match = re.search(rf"\b{key}=%([\w.\-]+)", self.attributes)
         return match.group(1) if match else ""
 
@@ -84,4 +87,5 @@ def find(pattern: str | re.Pattern[str], text: str) -> re.Match[str]:
 
 
 def dims_of(text: str) -> list[int]:
+    """Numbers between commas, as in a shape or a list of dimensions."""
     return [int(n) for n in text.split(",") if n]

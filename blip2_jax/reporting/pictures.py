@@ -15,6 +15,7 @@ _PICTURE = 192  # pixels of a heatmap's side; pictures of 64 pixels become three
 
 
 def example_card(example: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of an example: its image, captions, and questions with answers."""
     return {
         "image": data_uri(example["image"]),
         "reference": example.get("reference"),
@@ -32,6 +33,7 @@ def _right_or_wrong(item: Mapping[str, Any]) -> bool | None:
 
 
 def data_uri(image: bytes | np.ndarray) -> str:
+    """An image inside a page: a file's bytes, or uint8[H, W, 3], which becomes a PNG."""
     if not isinstance(image, bytes):
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -44,6 +46,7 @@ def data_uri(image: bytes | np.ndarray) -> str:
 
 
 def attention_maps(item: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """What the page shows of float[Q, h, w]: heatmaps over the image, of the chosen queries."""
     image, maps = np.asarray(item["image"]), np.asarray(item["attention"], float)
     if maps.ndim != 3:
         raise ValueError(f"attention[{number}] must be float[Q, h, w], got shape {maps.shape}.")

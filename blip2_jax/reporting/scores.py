@@ -72,6 +72,7 @@ def headline_rows(scores: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def is_baseline(name: str) -> bool:
+    """Whether a metric is what another one is compared with: the same without the image."""
     return name.endswith(tuple(BASELINES))
 
 
@@ -92,6 +93,7 @@ def _baseline(name: str, metrics: Mapping[str, Any]) -> tuple[float | None, str]
 
 
 def group_rows(scores: Mapping[str, dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The rows by task: what stands before the slash in a metric's name."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, row in scores.items():
         group = name.partition("/")[0] if "/" in name else "Other"
@@ -100,6 +102,7 @@ def group_rows(scores: Mapping[str, dict[str, Any]]) -> list[tuple[str, list[dic
 
 
 def label_of(name: str) -> str:
+    """A metric's name as people read it, e.g. "Image to text R@1"."""
     text = re.sub(r"_r(\d+)$", r" R@\1", name).replace("_", " ").replace("/", " ")
     text = re.sub(r"\bstage(\d)", r"stage \1", text)
     text = re.sub(r"\bbleu(\d)", r"BLEU-\1", text.replace("cider", "CIDEr-D"))

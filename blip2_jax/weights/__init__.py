@@ -1,5 +1,6 @@
 """Weights in and out: Hugging Face, LAVIS and native checkpoints.
 
+```
 files        named tensors, read piece by piece: safetensors, and torch's .bin and .pth
 rows         name tables: which tensor of a checkpoint is which parameter here
 tables       one table a family and format
@@ -12,4 +13,5 @@ lavis        LAVIS's .pth files
 checkpoint   a whole model in any of the formats
 bert         initialization of the Q-Former from BERT
 published    sizes of the published towers
+```
 """

@@ -1,15 +1,16 @@
-"""The API reference: a page for every module, a docstring for everything public, nothing lost."""
+"""The site: the guides, a page for every module and recipe, everything public, nothing lost."""
 
 import ast
 import html
+import json
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
-from pdoc import docstrings, render_helpers
 
 from blip2_jax import cli
+from tests.readme.text import GUIDES
 
 pytestmark = pytest.mark.docs
 
@@ -41,61 +42,94 @@ def documented(path: Path) -> list[tuple[str, str | None]]:
     return list(inside(ast.parse(path.read_text()), name))
 
 
+SOURCE = re.compile(r'<details class="mkdocstrings-source">.*?</details>', re.S)
+
+
 def text_of(page: str) -> str:
-    return html.unescape(re.sub(r"<[^>]*>", "", page))
+    """What is read on a page of a module; not its source, where docstrings stand as they are."""
+    return html.unescape(re.sub(r"<[^>]*>", "", SOURCE.sub("", page)))
 
 
 def letters(text: str) -> str:
     return re.sub(r"\W", "", text)
 
 
+def page_of(path: Path) -> str:
+    """Of a source file, in the site."""
+    page = path.relative_to(ROOT).with_suffix("")
+    return f"reference/{page.parent / 'index' if page.name == '__init__' else page}.html"
+
+
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    """The reference; what cannot be rendered is an error."""
+def site(tmp_path_factory):
+    """Built once; a link that leads nowhere and a docstring that cannot be read are errors."""
     out = tmp_path_factory.mktemp("docs")
     cli.load_module("launch/docs.py").build(out)
     return out
 
 
-def test_every_module_and_config_has_a_page(pages):
-    for path in SOURCES:
-        page = path.relative_to(ROOT).with_suffix(".html")
-        page = page.parent.with_suffix(".html") if page.name == "__init__.html" else page
-        assert (pages / page).is_file(), page
+def test_every_page_is_there_and_can_be_searched(site):
+    pages = {page_of(path) for path in SOURCES if path.stat().st_size}
+    pages |= {"index.html", "contributing.html", "changelog.html"}
+    pages |= {path.with_suffix(".html").name for path in GUIDES.paths[1:]}
+    assert all((site / page).is_file() for page in pages)
+    index = json.loads((site / "search/search_index.json").read_text())
+    assert pages <= {entry["location"].partition("#")[0] for entry in index["docs"]}
 
 
-def test_the_front_page_leads_to_the_public_names_and_to_every_module(pages):
-    assert "blip2_jax.html" in (pages / "index.html").read_text()
-    front = (pages / "blip2_jax.html").read_text()
+def test_the_front_page_is_the_readme_and_leads_to_all_parts(site):
+    front = (site / "index.html").read_text()
+    pages = ["install.html", "contributing.html", "reference/blip2_jax/index.html"]
+    for page in (*pages, "pictures/report.png", "reference/configs/default.html"):
+        assert re.search(rf'(href|src)="{page}"', front), page
+        assert (site / page).is_file()
+
+
+def test_nothing_is_fetched_from_the_web(site):
+    for page in site.rglob("*.html"):
+        found = re.findall(
+            r'<(?:link|script|img)[^>]*(?:href|src)="(https?:[^"]*)"', page.read_text()
+        )
+        assert not found, page
+
+
+def test_a_page_has_all_that_is_public_under_the_names_that_people_import(site):
+    front = (site / "reference/blip2_jax/index.html").read_text()
     for name in ("load", "Blip2", "Blip2.caption", "Blip2.match"):
-        assert f'id="{name}"' in front
-    for path in (ROOT / "blip2_jax").iterdir():
-        if (path / "__init__.py").is_file() or (path.suffix == ".py" and path in SOURCES[1:]):
-            assert f'href="blip2_jax/{path.stem}.html"' in front, path
-    assert 'href="configs/default.html"' in front
-
-
-def test_a_page_has_all_that_is_public_under_the_names_that_people_import(pages):
-    page = (pages / "blip2_jax/models/qformer.html").read_text()
+        assert f'id="blip2_jax.{name}"' in front
+    page = (site / "reference/blip2_jax/models/qformer.html").read_text()
     for name in ("QFormer", "QFormer.__call__", "QFormer.attention_maps", "key_mask"):
-        assert f'id="{name}"' in page
-    assert "jax.Array" in text_of(page) and "_jax.Array" not in text_of(page)
-    keys = text_of((pages / "configs/default.html").read_text())
+        assert f'id="blip2_jax.models.qformer.{name}"' in page
+    keys = text_of((site / "reference/configs/default.html").read_text())
     assert "# of initialization, data order, dropout and negatives" in keys
 
 
+SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_all_that_is_public_has_a_docstring_of_which_nothing_is_lost(path):
+def test_all_that_is_public_has_a_docstring_of_which_nothing_is_lost(site, path):
+    recipe = path.is_relative_to(ROOT / "configs")
+    if recipe and not path.stat().st_size:
+        return
+    page = (site / page_of(path)).read_text()
+    if recipe:  # is its source
+        assert letters(path.read_text()) in letters(text_of(page))
+        return
+    text = letters(text_of(page))
+    # Columns and pictures keep their spaces in code alone.
+    code = text_of("".join(re.findall(r"<pre>.*?</pre>", SOURCE.sub("", page), flags=re.S)))
     for name, docstring in documented(path):
-        if path.is_relative_to(ROOT / "configs") and docstring is None:
-            continue  # a config is its source
         assert docstring, f"{name} has no docstring"
-        page = str(render_helpers.to_html(docstrings.convert(docstring, "google", None)))
-        shown = text_of(page).replace("Arguments:", "Args:")
-        assert letters(shown) == letters(re.sub(r"```\w+", "", docstring)), name
-        # Columns and pictures keep their spaces in code alone.
-        code = text_of("".join(re.findall(r"<pre>.*?</pre>", page, flags=re.DOTALL)))
-        for line in docstring.splitlines():
+        for line in filter(None, docstring.splitlines()):
+            if line.strip() in SECTIONS or line.strip().startswith("```"):
+                continue
+            # "name: what it is" has the type between the two, "module.Error: when" no module.
+            parts = [line]
+            if letters(line) not in text:
+                first, *rest = line.split(": ", 1)
+                parts = [first.rpartition(".")[2], *rest]
+            assert all(letters(part) in text for part in parts), f"{name}: {line}"
             if re.search(r"\S {3,}\S|( [x.]){3}$", line):
                 assert line.strip() in code, f"{name}: {line}"
 

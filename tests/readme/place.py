@@ -1,8 +1,8 @@
-"""The README's reader: a fresh clone with a reader's own files in it, and a shell that types there.
+"""The guides' reader: a fresh clone with a reader's own files in it, and a shell that types there.
 
-Names that the README uses for things of its readers are folders and files here, small and random:
+Names that the guides use for things of their readers are folders and files here, small and random:
 hub names (`Salesforce/blip2-opt-2.7b`) are folders in the published layout, which come before the
-hub; `photos/`, `cc3m/`, `list.jsonl`, `configs/R.py` and others are as the README describes them.
+hub; `photos/`, `cc3m/`, `list.jsonl`, `configs/R.py` and others are as they describe them.
 What has a name that cannot exist here is in `STANDS_FOR`, and nothing else is replaced.
 """
 
@@ -68,7 +68,7 @@ def get_config():
     return config
 '''
 # One that is trained in a second, for a sweep of many.
-SWEPT = '''"""A recipe of the reader's own, with the README's sweep."""
+SWEPT = '''"""A recipe of the reader's own, with the guides' sweep."""
 
 from tests.recipes.tiny_lm import get_config as tiny
 
@@ -80,23 +80,6 @@ def get_config():
 
 
 '''
-EVALUATION = '''"""An evaluation of the reader's own."""
-
-from ml_collections import ConfigDict
-
-from configs.eval.default import get_config as default
-from configs.eval.default import task
-
-
-def get_config():
-    config = default()
-    config.batch_size = 8
-    how = {"num_beams": 1, "max_new_tokens": 4, "min_new_tokens": 1}
-    captions = task("captioning", "tfds", "test", "runs/mine/data", decoding=how)
-    captions.scores, captions.tokenizer = ("cider",), "fallback"
-    config.tasks = ConfigDict({"captions": captions})
-    return config
-'''
 
 
 def write_all(home: Path, sweep: str) -> None:
@@ -104,11 +87,10 @@ def write_all(home: Path, sweep: str) -> None:
 
     Args:
       home: the clone.
-      sweep: the README's `sweep(add)`.
+      sweep: the guides' `sweep(add)`.
     """
     (home / "configs/R.py").write_text(RECIPE)
     (home / "configs/swept.py").write_text(SWEPT + sweep)
-    (home / "configs/eval/mine.py").write_text(EVALUATION)
     write_models(home)
     write_pictures(home)
     write_datasets(home)
@@ -118,11 +100,11 @@ def write_all(home: Path, sweep: str) -> None:
 
 
 def write_models(home: Path) -> None:
-    """Under their names on the hub, or as the README calls the reader's copies."""
+    """Under their names on the hub, or as the guides call the reader's copies."""
     hub = home / "Salesforce"
     published.generation_folder(hub / "blip2-opt-2.7b", "opt")
     published.generation_folder(hub / "blip2-flan-t5-xl", "t5")
-    # As many queries and as wide features as published: the README says these shapes.
+    # As many queries and as wide features as published: the guides say these shapes.
     itm = hub / "blip2-itm-vit-g"
     published.retrieval_folder(itm, num_query_tokens=32, projection_dim=256)
     (hub / "blip2-itm-vit-g-coco").symlink_to(itm)
@@ -161,7 +143,7 @@ def write_models(home: Path) -> None:
 
 
 def write_pictures(home: Path) -> None:
-    """Photos, a list of them, and tars in the numbers that the README has."""
+    """Photos, a list of them, and tars in the numbers that the guides have."""
     names = made.write_images(home / "photos", 8)
     shutil.copy(home / "photos/0.jpg", home / "beach.jpg")
     rows = [{"image": name, "caption": f"a picture, number {name[0]}"} for name in names]
@@ -235,7 +217,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class Entry:
-    """How a command of the README is run; see `test_readme.py`."""
+    """How a command of the guides is run; see `test_readme.py`."""
 
     check: Callable[[Ran], None]
     small: str = ""
@@ -252,12 +234,12 @@ class Entry:
 
 
 class Shell:
-    """Types commands of the README in a clone, each once, after those that it builds on.
+    """Types commands of the guides in a clone, each once, after those that it builds on.
 
     Args:
       folder: an empty one.
       entries: by command.
-      sweep: the README's `sweep(add)`.
+      sweep: the guides' `sweep(add)`.
     """
 
     def __init__(self, folder: Path, entries: Mapping[str, Entry], sweep: str):
@@ -303,7 +285,7 @@ class Shell:
         self._other.shutdown(cancel_futures=True)
 
     def ran(self, command: str) -> Ran:
-        """What came of a command of the README; it is run if it was not yet."""
+        """What came of a command of the guides; it is run if it was not yet."""
         if command not in self._ran:
             entry = self.entries[command]
             for other in entry.after:

@@ -1,4 +1,4 @@
-"""Every name that the README uses there is: commands, options, keys, recipes, files, links."""
+"""Every name in the README and docs/ exists: commands, options, keys, recipes, files, links."""
 
 import contextlib
 import functools
@@ -11,11 +11,11 @@ import pytest
 
 from blip2_jax import __main__ as blip2
 from blip2_jax import cli
-from tests.readme.text import README, ROOT, Page
+from tests.readme.text import DOCS, GUIDES, README, ROOT, Pages, anchors_of
 from tests.test_readme import MADE, extras
 
 # Of `blip2`, in any form.
-ALL = dict.fromkeys(text for text in README.forms + README.commands if text[:6] == "blip2 ")
+ALL = dict.fromkeys(text for text in GUIDES.forms + GUIDES.commands if text[:6] == "blip2 ")
 
 
 def options(text: str) -> list[str]:
@@ -62,11 +62,11 @@ def test_options_that_the_text_names_there_are():
     """Alone (`--dry_run`), or in a comment behind a command, of which they are then an option."""
     everything = "".join(help_of(name) for name in blip2.COMMANDS)
     everything += "".join(path.read_text() for path in ROOT.glob("launch/benchmark*.py"))
-    for quote in README.quotes:
+    for quote in GUIDES.quotes:
         if quote.startswith("--") and not quote.startswith("--config."):
             (option,) = options(quote)
             assert option in THEIRS or option in everything, quote
-    for text, comment in README.hints:
+    for text, comment in GUIDES.hints:
         for option in options(comment):
             assert option in help_of(text.split()[1]), f"{text}  # {comment}"
 
@@ -75,9 +75,9 @@ def test_keys_that_the_text_names_there_are():
     """`--config.profile.steps=5`, `optim.vit_layer_decay`, `data.resize="exact"`."""
     keys, found = config_keys(), 0
     groups = {key.partition(".")[0] for key in keys if "." in key}
-    for quote in README.quotes:
+    for quote in GUIDES.quotes:
         key = quote.removeprefix(cli.OVERRIDE).partition("=")[0]
-        if key == "KEY":  # any
+        if key == "KEY" or ".KEY" in key:  # any
             continue
         if quote.startswith(cli.OVERRIDE) or (
             key.partition(".")[0] in groups and re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)+", key)
@@ -87,21 +87,22 @@ def test_keys_that_the_text_names_there_are():
     assert found > 10
 
 
-THE_READERS = {"configs/R.py", "configs/eval/X.py", "configs/eval/mine.py"}
+THE_READERS = {"configs/R.py", "eval/X", "eval/NAME/SCORE"}
 
 
-@pytest.mark.parametrize("recipe", [name for name in README.recipes if name not in THE_READERS])
-def test_a_recipe_that_the_readme_names_loads(recipe):
+@pytest.mark.parametrize("recipe", [name for name in GUIDES.recipes if name not in THE_READERS])
+def test_a_recipe_that_the_guides_name_loads(recipe):
     cli.load_config(recipe)
 
 
 def test_extras_that_the_text_names_there_are():
-    for extra in re.findall(r"blip2_jax\[(\w+)\]", README.text):
-        assert extra in extras()
+    named = re.findall(r"'\.\[([\w,]+)\]'", GUIDES.text)
+    assert {extra for group in named for extra in group.split(",")} <= extras().keys()
+    assert len(named) > 5
 
 
 OTHERS = [ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("blip2_jax/assets/*/README.md"))]
-OTHER_COMMANDS = [text for path in OTHERS for text in Page(path).commands]
+OTHER_COMMANDS = [text for text in Pages(tuple(OTHERS)).commands]
 
 
 @pytest.mark.parametrize("text", OTHER_COMMANDS, ids=OTHER_COMMANDS)
@@ -123,23 +124,56 @@ def test_commands_of_other_pages_fit_what_there_is(text):
             assert "/" not in word or (ROOT / word).exists(), word
 
 
-def test_every_link_leads_somewhere():
-    for target in README.links:
-        assert (ROOT / target.partition("#")[0]).exists(), target
+LINKED = Pages((*GUIDES.paths, ROOT / "CHANGELOG.md", *OTHERS))
 
 
-@pytest.mark.parametrize("name", [name for name in README.files if name not in MADE])
-def test_a_file_that_the_readme_names_is_there(name):
-    """In the repository or in the package; or it is a model on the hub."""
+@pytest.mark.parametrize(
+    ("page", "target"), LINKED.links, ids=lambda part: getattr(part, "name", part)
+)
+def test_every_link_leads_somewhere(page, target):
+    file, _, anchor = target.partition("#")
+    file = (page.parent / file).resolve() if file else page
+    assert file.exists(), target
+    assert not anchor or anchor in anchors_of(file), f"{file.name} has no heading #{anchor}"
+
+
+def test_the_readme_is_short_and_lists_every_page():
+    assert len(README.text.encode()) <= 12 * 1024
+    assert set(DOCS.paths) == set(ROOT.glob("docs/*.md"))
+
+
+def test_prose_has_lines_that_fit_a_window():
+    for path in (*GUIDES.paths, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            in_table = line.startswith(("|", "<img"))
+            assert in_table or len(line) <= 120, f"{path.name}:{number} has {len(line)} characters"
+
+
+def test_the_readme_has_the_results_of_their_page():
+    tables = [
+        [line for line in (ROOT / name).read_text().splitlines() if line.startswith("| ")]
+        for name in ("README.md", "docs/digits.md")
+    ]
+    ours, theirs = ([line for line in lines if line.count("%") > 2] for lines in tables)
+    assert ours and set(ours) <= set(theirs)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in GUIDES.files if name not in {*MADE, *THE_READERS}]
+)
+def test_a_file_that_the_guides_name_is_there(name):
+    """In the repository or in the package, or a recipe; or it is a model on the hub."""
     if name.startswith("Salesforce/"):
         assert any(name in path.read_text() for path in ROOT.glob("configs/eval/*.py")), name
     else:
-        assert (ROOT / name).exists() or (ROOT / "blip2_jax" / name).exists(), name
+        places = [ROOT / name, ROOT / "blip2_jax" / name, ROOT / "configs" / f"{name}.py"]
+        assert any(place.exists() for place in places), name
 
 
 def test_the_map_of_the_repository_is_right():
-    """The plan under "Where things are": names before two spaces, or at the start of a line."""
-    (plan,) = (code for code in README.blocks("") if code.startswith("blip2_jax/"))
+    """CONTRIBUTING's plan: names before two spaces, or at the start of a line."""
+    blocks = Pages((ROOT / "CONTRIBUTING.md",)).blocks("")
+    (plan,) = (code for code in blocks if code.startswith("blip2_jax/"))
     folder, found = ROOT, 0
     for line in plan.splitlines():
         names = re.split(r"\s{2,}", line.strip())[0].split()

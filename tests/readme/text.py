@@ -1,4 +1,4 @@
-"""What a page of Markdown tells its readers to type, and what it names."""
+"""What pages of Markdown tell their readers to type, and what they name."""
 
 import re
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ OPEN = re.compile(r"\[--|\.\.\.|\{\w+,|=$")
 
 
 @dataclass(frozen=True)
-class Page:
-    """A page of Markdown.
+class Pages:
+    """Pages of Markdown, read as one.
 
     Attributes:
-      path: of the file.
+      paths: of the files, in their order.
     """
 
-    path: Path
+    paths: tuple[Path, ...]
 
     @cached_property
     def text(self) -> str:
-        return self.path.read_text(encoding="utf-8")
+        return "\n".join(path.read_text(encoding="utf-8") for path in self.paths)
 
     def blocks(self, language: str) -> list[str]:
         """The fenced blocks of a language ("" for those without one), in order."""
@@ -71,18 +71,22 @@ class Page:
         return [(command, comment) for command, comment in self._lines if comment]
 
     @cached_property
-    def links(self) -> list[str]:
-        """Targets of links and pictures, without those to the web."""
-        targets = re.findall(r"\]\(([^)\s]+)\)", self.text) + re.findall(
-            r'src="([^"]+)"', self.text
-        )
-        return [target for target in targets if "://" not in target]
+    def links(self) -> list[tuple[Path, str]]:
+        """(page, target) of links and pictures, without those to the web."""
+        target = re.compile(r'\]\(([^)\s]+)\)|src="([^"]+)"')
+        found = []
+        for path in self.paths:
+            prose = FENCE.sub("", path.read_text(encoding="utf-8"))
+            found += [(path, link or picture) for link, picture in target.findall(prose)]
+        return [(path, target) for path, target in found if "://" not in target]
 
     @cached_property
     def recipes(self) -> list[str]:
-        """Every `configs/FILE.py:ARG` of the page, also `FILE.py:ARG` alone and `FILE.py[:A|B]`."""
-        found = []
-        for quote in [*self.quotes, *(command for command, _ in self._lines)]:
+        """Every `configs/FILE.py:ARG`, `FILE.py:ARG`, `FILE.py[:A|B]` and `--config=NAME`."""
+        quoted = [*self.quotes, *(command for command, _ in self._lines)]
+        found = [name for text in quoted for name in re.findall(r"--config=([a-z][\w/:.-]+)", text)]
+        found += [quote for quote in self.quotes if re.fullmatch(r"eval/\w+:[\w.-]+", quote)]
+        for quote in quoted:
             for file, either, arg in re.findall(
                 r"([\w/]+\.py)(?:\[:([\w.|-]+)\]|:([\w.-]+))?", quote
             ):
@@ -129,4 +133,16 @@ def split_comment(line: str) -> tuple[str, str]:
     return line, ""
 
 
-README = Page(ROOT / "README.md")
+def anchors_of(page: Path) -> set[str]:
+    """What a link may have behind its #: the page's headings, as GitHub and the site name them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+README = Pages((ROOT / "README.md",))
+# In the order in which the README lists them.
+DOCS = Pages(
+    tuple(ROOT / name for name in re.findall(r"^\| \[(docs/\w+\.md)\]", README.text, re.M))
+)
+GUIDES = Pages(README.paths + DOCS.paths)

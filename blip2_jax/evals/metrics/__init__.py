@@ -41,4 +41,5 @@ def check_ids(predictions: Iterable[Hashable], expected: Iterable[Hashable], wha
 
 
 def first_few(ids: Sequence[Hashable], max_shown: int = 5) -> str:
+    """Ids for a message: the first few, and dots if there are more."""
     return ", ".join(map(repr, ids[:max_shown])) + (", ..." if len(ids) > max_shown else "")

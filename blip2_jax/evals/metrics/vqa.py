@@ -139,7 +139,7 @@ def vqa_metrics(
       form: "official" or "lavis" (see the module's text).
 
     Returns:
-      `{"accuracy": 0..1, "<type>": 0..1, ...}`.
+      The accuracy, 0 to 1, as "accuracy", and that of each type of question by its name.
 
     Raises:
       ValueError: predictions for unknown ids or missing ones (the first few are named), an id
