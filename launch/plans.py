@@ -77,11 +77,11 @@ def main() -> int:
         parser.error(f"--recipes={args.recipes} names none of {', '.join(RECIPES)}.")
     topologies = args.topologies.split(",") if args.topologies else TOPOLOGIES
     slices = [topology.parse(name) for name in topologies]
-    rows = [(name, tpu_slice) for name in names for tpu_slice in slices]
-    for name, tpu_slice in tqdm(rows, desc="plans", unit="plan", disable=args.show):
+    recipes = [(name, tpu_slice) for name in names for tpu_slice in slices]
+    for name, tpu_slice in tqdm(recipes, desc="plans", unit="plan", disable=args.show):
         if not args.show:
             row(name, tpu_slice, args.workdir)
-    print(table(rows, args.workdir))
+    print(table(recipes, args.workdir))
     return 0
 
 
@@ -100,20 +100,20 @@ def row(name: str, tpu_slice: topology.Slice, workdir: Path) -> None:
     identity = json.loads(json.dumps({**identity, "versions": versions()}))
     if path.is_file() and identity.items() <= json.loads(path.read_text()).items():
         return
-    found = make_plan(config, tpu_slice, workdir, samples=samples)
-    own = {"own_mesh": mesh_label(found), "own_mesh_fits": found["fits"]}
-    if not found["fits"] and not found["refused"]:
+    made = make_plan(config, tpu_slice, workdir, samples=samples)
+    own = {"own_mesh": mesh_label(made), "own_mesh_fits": made["fits"]}
+    if not made["fits"] and not made["refused"]:
         ways = itertools.chain.from_iterable(candidates(config, tpu_slice))
         for other in itertools.islice(ways, TRIES):
-            found = make_plan(other, tpu_slice, workdir, samples=samples)
-            if found["fits"]:
+            made = make_plan(other, tpu_slice, workdir, samples=samples)
+            if made["fits"]:
                 break
     path.parent.mkdir(parents=True, exist_ok=True)
     more = {"published_batch_size": published, **own, **identity}
-    path.write_text(json.dumps({**found, **more}, indent=2) + "\n")
+    path.write_text(json.dumps({**made, **more}, indent=2) + "\n")
 
 
-def table(rows: list[tuple[str, topology.Slice]], workdir: Path) -> str:
+def table(recipes: list[tuple[str, topology.Slice]], workdir: Path) -> str:
     """A table in Markdown of the rows there are; a star where the recipe's own mesh is none."""
     lines = [
         "| recipe | slice | batch (published) | data x fsdp x tensor | GiB a chip (of) "
@@ -121,7 +121,7 @@ def table(rows: list[tuple[str, topology.Slice]], workdir: Path) -> str:
         "| --- | --- | ---: | --- | ---: | ---: | ---: |",
     ]
     missing = 0
-    for name, tpu_slice in rows:
+    for name, tpu_slice in recipes:
         path = kept(name, tpu_slice, workdir)
         if not path.is_file():
             missing += 1
@@ -133,8 +133,8 @@ def table(rows: list[tuple[str, topology.Slice]], workdir: Path) -> str:
         start = f"| `{name}` | {tpu_slice.name} | {batch} | {mesh_label(p)}"
         star = "" if p["own_mesh_fits"] else " *"
         if not p["fits"]:
-            said = "does not compile" if p["refused"] else "does not fit"
-            lines.append(f"{start} | {said}: {p['why_not']} | | |")
+            reason = "does not compile" if p["refused"] else "does not fit"
+            lines.append(f"{start} | {reason}: {p['why_not']} | | |")
             continue
         m, rate, days = p["memory"], p["samples_per_second"], p["days"]
         lines.append(
@@ -142,7 +142,7 @@ def table(rows: list[tuple[str, topology.Slice]], workdir: Path) -> str:
             f"{rate['expected']:,.0f} ({rate['at_most']:,.0f}) | {duration(days['expected'])} |"
         )
     if missing:
-        lines.append(f"\n{missing} of {len(rows)} are not compiled yet.")
+        lines.append(f"\n{missing} of {len(recipes)} are not compiled yet.")
     return "\n".join(lines)
 
 

@@ -67,23 +67,23 @@ def test_a_mesh_fits_any_torus(name, data, fsdp):
 @compiles_for_tpu
 def test_the_command_prints_and_keeps_a_plan(workdir, capsys):
     """The second time nothing is compiled."""
-    words = ["--config=configs/digits/stage2.py", "--topology=v5e-4", f"--workdir={workdir}"]
-    assert plan.main(words) == 0
-    said = capsys.readouterr()
-    assert "Measured by the compiler" in said.out and "all-gather" in said.out
+    arguments = ["--config=configs/digits/stage2.py", "--topology=v5e-4", f"--workdir={workdir}"]
+    assert plan.main(arguments) == 0
+    output = capsys.readouterr()
+    assert "Measured by the compiler" in output.out and "all-gather" in output.out
     kept = json.loads((workdir / "digits-stage2.v5e-4.b64.1x4x1.json").read_text())
-    assert kept["fits"] and f"{kept['samples_per_second']['expected']:,.0f}" in said.out
-    assert plan.main(words) == 0
+    assert kept["fits"] and f"{kept['samples_per_second']['expected']:,.0f}" in output.out
+    assert plan.main(arguments) == 0
     assert "Compiling" not in capsys.readouterr().err
 
 
 @compiles_for_tpu
 def test_a_batch_that_the_slice_does_not_divide_names_the_nearest(workdir, capsys):
-    words = ["--config=configs/stage1.py", "--topology=v5e-256", f"--workdir={workdir}"]
-    assert plan.main(words) == 2
-    said = capsys.readouterr().err
-    assert "1680 does not divide" in said and "--config.data.batch_size=1792" in said
-    assert "--config.optim.peak_lr=0.0001033" in said  # 1e-4 * sqrt(1792 / 1680)
+    arguments = ["--config=configs/stage1.py", "--topology=v5e-256", f"--workdir={workdir}"]
+    assert plan.main(arguments) == 2
+    output = capsys.readouterr().err
+    assert "1680 does not divide" in output and "--config.data.batch_size=1792" in output
+    assert "--config.optim.peak_lr=0.0001033" in output  # 1e-4 * sqrt(1792 / 1680)
 
 
 def test_an_unknown_slice_is_an_error(capsys):

@@ -42,8 +42,8 @@ def points_of(recipe, body):
     return points.read_points(recipe(body))
 
 
-def refused(capsys, *words):
-    code = sweep.main(list(words))
+def refused(capsys, *arguments):
+    code = sweep.main(list(arguments))
     assert code == 2
     return capsys.readouterr().err
 
@@ -72,13 +72,13 @@ def get_hyper(hyper):
 
 
 def test_every_sweep_of_the_repository_can_be_run(tmp_path):
-    found = [
+    files = [
         path
         for path in sorted(ROOT.glob("configs/**/*.py"))
         if re.search(r"^def (sweep|get_hyper)\(", path.read_text(), re.M)
     ]
-    assert ROOT / "configs" / "digits" / "stage1.py" in found
-    for path in found:
+    assert ROOT / "configs" / "digits" / "stage1.py" in files
+    for path in files:
         assert points.make_runs(str(path), tmp_path)
 
 
@@ -163,23 +163,23 @@ def test_a_bad_sweep_is_refused_before_anything_starts(
     recipe, tmp_path, capsys, body, message, backend
 ):
     path, workdir = recipe(body), tmp_path / "w"
-    said = refused(capsys, f"--config={path}", f"--workdir={workdir}", f"--backend={backend}")
-    assert re.search(message, said, re.S), said
+    output = refused(capsys, f"--config={path}", f"--workdir={workdir}", f"--backend={backend}")
+    assert re.search(message, output, re.S), output
     assert not workdir.exists()
 
 
 def test_what_is_swept_cannot_be_set_for_all(recipe, tmp_path, capsys):
     path = recipe("def sweep(add):\n    add(seed=1)\n")
-    said = refused(capsys, f"--config={path}", f"--workdir={tmp_path}", "--config.seed=4")
-    assert "--config.seed is on the command line, but" in said
+    output = refused(capsys, f"--config={path}", f"--workdir={tmp_path}", "--config.seed=4")
+    assert "--config.seed is on the command line, but" in output
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [(["--workers=0"], "at least 1"), (["--backend=local", "--workdir=gs://b/w"], "gcsfuse")],
 )
-def test_wrong_settings_are_refused(tmp_path, capsys, words, message):
-    assert message in refused(capsys, f"--config={TINY}", f"--workdir={tmp_path}", *words)
+def test_wrong_settings_are_refused(tmp_path, capsys, arguments, message):
+    assert message in refused(capsys, f"--config={TINY}", f"--workdir={tmp_path}", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -191,20 +191,20 @@ def test_a_missing_tool_is_named_with_where_to_get_it(tmp_path, capsys, monkeypa
     for name in ("bash", "env", "awk", "dirname"):
         (bare / name).symlink_to(shutil.which(name))
     monkeypatch.setenv("PATH", str(bare))
-    words = (f"--config={TINY}", f"--workdir={tmp_path / 'w'}", f"--backend={backend}")
-    assert f"{tool} is not installed here. " in refused(capsys, *words)
+    arguments = (f"--config={TINY}", f"--workdir={tmp_path / 'w'}", f"--backend={backend}")
+    assert f"{tool} is not installed here. " in refused(capsys, *arguments)
     assert not (tmp_path / "w").exists()
 
 
 # ----------------------------------------------------------------------------------------- running
 
 
-def start(workdir, *words, **environment):
+def start(workdir, *arguments, **environment):
     """The command, in a session of its own."""
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "tests.interrupted", "sweep", f"--config={TINY}"),
-            *(f"--workdir={workdir}", "--backend=local", "--workers=2", *words),
+            *(f"--workdir={workdir}", "--backend=local", "--workers=2", *arguments),
         ],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT), **environment},
@@ -248,12 +248,12 @@ def test_a_sweep_that_was_killed_does_each_run_once(tmp_path):
 
     # All that is left is to say so.
     assert re.search(r"seed=3 +finished +40 +\d", out)
-    rows = list(csv.DictReader((workdir / "results.csv").open()))
-    assert [(row["run"], row["status"], row["seed"], row["step"]) for row in rows] == [
+    table = list(csv.DictReader((workdir / "results.csv").open()))
+    assert [(row["run"], row["status"], row["seed"], row["step"]) for row in table] == [
         (f"seed={seed}", "finished", str(seed), "40") for seed in range(4)
     ]
     last = read_jsonl(workdir / "seed=3" / "metrics.jsonl")[-1]
-    assert float(rows[3]["loss"]) == last["loss"]
+    assert float(table[3]["loss"]) == last["loss"]
     page = Page((workdir / "results.html").read_text())
     text = " ".join(page.texts)
     assert "4 of 4 runs finished." in text and "seed=3" in text and f"{last['loss']:.4g}" in text
@@ -291,9 +291,9 @@ def test_code_42_starts_again_and_a_failure_stops_no_other(tmp_path, capsys):
     ]
     assert run_tasks(tasks) == ({"fails": 3}, False)
     assert [task.starts() for task in tasks] == [1, 3, 1]
-    said = capsys.readouterr().err
-    assert "fails failed with code 3." in said
-    assert "run 3/3" in said and "failed 1" in said
+    output = capsys.readouterr().err
+    assert "fails failed with code 3." in output
+    assert "run 3/3" in output and "failed 1" in output
     # Again: what is finished is left alone, what failed is tried.
     tasks[0].codes = [0]
     assert run_tasks(tasks) == ({}, False)
@@ -316,8 +316,8 @@ def test_a_sweep_reports_its_failures_and_their_last_words(recipe, tmp_path, cap
         return [sys.executable, "-S", "-c", script, str(run.workdir)], {}
 
     monkeypatch.setattr(sweep, "command", command)
-    words = [f"--config={recipe(body)}", f"--workdir={tmp_path / 'w'}", "--backend=local"]
-    assert sweep.main(words) == 1
+    arguments = [f"--config={recipe(body)}", f"--workdir={tmp_path / 'w'}", "--backend=local"]
+    assert sweep.main(arguments) == 1
     out = capfd.readouterr().out
     assert "1 of 2 runs failed; the same command tries them again:" in out
     assert "seed=1: exit code 1. ValueError: no such folder" in out
@@ -329,8 +329,8 @@ def test_a_damaged_file_of_a_sweep_is_named_and_a_runs_is_no_end(
 ):
     monkeypatch.setattr(jobs, "run_all", lambda *_: ({}, False))
     path, workdir = recipe("def sweep(add):\n    add(seed=1)\n"), tmp_path / "w"
-    words = (f"--config={path}", f"--workdir={workdir}", "--backend=local")
-    assert sweep.main(list(words)) == 0
+    arguments = (f"--config={path}", f"--workdir={workdir}", "--backend=local")
+    assert sweep.main(list(arguments)) == 0
     (run,) = points.make_runs(str(path), workdir)
     document = {"recipe": "digits-stage1", "config": json.loads(run.config)}
     RunDir(run.workdir).write_finished(document)
@@ -345,35 +345,35 @@ def test_a_damaged_file_of_a_sweep_is_named_and_a_runs_is_no_end(
     assert not run.is_finished()
     for text in ("", '{"runs"', "\0\0"):
         (workdir / "sweep.json").write_text(text)
-        assert "sweep.json" in refused(capsys, *words)
+        assert "sweep.json" in refused(capsys, *arguments)
 
 
 def test_two_sweeps_at_once_are_refused(tmp_path, capsys):
     tmp_path.joinpath("w").mkdir()
     with jobs.only_one(tmp_path / "w" / "sweep.lock", ""):
-        words = (f"--config={TINY}", f"--workdir={tmp_path / 'w'}", "--backend=local")
-        assert "Another blip2 sweep is at work" in refused(capsys, *words)
+        arguments = (f"--config={TINY}", f"--workdir={tmp_path / 'w'}", "--backend=local")
+        assert "Another blip2 sweep is at work" in refused(capsys, *arguments)
 
 
 def test_a_workdir_of_another_sweep_or_of_a_run_is_refused(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jobs, "run_all", lambda *_: ({}, False))
     path = recipe("def sweep(add):\n    add(seed=1)\n")
-    words = (f"--config={path}", f"--workdir={tmp_path / 'w'}", "--backend=local")
-    assert sweep.main(list(words)) == 0
-    assert "steps: 1200 saved, 7 now" in refused(capsys, *words, "--config.steps=7")
+    arguments = (f"--config={path}", f"--workdir={tmp_path / 'w'}", "--backend=local")
+    assert sweep.main(list(arguments)) == 0
+    assert "steps: 1200 saved, 7 now" in refused(capsys, *arguments, "--config.steps=7")
     # The same sweep may grow, and may lose points.
     recipe("def sweep(add):\n    add(seed=2)\n    add(seed=3)\n")
-    assert sweep.main(list(words)) == 0
+    assert sweep.main(list(arguments)) == 0
     assert "No longer in the sweep, and left as they are: seed=1." in capsys.readouterr().out
     for name in ("sweep.json", "results.csv", "results.html"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("mine")
-        said = refused(capsys, f"--config={path}", f"--workdir={tmp_path / name}")
-        assert "blip2 sweep would write" in said and name in said
+        output = refused(capsys, f"--config={path}", f"--workdir={tmp_path / name}")
+        assert "blip2 sweep would write" in output and name in output
         assert (tmp_path / name / name).read_text() == "mine"
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    said = refused(capsys, f"--config={path}", f"--workdir={tmp_path / 'run'}")
-    assert "holds a run, not a sweep" in said
+    output = refused(capsys, f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert "holds a run, not a sweep" in output
 
 
 def test_print_shows_commands_that_a_shell_takes(recipe, tmp_path, capsys):
@@ -405,8 +405,8 @@ def test_launchers_get_every_run(tmp_path, capfd, monkeypatch, backend, expected
     for name, value in (settings | {"TOPOLOGY": "2x2", "DRY_RUN": "1"}).items():
         monkeypatch.setenv(name, value)
     workdir = tmp_path / "a dir"
-    words = [f"--config={ROOT}/configs/digits/stage1.py", f"--workdir={workdir}", "--workers=2"]
-    assert sweep.main([*words, f"--backend={backend}"]) == 0
+    arguments = [f"--config={ROOT}/configs/digits/stage1.py", f"--workdir={workdir}", "--workers=2"]
+    assert sweep.main([*arguments, f"--backend={backend}"]) == 0
     out = capfd.readouterr().out
     assert out.count(expected) == 3
     for seed in range(3):

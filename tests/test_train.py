@@ -56,7 +56,7 @@ def world(tmp_path_factory):
 
 
 def flags(world, stage="stage1", **changes):
-    """A tiny run as a config; also as `--config.key=value` words."""
+    """A tiny run as a config; also as `--config.key=value` flags."""
     return tiny.config(
         stage,
         **{
@@ -166,14 +166,14 @@ def test_a_finished_run_goes_on_for_more_steps(whole, world, tmp_path, capsys):
         run(flags(world, **longer), workdir)
     del longer["eval.every"]
     assert run(flags(world, **longer), workdir) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     rate = float(recipe.build(frozen_config(flags(world, **longer))).spec.schedule(12))
-    assert "config.steps was 12. The schedule is that of 14 steps from here on: the" in said
-    assert f"learning rate is {rate:.3g} now" in said and rate > 0
-    found, before = run_dir.find(workdir), read_jsonl(whole / "metrics.jsonl")
-    assert (found.step, found.steps) == (14, 14)
+    assert "config.steps was 12. The schedule is that of 14 steps from here on: the" in output
+    assert f"learning rate is {rate:.3g} now" in output and rate > 0
+    saved, before = run_dir.find(workdir), read_jsonl(whole / "metrics.jsonl")
+    assert (saved.step, saved.steps) == (14, 14)
     done = json.loads((workdir / "done.json").read_text())
-    for document in (done, found.document):
+    for document in (done, saved.document):
         assert document["extensions"] == [{"step": 12, "steps": [12, 14]}]
         assert document["config"]["steps"] == 14
     lines = read_jsonl(workdir / "metrics.jsonl")
@@ -213,13 +213,13 @@ def test_what_a_run_reads_may_move_but_not_change(whole, world, tmp_path, capsys
     moved = shutil.copytree(world, tmp_path / "moved")
     tokenizer = tmp_path / "tokenizer"
     tokenizers.load("package:digits-bert").save_pretrained(tokenizer)
-    places = {
+    paths = {
         "data.dir": str(moved / "data"),
         "model.vit.source": str(moved / "vit"),
         "data.qformer_tokenizer": str(tokenizer),
     }
     workdir = shutil.copytree(whole, tmp_path / "run")
-    assert run(flags(world, **places), workdir) == 0
+    assert run(flags(world, **paths), workdir) == 0
     assert "finished before" in capsys.readouterr().out
     done = json.loads((workdir / "done.json").read_text())
     assert done["config"]["data"]["dir"] == str(moved / "data")
@@ -230,15 +230,15 @@ def test_what_a_run_reads_may_move_but_not_change(whole, world, tmp_path, capsys
     original = shards[0].read_bytes()
     shards[0].write_bytes(original[:100] + bytes([original[100] ^ 1]) + original[101:])
     with pytest.raises(ValueError, match=r"data.digest: '\w+' saved.*leads to other records"):
-        run(flags(world, **places), workdir)
+        run(flags(world, **paths), workdir)
     shards[0].write_bytes(original)
-    words = json.loads((tokenizer / "tokenizer.json").read_text())
-    vocabulary = words["model"]["vocab"]
+    document = json.loads((tokenizer / "tokenizer.json").read_text())
+    vocabulary = document["model"]["vocab"]
     two, red = sorted(word for word in vocabulary if word.isalpha() and len(word) > 2)[:2]
     vocabulary[two], vocabulary[red] = vocabulary[red], vocabulary[two]
-    (tokenizer / "tokenizer.json").write_text(json.dumps(words))
+    (tokenizer / "tokenizer.json").write_text(json.dumps(document))
     with pytest.raises(ValueError, match=r"tokenizers.qformer: .*config.data.NAME_tokenizer"):
-        run(flags(world, **places), workdir)
+        run(flags(world, **paths), workdir)
     with pytest.raises(ValueError, match=r"config.init.checkpoint: '' saved.*started from somethi"):
         run(flags(world, **{"init.checkpoint": str(moved / "vit")}), workdir)
 
@@ -333,9 +333,9 @@ def test_a_run_whose_towers_moved_is_loaded_from_where_they_are(whole, world, tm
     assert params["vit"] and run.config.model.vit.source == str(moved) != config.model.vit.source
 
 
-def _only(place, function):
+def _only(path, function):
     def call(source, *args, **kwargs):
-        if str(source) != str(place):
+        if str(source) != str(path):
             raise FileNotFoundError(source)
         return function(source, *args, **kwargs)
 
@@ -486,8 +486,8 @@ def test_scores_during_training_are_those_of_the_evaluation_afterwards(world, tm
     scored = {line["step"]: line for line in lines if "eval/x/cider" in line}
     assert sorted(scored) == [3, 6, 8]  # whatever log.every, which is 2
     for model, step in ((tmp_path / "run", 8), (tmp_path / "run" / "checkpoints" / "6", 6)):
-        words = [f"--config={file}", f"--workdir={tmp_path}/scores{step}", f"--model={model}"]
-        assert evaluate.main(words) == 0
+        arguments = [f"--config={file}", f"--workdir={tmp_path}/scores{step}", f"--model={model}"]
+        assert evaluate.main(arguments) == 0
         after = json.loads((tmp_path / f"scores{step}" / "metrics.json").read_text())
         last = {name: value for name, value in scored[step].items() if name.startswith("eval/x/")}
         names = [name.removeprefix("eval/") for name in last]

@@ -42,8 +42,8 @@ def start(config: FrozenConfigDict, workdir: str) -> dict[str, np.ndarray]:
         timer = Timer(examples=1, flops=1.0)
         state = first_state(run, checkpointer, identity, timer, skipped, Path(workdir)).state
     everywhere = jax.jit(lambda x: x, out_shardings=meshes.replicated(run.mesh))
-    found = everywhere({"state": state, "model": run.merge_params(frozen, state["params"])})
-    return dict(meshes.flatten_with_names(jax.device_get(found)))
+    arrays = everywhere({"state": state, "model": run.merge_params(frozen, state["params"])})
+    return dict(meshes.flatten_with_names(jax.device_get(arrays)))
 
 
 @contextlib.contextmanager
@@ -79,9 +79,9 @@ def main(files: list[str]) -> None:
         job = json.loads(Path(file).read_text())
         config = cli.config_from_json(job["config"])
         if job["kind"] == "start":
-            found = start(config, job["workdir"])
+            arrays = start(config, job["workdir"])
             if distributed.is_first_process():
-                np.savez(job["out"], **found)
+                np.savez(job["out"], **arrays)
             continue
         if job["kind"] == "refused":
             if not distributed.is_first_process():

@@ -210,10 +210,10 @@ def four(world, tmp_path_factory):
 
 def assert_same_run(workdir, whole):
     """Metrics of every step equal to 1e-5, the losses of the evaluation too."""
-    found, wanted = (read_jsonl(w / "metrics.jsonl") for w in (workdir, whole))
-    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    read, wanted = (read_jsonl(w / "metrics.jsonl") for w in (workdir, whole))
+    assert [line["step"] for line in read] == list(range(1, STEPS + 1))
     assert any(name.startswith("eval/") for name in wanted[-1])
-    for line, want in zip(found, wanted, strict=True):
+    for line, want in zip(read, wanted, strict=True):
         assert line == pytest.approx(want, rel=1e-5, abs=1e-5)
 
 
@@ -254,7 +254,7 @@ def test_every_start_is_the_same_on_a_mesh_of_one_process_and_of_two(kind, start
     config, workdir = starts[kind]
     config.mesh.update({"data": 2, "fsdp": 2, "tensor": 2})
     want = process.start(frozen(config), str(workdir))
-    found = np.load(started / f"{kind}.npz")
-    assert set(found) == set(want)
+    read = np.load(started / f"{kind}.npz")
+    assert set(read) == set(want)
     for path, array in want.items():
-        np.testing.assert_allclose(found[path], array, rtol=1e-6, atol=1e-7, err_msg=path)
+        np.testing.assert_allclose(read[path], array, rtol=1e-6, atol=1e-7, err_msg=path)

@@ -17,8 +17,8 @@ def plan_sending(*sent):
 
 
 def test_scaling_shows_all_that_is_sent_and_its_spread():
-    rows = plans.scaling_rows("stage", [plan_sending(100, 100), plan_sending(100, 120), None])
-    assert rows.splitlines() == [
+    lines = plans.scaling_rows("stage", [plan_sending(100, 100), plan_sending(100, 120), None])
+    assert lines.splitlines() == [
         "| stage | 200.0 | 220.0 |  | 10% |",
         "| all-gather on fsdp | 100.0 | 100.0 |  | 0% |",
         "| all-reduce on fsdp | 100.0 | 120.0 |  | 20% |",
@@ -48,8 +48,8 @@ def test_the_table_says_what_fits_how_and_what_is_missing(tmp_path):
         path = plans.kept(name, where, tmp_path)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({**common, **more}))
-    rows = [(name, where) for name in ("a.py:x", "b.py:x", "c.py:x")]
-    *_, first, second, _, last = plans.table(rows, tmp_path).splitlines()
+    recipes = [(name, where) for name in ("a.py:x", "b.py:x", "c.py:x")]
+    *_, first, second, _, last = plans.table(recipes, tmp_path).splitlines()
     assert first == (
         "| `a.py:x` | v5e-16 | 128 (120) | 1x16x1, llm remat full, 5 parts * | 1.0 (2.0) | "
         "10 (20) | 1.5 days |"

@@ -61,8 +61,8 @@ def test_a_small_recipe_on_a_small_slice(stage, axis, workdir):
 @pytest.mark.full_size
 def test_flant5xxl_fits_the_smallest_pod(workdir):
     """ViT-g + FlanT5-XXL, stage 2 at the paper's batch, on 16 chips of 16 GB (10 GB, minutes)."""
-    words = ["--config.data.batch_size=1520", "--config.stage.accumulate=5"]
-    config = cli.load_config("configs/stage2.py:vitg-flant5xxl-paper", words)
+    overrides = ["--config.data.batch_size=1520", "--config.stage.accumulate=5"]
+    config = cli.load_config("configs/stage2.py:vitg-flant5xxl-paper", overrides)
     plan = make_plan(config, topology.parse("v5e-16"), workdir)
     assert plan["fits"] and plan["memory"]["headroom"] > 0
     assert plan["parameters"]["total"] > 24e9  # bytes; what no single chip holds

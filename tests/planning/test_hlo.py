@@ -155,10 +155,10 @@ def test_what_a_compiler_for_tpus_writes(mesh):
     """A gather in pieces counts where it starts; a fused sum and split is a reduce-scatter; a
     counter may go by twos; a batched product is a convolution with holes."""
     program = hlo.read(TPU, mesh.shape)
-    found = {c.kind: c for c in program.collectives}
-    assert len(program.collectives) == len(found) == 3
-    gather, permute = found["all-gather"], found["collective-permute"]
-    scatter = found["reduce-scatter"]
+    by_kind = {c.kind: c for c in program.collectives}
+    assert len(program.collectives) == len(by_kind) == 3
+    gather, permute = by_kind["all-gather"], by_kind["collective-permute"]
+    scatter = by_kind["reduce-scatter"]
     assert gather.times == 1 and gather.axes == ("fsdp",) and gather.sent == 2 * 64 * 2 * 3
     assert permute.times == 4 and permute.axes == ("data",) and permute.sent == 4 * 2 * 64 * 2
     assert scatter.axes == ("data", "fsdp") and scatter.sent == 64 * 16 * 4 * 7 / 8

@@ -18,8 +18,8 @@ from blip2_jax.planning import topology
     ],
 )
 def test_names_of_the_cloud(name, chip, shape, count):
-    found = topology.parse(name)
-    assert (found.chip.name, found.shape, found.num_slices) == (chip, shape, count)
+    tpu_slice = topology.parse(name)
+    assert (tpu_slice.chip.name, tpu_slice.shape, tpu_slice.num_slices) == (chip, shape, count)
 
 
 @pytest.mark.parametrize("name", ["v5e-48", "v7-8", "v5p-3", "h100-8", "v5e-4x4x4", "0xv5e-16", ""])

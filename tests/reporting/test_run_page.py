@@ -110,7 +110,7 @@ def test_a_full_page_shows_every_part_and_needs_no_network(tmp_path):
     scores = ("84.3%", "no image: 31.2%", "+53.1", "3.22", "ptb", "431.5")
     texts = ("In short.", "a red 8", "should be 3", "a map", "0.10.2", "Stage 2")
     for shown in (*scores, *texts, "3 min 44 s", "1 h 02 min"):
-        assert any(shown in found for found in page.texts), shown
+        assert any(shown in text for text in page.texts), shown
     assert "query_tokens: 32" in text and "No " not in " ".join(page.texts)
     assert page.tags.count("svg") == 2 and "script" not in page.tags
     assert "://" not in text and "@import" not in text
@@ -138,8 +138,8 @@ def test_a_part_left_out_is_said_and_the_others_stay(tmp_path, left_out):
     parts = full_parts()
     parts[left_out] = type(parts[left_out])()
     page = Page(write(tmp_path, **parts))
-    said = [text for text in page.texts if text.startswith("No ")]
-    assert len(said) == 1
+    absent = [text for text in page.texts if text.startswith("No ")]
+    assert len(absent) == 1
     assert ("84.3%" in page.texts) == (left_out != "metrics")
     assert ("svg" in page.tags) == (left_out != "curves")
 
@@ -176,14 +176,17 @@ def test_all_text_is_escaped(tmp_path):
 
 
 def test_baselines_are_found_by_name_and_retrieval_has_its_chance():
-    rows = scores.score_rows(full_parts()["metrics"])
+    shown_scores = scores.score_rows(full_parts()["metrics"])
     names = {"vqa/accuracy", "vqa/count", "caption/cider", "retrieval/text_to_image_r5"}
-    assert set(rows) == names
-    assert rows["vqa/accuracy"]["against"] == "no image" and rows["vqa/accuracy"]["better"]
-    assert rows["vqa/count"]["baseline"] is None
-    assert rows["caption/cider"]["gain"] == "\N{MINUS SIGN}0.78"
-    assert not rows["caption/cider"]["better"]
-    assert rows["retrieval/text_to_image_r5"]["baseline"] == "5.0%"
+    assert set(shown_scores) == names
+    assert (
+        shown_scores["vqa/accuracy"]["against"] == "no image"
+        and shown_scores["vqa/accuracy"]["better"]
+    )
+    assert shown_scores["vqa/count"]["baseline"] is None
+    assert shown_scores["caption/cider"]["gain"] == "\N{MINUS SIGN}0.78"
+    assert not shown_scores["caption/cider"]["better"]
+    assert shown_scores["retrieval/text_to_image_r5"]["baseline"] == "5.0%"
 
 
 def test_other_evaluations_have_the_first_score_of_each_task_on_top(tmp_path):

@@ -25,9 +25,9 @@ def processes(monkeypatch):
         def gather(value):
             table[here.index] = json.dumps(value)
             meeting.wait()
-            found = [json.loads(text) for text in table]
+            gathered = [json.loads(text) for text in table]
             meeting.wait()
-            return found
+            return gathered
 
         def one(index):
             here.index = index

@@ -59,8 +59,8 @@ def test_a_fresh_process_restores_every_bit(tmp_path, abstract, train_state):
         assert saver.save(7, train_state, extra)
     with Checkpointer(tmp_path) as reader:
         assert reader.latest_step == 7
-        restored, found = reader.restore(abstract, expect={"towers": {"vit": "0f"}})
-    assert found == extra
+        restored, document = reader.restore(abstract, expect={"towers": {"vit": "0f"}})
+    assert document == extra
     assert_same_bits(restored, train_state)
     assert restored["params"]["a"]["kernel"].sharding == abstract["params"]["a"]["kernel"].sharding
 

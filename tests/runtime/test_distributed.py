@@ -23,7 +23,7 @@ def test_one_machine_never_waits_for_others(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "environment, said",
+    "environment, message",
     [
         (
             {},
@@ -65,13 +65,13 @@ def test_one_machine_never_waits_for_others(monkeypatch):
         ),
     ],
 )
-def test_hosts_that_are_asked_for_and_not_named_are_one_message(monkeypatch, environment, said):
+def test_hosts_that_are_asked_for_and_not_named_are_one_message(monkeypatch, environment, message):
     for name in os.environ:
         if name.startswith(("SLURM_", "JAX_COORD", "JAX_NUM_P", "JAX_PROCESS", "OMPI_")):
             monkeypatch.delenv(name)
     for name, value in {distributed.ENABLE: "1", **environment}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         distributed.initialize()
     assert not jax.distributed.is_initialized()
 

@@ -27,12 +27,12 @@ def ragged_all_to_all(
     def all_of(x):
         return jax.lax.all_gather(x, axis_name)
 
-    operands, offsets, sizes, places = map(
+    operands, offsets, sizes, arrivals = map(
         all_of, (operand, input_offsets, send_sizes, output_offsets)
     )
     position = jnp.arange(len(output))
     for sender in range(len(operands)):
-        offset = position - places[sender, here]
+        offset = position - arrivals[sender, here]
         sent = operands[sender][jnp.clip(offsets[sender, here] + offset, 0, len(operand) - 1)]
         comes = (offset >= 0) & (offset < sizes[sender, here])
         output = jnp.where(comes.reshape(-1, *[1] * (output.ndim - 1)), sent, output)
@@ -67,22 +67,22 @@ def test_rows_taken_in_rounds_are_those_taken_at_once(sizes, rows_per_round):
     check(sizes, rows_per_round=rows_per_round)
 
 
-def check(sizes, **how):
+def check(sizes, **options):
     """Values bit for bit, and gradients."""
     mesh = mesh_lib.make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
-    place = mesh_lib.batch_sharding(mesh)
-    x = jax.device_put(RNG.normal(size=(ROWS, 5, 3)).astype(np.float32), place)
+    sharding = mesh_lib.batch_sharding(mesh)
+    x = jax.device_put(RNG.normal(size=(ROWS, 5, 3)).astype(np.float32), sharding)
     weights = RNG.normal(size=(ROWS, 5, 3)).astype(np.float32)
 
     @jax.jit
     def take(x, index):
-        return exchange.take_rows(x, index, mesh, **how)
+        return exchange.take_rows(x, index, mesh, **options)
 
     gradient = jax.jit(jax.grad(lambda x, index: (take(x, index) * weights).sum()))
     for index in WANTED.values():
-        index = jax.device_put(index.astype(np.int32), place)
+        index = jax.device_put(index.astype(np.int32), sharding)
         got = take(x, index)
-        assert got.sharding.is_equivalent_to(place, got.ndim)
+        assert got.sharding.is_equivalent_to(sharding, got.ndim)
         np.testing.assert_array_equal(got, np.asarray(x)[np.asarray(index)])
         want = np.zeros_like(weights)
         np.add.at(want, np.asarray(index), weights)
@@ -93,12 +93,12 @@ def check(sizes, **how):
 @pytest.mark.usefixtures("ragged")
 def test_gradients_of_a_row_that_many_want_add_up_in_float32():
     mesh = mesh_lib.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
-    place = mesh_lib.batch_sharding(mesh)
-    x = jax.device_put(RNG.normal(size=(ROWS, 4)), place).astype("bfloat16")
+    sharding = mesh_lib.batch_sharding(mesh)
+    x = jax.device_put(RNG.normal(size=(ROWS, 4)), sharding).astype("bfloat16")
     index = np.full(ROWS, 7, np.int32)
     got, back = jax.vjp(lambda x: exchange.take_rows(x, index, mesh), x)
     np.testing.assert_array_equal(got, np.asarray(x)[index])
-    small = jax.device_put(np.full((ROWS, 4), 1 / 256), place).astype("bfloat16")
+    small = jax.device_put(np.full((ROWS, 4), 1 / 256), sharding).astype("bfloat16")
     total = np.asarray(back(small.at[0].set(1.0))[0], np.float32)
     np.testing.assert_array_equal(total[7], np.float32(1 + 15 / 256).astype(small.dtype))
     assert not total[:7].any() and not total[8:].any()

@@ -23,20 +23,20 @@ def mesh():
 
 def test_a_batch_is_split_over_data_and_fsdp():
     mesh = mesh_lib.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    rows = np.arange(24).reshape(8, 3)
-    batch = mesh_lib.global_batch({"x": rows}, mesh, 8)
+    examples = np.arange(24).reshape(8, 3)
+    batch = mesh_lib.global_batch({"x": examples}, mesh, 8)
     assert batch["x"].sharding == mesh_lib.batch_sharding(mesh)
     assert {shard.data.shape for shard in batch["x"].addressable_shards} == {(2, 3)}
-    np.testing.assert_array_equal(batch["x"], rows)
+    np.testing.assert_array_equal(batch["x"], examples)
 
 
 def test_a_batch_is_the_same_whatever_the_order_of_the_devices():
-    rows = np.arange(24).reshape(8, 3)
+    examples = np.arange(24).reshape(8, 3)
     for order in (range(8), (0, 4, 1, 5, 2, 6, 3, 7), (7, 2, 5, 0, 1, 6, 3, 4)):
         devices = [jax.devices()[i] for i in order]
         mesh = mesh_lib.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, devices)
-        batch = mesh_lib.global_batch({"x": rows[mesh_lib.local_rows(mesh, 8)]}, mesh, 8)
-        np.testing.assert_array_equal(batch["x"], rows)
+        batch = mesh_lib.global_batch({"x": examples[mesh_lib.local_rows(mesh, 8)]}, mesh, 8)
+        np.testing.assert_array_equal(batch["x"], examples)
 
 
 def test_a_batch_that_does_not_divide_is_refused(mesh):

@@ -76,15 +76,17 @@ def test_other_processes_write_nothing(tmp_path):
 
 def tensorboard_scalars(folder):
     """Reads TFRecords: length u64, its checksum u32, the event, its checksum u32."""
-    found = []
+    scalars = []
     for path in folder.iterdir():
         data = path.read_bytes()
         while data:
             (size,) = struct.unpack("<Q", data[:8])
             event = Event.FromString(data[12 : 12 + size])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            scalars += [
+                (event.step, value.tag, value.simple_value) for value in event.summary.value
+            ]
             data = data[16 + size :]
-    return found
+    return scalars
 
 
 def test_tensorboard_shows_the_same_numbers(tmp_path):

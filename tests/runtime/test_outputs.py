@@ -53,9 +53,9 @@ def test_other_folders_files_and_the_working_folder_are_refused(tmp_path, monkey
     (tmp_path / "other").mkdir()
     (tmp_path / "other/model.safetensors").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for name, said in (("other", "model.safetensors"), ("file", "is a file")):
+    for name, message in (("other", "model.safetensors"), ("file", "is a file")):
         for overwrite in (False, True):
-            with pytest.raises(Taken, match=said):
+            with pytest.raises(Taken, match=message):
                 check_folder(tmp_path / name, overwrite=overwrite)
     (tmp_path / "inside").mkdir()
     monkeypatch.chdir(tmp_path / "inside")
@@ -113,8 +113,8 @@ with outputs.replacing_folder(folder, overwrite=True) as draft:
 def test_killed_at_any_moment_the_folder_is_the_old_or_the_new(moment, tmp_path):
     folder = tmp_path / "model"
     write(folder, "old")
-    words = [sys.executable, "-c", KILLED, str(folder), moment]
-    assert subprocess.run(words).returncode == -signal.SIGKILL
+    command = [sys.executable, "-c", KILLED, str(folder), moment]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
     texts = {text for name, text in content(folder).items() if name != outputs.RECEIPT}
     assert texts == ({"new"} if moment == "after the swap" else {"old"})
     assert len(list(tmp_path.iterdir())) == 2  # and what it left behind

@@ -55,16 +55,16 @@ def test_checkpoints_are_read_by_relative_paths_too(run, monkeypatch):
     assert "params/b" in checkpoint.saved_shapes("checkpoints/2")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {"b": jax.ShapeDtypeStruct((2,), jnp.float32, sharding=device)}
-    found = checkpoint.restore_params("checkpoints/2", abstract)
-    np.testing.assert_array_equal(found["b"], np.ones(2))
+    copied = checkpoint.restore_params("checkpoints/2", abstract)
+    np.testing.assert_array_equal(copied["b"], np.ones(2))
 
 
 def test_a_copied_checkpoint_stands_for_itself(run, tmp_path):
     kept = shutil.copytree(run / "checkpoints" / "2", tmp_path / "best")
-    original, found = run_dir.find(run / "checkpoints" / "2"), run_dir.find(kept)
-    assert (found.step, found.steps, found.workdir) == (2, 6, None)
-    assert found.stamp == original.stamp != run_dir.find(run).stamp
-    assert (original.name, found.name) == ("mine@2", "best@2")
+    original, copied = run_dir.find(run / "checkpoints" / "2"), run_dir.find(kept)
+    assert (copied.step, copied.steps, copied.workdir) == (2, 6, None)
+    assert copied.stamp == original.stamp != run_dir.find(run).stamp
+    assert (original.name, copied.name) == ("mine@2", "best@2")
 
 
 def test_what_a_run_is_saving_meanwhile_is_neither_read_nor_touched(run):

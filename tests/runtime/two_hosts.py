@@ -53,7 +53,7 @@ def main(workdir: Path) -> None:
             alone["met"] += 1
         except distributed.Stopped:
             alone["stopped"] = True
-    found = {
+    results = {
         "alone": alone,
         "index": distributed.process_index(),
         "extra": extra,
@@ -61,7 +61,7 @@ def main(workdir: Path) -> None:
         "stopped_at": step,
         "told_to_stop": preemption.requested,
     }
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

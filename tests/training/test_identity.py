@@ -79,7 +79,7 @@ def test_steps_may_become_more():
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("config.data.mixture.web.weight", "mixture.web.weight: 1.0 saved"),
         ("data.web.digest", "data.web.digest: '01' saved.*config.data leads to other records"),
@@ -90,9 +90,9 @@ def test_steps_may_become_more():
         ("config.evals.coco.data.split", "config.evals.coco.data.split: 'val' saved"),
     ],
 )
-def test_contents_are_not_free_and_named(path, said):
+def test_contents_are_not_free_and_named(path, message):
     (line,) = run_differences(SAVED, changed(path, "other"))
-    assert re.search(said, line), line
+    assert re.search(message, line), line
 
 
 def test_a_start_may_move_but_not_change(tmp_path):

@@ -19,8 +19,8 @@ def test_every_part_and_every_trained_array_has_a_row(stage):
         assert any(line[1:7:2] == [part, "trained", f"{count:,}"] for line in lines), part
     for part in run.abstract_frozen:
         assert any(line[1:4:2] == [part, "frozen"] and "0123456789abcdef" in line for line in lines)
-    rows = [line for line in lines if "float32" in line]
-    assert len(rows) == len(jax.tree.leaves(trained))
-    assert any(line[1] == "query_tokens" and "(None," in line for line in rows)
+    arrays = [line for line in lines if "float32" in line]
+    assert len(arrays) == len(jax.tree.leaves(trained))
+    assert any(line[1] == "query_tokens" and "(None," in line for line in arrays)
     assert "2.50 GFLOPs an example" in text
     assert ("prompt" in text) == (stage == "stage2")
