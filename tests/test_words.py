@@ -130,6 +130,15 @@ def test_files_and_functions_are_short(file):
             )
 
 
+def test_functions_are_defined_with_def():
+    """A lambda with a name is ruff's E731, and nothing silences it."""
+    silenced = "noqa: E" + "731"
+    for folder in ("blip2_jax", "configs", "launch", "tests"):
+        for file in (ROOT.parent / folder).rglob("*.py"):
+            if "inference" not in file.parts:  # being renamed, see PENDING
+                assert silenced not in file.read_text(), file
+
+
 def test_the_words_are_found():
     source = "def f(how, most_x):\n  rows = [0 for found in how]\nclass Memory:\n  rows: int\n"
     names = list(definitions(ast.parse(source)))
