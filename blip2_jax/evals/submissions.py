@@ -32,8 +32,8 @@ def official_ids(ids: Iterable[Hashable]) -> dict[Any, Any]:
     ids = list(ids)
     numbers = []
     for key in ids:
-        found = re.findall(r"\d+", Path(str(key)).stem)
-        numbers.append(int(found[-1]) if found else None)
+        digits = re.findall(r"\d+", Path(str(key)).stem)
+        numbers.append(int(digits[-1]) if digits else None)
     if None in numbers or len(set(numbers)) < len(ids):
         return {key: key for key in ids}
     return dict(zip(ids, numbers, strict=True))
@@ -42,8 +42,8 @@ def official_ids(ids: Iterable[Hashable]) -> dict[Any, Any]:
 def write(path: Path, kind: str, predictions: Mapping[Any, str]) -> None:
     """Writes texts by official id; `kind` is one of `FIELDS`."""
     key, value = FIELDS[kind]
-    rows = [{key: number, value: text} for number, text in predictions.items()]
-    atomic.write_json(path, rows, indent=0)
+    entries = [{key: number, value: text} for number, text in predictions.items()]
+    atomic.write_json(path, entries, indent=0)
 
 
 def read(path: Path, kind: str) -> dict[Any, str]:
@@ -55,18 +55,18 @@ def read(path: Path, kind: str) -> dict[Any, str]:
     key, value = FIELDS[kind]
     wanted = f'a list of {{"{key}": ..., "{value}": text}}'
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"There is no file {path}.") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}. Wanted is {wanted}.") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds a {type(rows).__name__}; wanted is {wanted}.")
-    found: dict[Any, str] = {}
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict) or key not in row or not isinstance(row.get(value), str):
-            raise ValueError(f"{path}, entry {number} is {str(row)[:80]}; wanted is {wanted}.")
-        if row[key] in found:
-            raise ValueError(f"{path} has {key} {row[key]!r} twice.")
-        found[row[key]] = row[value]
-    return found
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} holds a {type(entries).__name__}; wanted is {wanted}.")
+    predictions: dict[Any, str] = {}
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or key not in entry or not isinstance(entry.get(value), str):
+            raise ValueError(f"{path}, entry {number} is {str(entry)[:80]}; wanted is {wanted}.")
+        if entry[key] in predictions:
+            raise ValueError(f"{path} has {key} {entry[key]!r} twice.")
+        predictions[entry[key]] = entry[value]
+    return predictions

@@ -4,9 +4,9 @@ BLIP-2's published protocol (section 4.4 and its released code): the contrastive
 of all pairs picks k candidates per query, ITM reads each candidate pair jointly, and the final
 score is ITM logit + ITC cosine; all pairs that are no candidates share the last place.
 
-Images may be shared out over processes: each gives the rows of its own images, and a `gather`
-that stacks an array of all processes. Ties count against the model: a wrong candidate with the
-same score stands in front. A rank is the number of wrong candidates in front.
+The images may be divided over processes: each passes the scores of its own images, and a `gather`
+that stacks an array of all processes. A rank is the number of wrong candidates whose score is at
+least that of the right one: ties count against the model.
 """
 
 from collections.abc import Callable
@@ -33,8 +33,8 @@ def recalls(image_ranks: np.ndarray, text_ranks: np.ndarray) -> dict[str, float]
       "candidates": number of images, "candidate_texts": number of texts}.
     """
     ways = {"image_to_text": image_ranks, "text_to_image": text_ranks}
-    found = {f"{way}_r{k}": float(np.mean(rank < k)) for way, rank in ways.items() for k in RANKS}
-    return found | {"candidates": len(image_ranks), "candidate_texts": len(text_ranks)}
+    scores = {f"{way}_r{k}": float(np.mean(rank < k)) for way, rank in ways.items() for k in RANKS}
+    return scores | {"candidates": len(image_ranks), "candidate_texts": len(text_ranks)}
 
 
 def check_owner(owner: np.ndarray, images: int) -> np.ndarray:
@@ -62,13 +62,13 @@ def check_owner(owner: np.ndarray, images: int) -> np.ndarray:
 
 
 def ranks(
-    scores: np.ndarray, rows: np.ndarray, owner: np.ndarray, gather: Gather = alone
+    scores: np.ndarray, image_numbers: np.ndarray, owner: np.ndarray, gather: Gather = alone
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ranks both ways of all pairs' scores; an image's best ranked text counts.
 
     Args:
       scores: float[n, M], of this process's images with all texts; higher is more alike.
-      rows: int[n], the numbers of these images.
+      image_numbers: int[n], of these images.
       owner: int[M], the image that each text belongs to.
       gather: see the module's text.
 
@@ -76,15 +76,16 @@ def ranks(
       int[n], of these images; int[M], of all texts.
     """
     _check(scores, "scores")
-    image_ranks = np.array([_rank(s, owner == row) for s, row in zip(scores, rows, strict=True)])
+    by_image = list(zip(scores, image_numbers, strict=True))
+    image_ranks = np.array([_rank(s, owner == image) for s, image in by_image])
     # What each text scores with its own image, which one of the processes holds.
     own = np.full(len(owner), -np.inf, np.float32)
-    for s, row in zip(scores, rows, strict=True):
-        own[owner == row] = s[owner == row]
+    for s, image in by_image:
+        own[owner == image] = s[owner == image]
     own = gather(own).max(axis=0)
     wrong = np.zeros(len(owner), np.int64)
-    for s, row in zip(scores, rows, strict=True):
-        wrong += (s >= own) & (owner != row)
+    for s, image in by_image:
+        wrong += (s >= own) & (owner != image)
     return image_ranks.astype(np.int64), gather(wrong).sum(axis=0)
 
 
@@ -101,19 +102,19 @@ def _check(scores: np.ndarray, name: str) -> None:
 
 
 def candidates(
-    itc: np.ndarray, rows: np.ndarray, k: int, gather: Gather = alone
+    itc: np.ndarray, image_numbers: np.ndarray, k: int, gather: Gather = alone
 ) -> tuple[np.ndarray, np.ndarray]:
     """The pairs that ITM is to read: candidates of an image, of a text, or of both; each once.
 
     Args:
       itc: float[n, M], cosines of this process's images with all texts.
-      rows: int[n], the numbers of these images, ascending.
+      image_numbers: int[n], of these images, ascending.
       k: candidates per query; more than there are means all. Among equals the first ones.
       gather: see the module's text.
 
     Returns:
-      Index into `rows` and number of the text, int[P] each, of the pairs of these images, in
-      their order.
+      Index into `image_numbers` and number of the text, int[P] each, of the pairs of these images,
+      in their order.
     """
     _check(itc, "itc")
     if k < 1:
@@ -122,20 +123,21 @@ def candidates(
     for scores, marks in zip(itc, wanted, strict=True):
         marks[_best(scores, k)] = True
     # Of each text the best images here, then the best of all processes' best.
-    texts, most = itc.shape[1], int(gather(np.array(len(rows))).max())
-    best = np.full((texts, min(k, most)), -np.inf, np.float32)
-    image = np.full(best.shape, np.iinfo(np.int32).max, np.int32)
+    texts, max_images = itc.shape[1], int(gather(np.array(len(image_numbers))).max())
+    best = np.full((texts, min(k, max_images)), -np.inf, np.float32)
+    image_of_best = np.full(best.shape, np.iinfo(np.int32).max, np.int32)
     for text in range(texts):
-        here = _best(itc[:, text], k)
-        best[text, : len(here)], image[text, : len(here)] = itc[here, text], rows[here]
+        index = _best(itc[:, text], k)
+        best[text, : len(index)] = itc[index, text]
+        image_of_best[text, : len(index)] = image_numbers[index]
     best = np.concatenate(list(gather(best)), axis=1)
-    image = np.concatenate(list(gather(image)), axis=1)
-    place = {int(row): i for i, row in enumerate(rows)}
+    image_of_best = np.concatenate(list(gather(image_of_best)), axis=1)
+    index_of = {int(image): i for i, image in enumerate(image_numbers)}
     for text in range(texts):
-        for column in np.lexsort((image[text], -best[text]))[:k]:
-            at = place.get(int(image[text, column]))
-            if at is not None:
-                wanted[at, text] = True
+        for column in np.lexsort((image_of_best[text], -best[text]))[:k]:
+            i = index_of.get(int(image_of_best[text, column]))
+            if i is not None:
+                wanted[i, text] = True
     image_index, text_index = np.nonzero(wanted)
     return image_index, text_index
 

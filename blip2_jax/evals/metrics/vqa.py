@@ -87,8 +87,8 @@ def normalize_punctuation(text: str) -> str:
 
 def normalize_words(text: str) -> str:
     """Lower case, number words to digits, no articles, apostrophes back into contractions."""
-    words = (_NUMBERS.get(word, word) for word in text.lower().split())
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    tokens = (_NUMBERS.get(token, token) for token in text.lower().split())
+    return " ".join(CONTRACTIONS.get(token, token) for token in tokens if token not in _ARTICLES)
 
 
 def normalize_answer(text: str) -> str:
@@ -209,19 +209,21 @@ def _check_questions(
 ) -> None:
     ids = [question["id"] for question in questions]
     check_ids(predictions, ids, "questions")
-    most, times = Counter(ids).most_common(1)[0]
+    repeated, times = Counter(ids).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"Question id {most!r} occurs {times} times: ids must be unique.")
+        raise ValueError(f"Question id {repeated!r} occurs {times} times: ids must be unique.")
 
 
 def _by_type(
     scores: Mapping[Any, float], questions: Sequence[Mapping[str, Any]]
 ) -> dict[str, float]:
-    types = defaultdict(list)
+    by_type = defaultdict(list)
     for question in questions:
         if question.get("type") is not None:
-            types[question["type"]].append(scores[question["id"]])
-    if "accuracy" in types:
+            by_type[question["type"]].append(scores[question["id"]])
+    if "accuracy" in by_type:
         raise ValueError('A question type is called "accuracy", the name of the mean: rename it.')
     overall = {"accuracy": sum(scores.values()) / len(scores)}
-    return overall | {name: sum(some) / len(some) for name, some in sorted(types.items())}
+    return overall | {
+        name: sum(of_type) / len(of_type) for name, of_type in sorted(by_type.items())
+    }

@@ -63,12 +63,12 @@ def bleu(predictions, references, most):
     for n in range(1, most + 1):
         right = guessed = 0
         for key, refs in references.items():
-            found = ngrams(predictions[key], n)
+            predicted = ngrams(predictions[key], n)
             allowed = Counter()
             for ref in refs:
                 allowed |= ngrams(ref, n)
-            right += (found & allowed).total()
-            guessed += found.total()
+            right += (predicted & allowed).total()
+            guessed += predicted.total()
         logs += math.log(right / guessed) / most
     length = sum(len(text.split()) for text in predictions.values())
     closest = sum(
@@ -144,8 +144,8 @@ def test_fallback_cuts_as_the_penn_treebank_does(text):
 @pytest.mark.integration
 @needs_java
 def test_java_cuts_as_the_penn_treebank_does():
-    found = captioning.tokenize(list(PENN_TREEBANK), tokenizer="ptb")
-    assert found == (list(PENN_TREEBANK.values()), "ptb")
+    tokenized = captioning.tokenize(list(PENN_TREEBANK), tokenizer="ptb")
+    assert tokenized == (list(PENN_TREEBANK.values()), "ptb")
 
 
 def test_without_java_the_result_says_fallback(monkeypatch):

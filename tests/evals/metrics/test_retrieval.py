@@ -8,17 +8,17 @@ from blip2_jax.evals.metrics import retrieval
 
 def slow_recalls(scores, owner, scores_t2i=None):
     """Ranks by sorting, with every right candidate behind the wrong ones of equal score."""
-    found = {}
+    recalls = {}
     scores_t2i = scores.T if scores_t2i is None else scores_t2i
     for way, matrix in (("image_to_text", scores), ("text_to_image", scores_t2i)):
-        places = []
+        ranks = []
         for q, row in enumerate(matrix):
             right = owner == q if way == "image_to_text" else np.arange(len(row)) == owner[q]
             order = sorted(range(len(row)), key=lambda c: (-row[c], right[c]))
-            places.append(min(place for place, c in enumerate(order) if right[c]))
+            ranks.append(min(rank for rank, c in enumerate(order) if right[c]))
         for k in (1, 5, 10):
-            found[f"{way}_r{k}"] = np.mean([place < k for place in places])
-    return found
+            recalls[f"{way}_r{k}"] = np.mean([rank < k for rank in ranks])
+    return recalls
 
 
 def slow_rerank(itc, logits, k):
@@ -40,7 +40,7 @@ def make_owner(rng, images, texts):
 
 
 def shared(function, parts, itc):
-    """Calls `function(itc, rows, gather)` for every process, in lockstep like processes."""
+    """Calls `function(itc, image_numbers, gather)` for every process, all in step."""
     import threading
 
     count = len(parts)
@@ -73,12 +73,12 @@ def test_recall_equals_sorting_with_ties_and_several_texts(levels, processes):
     scores = (rng.integers(levels, size=(15, 40)) / levels).astype(np.float32)
     scores[owner, np.arange(40)] += 0.3
     parts = [np.arange(15)[i::processes] for i in range(processes)]
-    found = shared(lambda s, rows, g: retrieval.ranks(s, rows, owner, g), parts, scores)
+    ranks = shared(lambda s, numbers, g: retrieval.ranks(s, numbers, owner, g), parts, scores)
     image_ranks = np.empty(15, int)
-    for part, (some, text_ranks) in zip(parts, found, strict=True):
-        image_ranks[part] = some
-        np.testing.assert_array_equal(text_ranks, found[0][1])
-    metrics = retrieval.recalls(image_ranks, found[0][1])
+    for part, (part_ranks, text_ranks) in zip(parts, ranks, strict=True):
+        image_ranks[part] = part_ranks
+        np.testing.assert_array_equal(text_ranks, ranks[0][1])
+    metrics = retrieval.recalls(image_ranks, ranks[0][1])
     assert metrics.pop("candidates") == 15 and metrics.pop("candidate_texts") == 40
     assert metrics == pytest.approx(slow_recalls(scores, owner))
 
@@ -105,9 +105,9 @@ def test_reranking_equals_the_published_one(k, processes):
     itc = rng.choice(rng.random(30), size=(images, texts)).astype(np.float32)  # with ties
     logits = rng.normal(size=itc.shape).astype(np.float32) * 0.3  # neither outweighs the other
     parts = [np.arange(images)[i::processes] for i in range(processes)]
-    found = shared(lambda s, rows, g: retrieval.candidates(s, rows, k, g), parts, itc)
-    image = np.concatenate([part[at] for part, (at, _) in zip(parts, found, strict=True)])
-    text = np.concatenate([text for _, text in found])
+    pairs = shared(lambda s, numbers, g: retrieval.candidates(s, numbers, k, g), parts, itc)
+    image = np.concatenate([part[index] for part, (index, _) in zip(parts, pairs, strict=True)])
+    text = np.concatenate([text for _, text in pairs])
     assert len(set(zip(image.tolist(), text.tolist(), strict=True))) == len(image)  # each once
 
     i2t, t2i = slow_rerank(itc, logits, k)
@@ -115,8 +115,8 @@ def test_reranking_equals_the_published_one(k, processes):
     assert set(zip(*map(np.ndarray.tolist, wanted), strict=True)) == set(
         zip(image.tolist(), text.tolist(), strict=True)
     )
-    some = itc[image, text], logits[image, text]
-    metrics = retrieval.recalls(*retrieval.reranked(image, text, *some, owner, images, k))
+    scores = itc[image, text], logits[image, text]
+    metrics = retrieval.recalls(*retrieval.reranked(image, text, *scores, owner, images, k))
     expected = slow_recalls(i2t, owner, t2i)
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
@@ -136,12 +136,12 @@ def test_texts_that_belong_nowhere_are_named(owner, message):
 
 
 def test_bad_scores_are_named():
-    rows = np.arange(2)
+    numbers = np.arange(2)
     with pytest.raises(ValueError, match="1 entries that are NaN"):
-        retrieval.ranks(np.array([[np.nan, 1.0], [0, 0]]), rows, rows)
+        retrieval.ranks(np.array([[np.nan, 1.0], [0, 0]]), numbers, numbers)
     with pytest.raises(ValueError, match="non-empty matrix"):
-        retrieval.candidates(np.zeros((2, 0)), rows, 2)
+        retrieval.candidates(np.zeros((2, 0)), numbers, 2)
     with pytest.raises(ValueError, match="k must be at least 1"):
-        retrieval.candidates(np.eye(2), rows, 0)
+        retrieval.candidates(np.eye(2), numbers, 0)
     with pytest.raises(ValueError, match="logits are NaN"):
-        retrieval.reranked(rows, rows, np.ones(2), np.full(2, np.nan), rows, 2, 1)
+        retrieval.reranked(numbers, numbers, np.ones(2), np.full(2, np.nan), numbers, 2, 1)
