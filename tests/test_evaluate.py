@@ -21,7 +21,7 @@ import blip2_jax
 import tests.data.made as made
 from blip2_jax import cli, evaluate
 from blip2_jax.data.eval_dataset import EvalDataset
-from blip2_jax.evals import submissions, tasks
+from blip2_jax.evals import evaluator, submissions, tasks
 from blip2_jax.evals.metrics import vqa
 from blip2_jax.evals.predictions import Predictions
 from blip2_jax.inference.decode import Decoding
@@ -473,6 +473,17 @@ def test_ranking_takes_the_likeliest_candidate(tmp_path, models):
         assert "1 x not JSON" in metrics["left_out"]["choices/records"]
         hits = [answer == "seven" for answer in predicted.values()]
         assert metrics["choices/accuracy"] == pytest.approx(np.mean(hits))
+
+
+def test_saved_predictions_are_scored_without_a_model(tmp_path, models, pairs):
+    file = config(tmp_path, two_tasks(tmp_path, models))
+    metrics = run(file, tmp_path / "out")
+    for task in evaluator.open_tasks(cli.load_config(file).tasks, threads=1):
+        lines = (tmp_path / "out" / "predictions" / f"{task.name}.0.jsonl").read_text().splitlines()
+        predictions = {p["record"]: p for p in map(json.loads, lines[1:])}
+        scores, _ = task.score(predictions)
+        assert len(scores) > 3
+        assert scores == {n: x for n, x in metrics.items() if n.startswith(f"{task.name}/")}
 
 
 # ---------------------------------------------------------------------------- kill and resume

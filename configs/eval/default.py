@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     config.threads = 16  # that read and decode images, on one host
 
     config.tasks = ConfigDict()  # by name; see `task` below
-    # Pictures with attention maps on the page, and of what model they are made: the last task's.
+    # Images with attention maps on the page; the maps are those of the last task's model.
     config.report = ConfigDict({"attention": 4})
     # What was published for this model: the table of the paper, its row, the scores in its scale
     # (by the names that metrics have here), and where the weights are public ("": nowhere).
