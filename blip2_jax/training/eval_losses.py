@@ -1,6 +1,6 @@
 """The stage's metrics on the config's evaluation split."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax
@@ -83,11 +83,11 @@ class EvalLosses:
                 placed = mesh.global_batch(batch, run.mesh, size)
                 values = run.eval_step(params, frozen, placed)
                 names = list(values)
-                update = _collection(values)
+                update = averages_of(values)
                 averages = update if averages is None else averages.merge(update)
             batches.count_skipped(distributed.gather)
-        computed = {} if averages is None else averages.compute()
-        return {f"eval/{name}": computed[_field(name)] for name in names}
+        computed = {} if averages is None else named(averages, names)
+        return {f"eval/{name}": value for name, value in computed.items()}
 
 
 def _field(name: str) -> str:
@@ -95,8 +95,15 @@ def _field(name: str) -> str:
     return name.replace("/", "__")
 
 
-def _collection(values: dict[str, Any]) -> clu_metrics.Collection:
+def averages_of(values: dict[str, Any]) -> clu_metrics.Collection:
+    """The averages of one batch's metrics; of several batches, merge them."""
     averages = {
         _field(name): BatchAverage.from_model_output(value) for name, value in values.items()
     }
     return clu_metrics.Collection.create_collection(**averages)
+
+
+def named(averages: clu_metrics.Collection, names: Sequence[str]) -> dict[str, float]:
+    """The means of the metrics of these names."""
+    computed = averages.compute()
+    return {name: computed[_field(name)] for name in names}
