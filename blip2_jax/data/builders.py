@@ -32,7 +32,7 @@ class ImageText(tfds.core.GeneratorBasedBuilder):
       splits: which to build.
       images: folder of the images that lists name; "": see `datasets.open_dataset`.
       form: of lists: a record an "image", a "caption" or a "question".
-      columns: of lists: which columns hold what; see `fields.Columns`.
+      columns: of lists: which columns hold what; see `columns.Columns`.
       shorter_side: pixels that larger images are made smaller to; 0: bytes stay as they are.
       alpha_background: see `transforms.to_rgb`; of images that are made smaller.
       beam: whether Beam makes the records.

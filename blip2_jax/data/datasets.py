@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from blip2_jax.data import containers, fields, files, layouts, lists, sources
+from blip2_jax.data.columns import Columns
 from blip2_jax.data.containers import Line, Row
 from blip2_jax.data.faults import RecordError
 
@@ -52,7 +53,7 @@ def open_dataset(
         out: "val" of the VQA sets is val2014, "train" of COCO's own files the year that is there.
       images: folder of the images; "": found below `folder`.
       form: a record an "image", a "caption" or a "question".
-      columns: which columns hold what, if not the usual ones; see `fields.Columns`.
+      columns: which columns hold what, if not the usual ones; see `columns.Columns`.
 
     Raises:
       ValueError: the files are not there; says which.
@@ -62,7 +63,7 @@ def open_dataset(
     path = find(name, folder, split)
     if path.endswith(".tar"):
         return sources.open_files(path.rsplit("/", 1)[0])
-    names = fields.Columns(columns)
+    names = Columns(columns)
     lines = lines_of(name, path, names)
     first = list(itertools.islice(lines, LOOKED_AT))
     lines = itertools.chain(first, lines)
@@ -118,7 +119,7 @@ def find(name: str, folder: str, split: str) -> str:
 
 
 def _locate(
-    places: list[str], prefix: str, first: list[Line], columns: fields.Columns
+    places: list[str], prefix: str, first: list[Line], columns: Columns
 ) -> tuple[str, str] | None:
     """The folder that the images of the first rows, or some of them, are in, and whether their
     names need the prefix there; None if they are in none of the places."""
@@ -131,7 +132,7 @@ def _locate(
     return None
 
 
-def lines_of(name: str, path: str, columns: fields.Columns) -> Iterator[Line]:
+def lines_of(name: str, path: str, columns: Columns) -> Iterator[Line]:
     """The rows of a data set's file, in the owners' form or in LAVIS's."""
     file = path.rsplit("/", 1)[-1]
     if file.endswith(".token"):
@@ -145,7 +146,7 @@ def lines_of(name: str, path: str, columns: fields.Columns) -> Iterator[Line]:
     return layouts.read(path, columns).lines
 
 
-def _prefixed(lines: Iterator[Line], prefix: str, columns: fields.Columns) -> Iterator[Line]:
+def _prefixed(lines: Iterator[Line], prefix: str, columns: Columns) -> Iterator[Line]:
     """Rows whose images' names begin in another folder."""
     for line in lines:
         name = columns.get(line.row, "image") if isinstance(line.row, dict) else None
@@ -179,7 +180,7 @@ def _vqa_lines(path: str) -> Iterator[Line]:
     return layouts.joined_questions(_entries(path, "questions"), annotations, path, other, image)
 
 
-def _gqa_lines(path: str, columns: fields.Columns) -> Iterator[Line]:
+def _gqa_lines(path: str, columns: Columns) -> Iterator[Line]:
     """GQA: one file, or the ten of train_all."""
     head, is_part, _ = path.rpartition("_0.json")
     for part in files.matches(f"{head}_*.json") if is_part else [path]:

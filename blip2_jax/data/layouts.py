@@ -7,7 +7,7 @@ TextVQA's; GQA's dict. An entry that does not fit its layout is a RecordError in
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from blip2_jax.data import containers, files
+from blip2_jax.data import arrow, containers, delimited, files
 from blip2_jax.data.containers import Contents, Line, Row
 from blip2_jax.data.faults import RecordError
 from blip2_jax.data.fields import Columns, identity_of, is_missing, listed
@@ -26,7 +26,11 @@ def read(path: str, columns: Columns) -> Contents:
         raise ValueError(f"{path}: lists end in {', '.join(containers.SUFFIXES)}.")
     if kind in (".json", ".jsonl", ".ndjson"):
         return Contents([], rows(containers.document(path), path, columns))
-    return containers.table(path, columns.known, columns.is_image)
+    if kind == ".parquet":
+        return arrow.read_parquet(path, columns.known, columns.is_image)
+    if kind in (".arrow", ".feather"):
+        return arrow.read_arrow(path, columns.known, columns.is_image)
+    return delimited.read(path, columns.known, columns.is_image)
 
 
 def rows(document: Any, path: str, columns: Columns) -> Iterator[Line]:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from blip2_jax.data import containers, fields, files, layouts
+from blip2_jax.data import arrow, containers, fields, files, layouts
+from blip2_jax.data.columns import Columns
 from blip2_jax.data.containers import IMAGE_SUFFIXES, Contents, Line, Row, StoredImage
 from blip2_jax.data.faults import RecordError, Skipped
 from blip2_jax.data.folders import same_split
@@ -119,7 +120,7 @@ class ListSource:
         "restval", as in the papers. "": all.
       form: "image": a record an image, with all its captions and questions; "caption": a record
         a caption, as LAVIS trains on COCO; "question": a record a question.
-      columns: which columns hold what, where their names are not known; see `fields.Columns`.
+      columns: which columns hold what, where their names are not known; see `columns.Columns`.
 
     Attributes:
       faults: rows that were left out, by reason.
@@ -142,14 +143,14 @@ class ListSource:
     ):
         if form not in FORMS:
             raise ValueError(f"form is {form!r}; known: {', '.join(FORMS)}.")
-        self.columns = fields.Columns(columns)
+        self.columns = Columns(columns)
         self.images = images
         self.faults, self.notes = Skipped(), Skipped()
         self._split, self._splits = split.strip().lower(), set[str]()
         self._read = self._other = 0
         self._folders: list[str] = []  # of the lists
         self._files: list[str] = []  # that hold images themselves
-        self._stored = containers.StoredImages()
+        self._stored = arrow.StoredImages()
         self.name = images
         self._by_image: dict[Any, Row] = {}
         self._asked: set[str] = set()

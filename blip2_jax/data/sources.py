@@ -39,7 +39,7 @@ def open_files(
       images: folder of the images that lists name; "": the list's own.
       split: of a prepared folder, of a folder with a list a split, or of a list that holds several.
       form: of lists: a record an "image" or a "caption".
-      columns: of lists: which column holds what; see `fields.Columns`.
+      columns: of lists: which column holds what; see `columns.Columns`.
       index_folder: where indexes of tars are kept; see `tars.TarSource`.
 
     Raises:

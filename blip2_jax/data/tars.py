@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from blip2_jax.data import fields, files, folders, lists
+from blip2_jax.data.columns import Columns
 from blip2_jax.data.containers import IMAGE_SUFFIXES
 from blip2_jax.data.faults import RecordError, Skipped
 from blip2_jax.runtime import digest
@@ -31,7 +32,7 @@ PART_OF = {
     **dict.fromkeys(folders.TEXTS, "text"),
     "json": "meta",
 }
-COLUMNS = fields.Columns()
+COLUMNS = Columns()
 BLOCK = 512  # bytes; headers and contents of a tar begin at multiples of it
 MAX_BETWEEN = 1 << 18  # bytes of other members that are read along rather than stepped over
 FORMAT = 3  # of the index; another number here makes all of them anew

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import tests.data.made as made
-from blip2_jax.data import datasets, fields, folders, lists, sources
+from blip2_jax.data import datasets, folders, lists, sources
+from blip2_jax.data.columns import Columns, is_missing
 from blip2_jax.data.faults import RecordError
 
 
@@ -637,8 +638,8 @@ def test_other_names_for_splits():
 
 
 def test_names_are_told_apart_by_nothing_but_case_and_spaces():
-    columns = fields.Columns()
+    columns = Columns()
     for name in ("Image Path", "image-path", " IMAGE_PATH ", "imagepath"):
         assert columns.is_image(name) and columns.known(name)
     assert not columns.known("imagepathology")
-    assert np.isnan(float("nan")) and fields.is_missing(np.float64("nan"))
+    assert np.isnan(float("nan")) and is_missing(np.float64("nan"))
