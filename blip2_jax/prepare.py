@@ -42,9 +42,10 @@ from typing import Any
 import numpy as np
 
 from blip2_jax import cli
-from blip2_jax.data import datasets, files, shards, sources, tars, transforms
+from blip2_jax.data import datasets, files, lists, shards, sources, tars, transforms
 from blip2_jax.data.faults import Skipped
 from blip2_jax.data.prepared import PREPARED, read_json
+from blip2_jax.data.source import Source
 from blip2_jax.reporting import dataset_card
 from blip2_jax.runtime.outputs import Own
 
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
 # ----------------------------------------------------------------------------- image-text pairs
 
 
-def open_source(args: argparse.Namespace) -> Any:
+def open_source(args: argparse.Namespace) -> Source:
     """The source that the flags name."""
     if not args.dir:
         raise ValueError(f"--source={args.source} needs --dir.")
@@ -199,13 +200,13 @@ def prepare_pairs(args: argparse.Namespace) -> int:
     summary |= {
         "settings": settings,
         "seconds": seconds,
-        "image_numbers": getattr(source, "image_numbers", len(source)),
+        "image_numbers": source.image_numbers,
     }
     _finish(plan, done.get("splits", {}), summary)
     return 0
 
 
-def make_plan(args: argparse.Namespace, source: Any) -> shards.Plan:
+def make_plan(args: argparse.Namespace, source: Source) -> shards.Plan:
     """Which shard holds what; keys that occur in several archives are found here."""
     repeated: frozenset[int] = frozenset()
     if isinstance(source, tars.TarSource):
@@ -274,15 +275,15 @@ def _finish(plan: shards.Plan, splits: dict[str, Any], summary: dict[str, Any]) 
     files.write(files.join(plan.out, PREPARED), done.encode())
 
 
-def _print_rows(source: Any) -> None:
+def _print_rows(source: Source) -> None:
     """What became of the rows of lists; each was used or left out."""
-    rows = getattr(source, "rows", None)
-    if rows is None:
+    if not isinstance(source, lists.ListSource):
         return
-    others = f" (and {rows.other_splits:,} of other splits)" if rows.other_splits else ""
+    counts = source.counts
+    others = f" (and {counts.other_splits:,} of other splits)" if counts.other_splits else ""
     print(
-        f"{source.name}: {rows.read:,} rows read{others} = {rows.used:,} used + {rows.skipped:,} "
-        f"skipped; the used ones make {len(source):,} records."
+        f"{source.name}: {counts.read:,} rows read{others} = {counts.used:,} used + "
+        f"{counts.skipped:,} skipped; the used ones make {len(source):,} records."
     )
     if source.notes.count:
         print(f"Left out of rows that are used:\n{source.notes.text()}")

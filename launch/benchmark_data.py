@@ -241,14 +241,14 @@ def our_batches(folder: str, *, resize: str, threads: int):
     """The package's loader, with images alone."""
     import grain
 
-    from blip2_jax.data import loader, sources, transforms
+    from blip2_jax.data import loader, reader, sources, transforms
 
     source = sources.open_files(f"{folder}/list.json")
 
     def example(record, index, rng):
         return {"image": transforms.train_image(record["image"], SIDE, rng, resize=resize)}
 
-    read = loader.Reader(source, example)
+    read = reader.Reader(source, example)
     order = grain.MapDataset.range(len(source)).seed(0).shuffle().repeat()
     dataset = loader.rows_of_batches(order.random_map(read), BATCH)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blip2_jax import cli, plan, recipe
-from blip2_jax.data import loader
+from blip2_jax.data import sources
 from blip2_jax.data.examples import make_example
 from blip2_jax.digits import dataset
 from blip2_jax.planning import topology
@@ -40,7 +40,7 @@ def test_the_planned_batch_is_the_loaders(stage):
     config = digits(stage)
     run = recipe.build(config, recipe.meshes.make_mesh(config.mesh, jax.devices()[:1]))
     if stage == "lm_easy":
-        record = loader.make_source(config, config.data.split)[0]
+        record = sources.make_source(config, config.data.split)[0]
     else:
         record = dataset.record(0, "train", 0)
         record["image"] = record["image"].getvalue()

@@ -14,7 +14,7 @@ from PIL import Image
 
 import tests.data.made as made
 from blip2_jax import prepare
-from blip2_jax.data import capfilt, shards, sources, transforms
+from blip2_jax.data import capfilt, prepared, shards, sources, transforms
 from blip2_jax.digits import prepare as digits
 
 ROOT = Path(__file__).parent.parent
@@ -108,7 +108,7 @@ def test_a_killed_run_goes_on_with_what_is_missing(web, tmp_path):
     left = {path.name: path.stat().st_mtime_ns for path in out.glob("*.array_record-*")}
     finished = {name for name in left if not name.endswith(".partial")}
     assert len(finished) == 3 and len(left) == 4
-    assert not sources.is_prepared(str(out))
+    assert not prepared.is_prepared(str(out))
     assert prepare.main([*words, f"--out={out}"]) == 0
     assert not list(out.glob("*.partial"))
     for name in finished:
@@ -132,7 +132,7 @@ def test_splits_share_a_folder_and_finished_ones_are_left_alone(web, tmp_path, c
     one.mkdir()
     made.write_shards(one, 1, 3)
     pairs(one, out, "--split=test")
-    assert [len(sources.TfdsSource(out, split)) for split in ("train", "test")] == [28, 3]
+    assert [len(prepared.TfdsSource(out, split)) for split in ("train", "test")] == [28, 3]
     before = shard_bytes(out)
     assert pairs(one, out, "--split=test") == 0
     assert "prepared before" in capsys.readouterr().out and shard_bytes(out) == before
@@ -192,7 +192,7 @@ def test_columns_are_named_and_images_in_parquet_prepared(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     columns = "--columns=image=picture,caption=said"
     pairs(tmp_path / "x.parquet", tmp_path / "out", columns, workers=2)
-    found = list(sources.TfdsSource(tmp_path / "out", "train"))
+    found = list(prepared.TfdsSource(tmp_path / "out", "train"))
     assert [r["captions"] for r in found] == [["a"], ["b\nb"], ["c"]]
     assert [r["image"] for r in found] == [made.jpeg(n) for n in range(3)]
     with pytest.raises(SystemExit, match="holds another 'train'"):
@@ -205,7 +205,7 @@ def test_transparent_images_that_are_made_smaller_get_a_background(tmp_path):
     for color, expected in (("white", 255), ("drop", 0)):
         words = [f"--alpha_background={color}", "--shorter_side=30"]
         pairs(tmp_path / "x.json", tmp_path / color, *words)
-        (record,) = sources.TfdsSource(tmp_path / color, "train")
+        (record,) = prepared.TfdsSource(tmp_path / color, "train")
         assert transforms.decode_image(record["image"]).getpixel((3, 3)) == (expected,) * 3
     with pytest.raises(SystemExit, match="alpha_background is 'whit'"):
         pairs(tmp_path / "x.json", tmp_path / "x", "--alpha_background=whit")
@@ -214,7 +214,7 @@ def test_transparent_images_that_are_made_smaller_get_a_background(tmp_path):
 def test_too_much_that_is_broken_stops_it(web, tmp_path):
     with pytest.raises(SystemExit, match="more than the share of 0.05.*\n.*x "):
         pairs(web, tmp_path / "out", "--max_skipped=0.05")
-    assert not sources.is_prepared(str(tmp_path / "out"))
+    assert not prepared.is_prepared(str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_large_images_are_made_smaller_and_small_ones_kept(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(rows))
     out = tmp_path / "out"
     pairs(tmp_path / "x.json", out, f"--images={tmp_path / 'images'}", "--shorter_side=100")
-    large, small = sources.TfdsSource(out, "train")
+    large, small = prepared.TfdsSource(out, "train")
     assert transforms.decode_image(large["image"]).size == (150, 100)
     assert small["image"] == made.jpeg(2, (90, 60))
 
@@ -256,7 +256,7 @@ def test_a_shard_without_a_usable_record_is_no_obstacle(tmp_path):
     out = tmp_path / "out"
     words = [f"--images={tmp_path / 'images'}", "--records_per_shard=2"]
     pairs(tmp_path / "x.json", out, *words)
-    assert [record["captions"] for record in sources.TfdsSource(out, "train")] == [
+    assert [record["captions"] for record in prepared.TfdsSource(out, "train")] == [
         ["0.jpg"], ["1.jpg"], ["4.jpg"], ["5.jpg"],
     ]  # fmt: skip
 
@@ -271,11 +271,11 @@ def test_questions_and_captions_of_an_image_come_through(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(rows))
     words = (tmp_path / "x.json", tmp_path / "out", f"--images={tmp_path / 'images'}")
     pairs(*words)
-    (record,) = sources.TfdsSource(tmp_path / "out", "train")
+    (record,) = prepared.TfdsSource(tmp_path / "out", "train")
     assert record["captions"] == ["one", "two"] and record["id"] == "7"
     assert record["questions"] == [{"question": "What?", "answers": ["a", "b"], "question_id": 1}]
     pairs(words[0], tmp_path / "each", words[2], "--form=caption")
-    each = sources.TfdsSource(tmp_path / "each", "train")
+    each = prepared.TfdsSource(tmp_path / "each", "train")
     assert [r["captions"] for r in each] == [["one"], ["two"]]
     assert [r["image_number"] for r in each] == [0, 0] and each.image_numbers == 1
 
@@ -287,7 +287,7 @@ def test_remote_folders_are_written_and_read(web, tmp_path, monkeypatch):
     pairs(web, "memory://bucket/out", "--records_per_shard=10")
     pairs(web, tmp_path / "out", "--records_per_shard=10")
     remote = sources.open_files("memory://bucket/out", split="train")
-    assert list(remote) == list(sources.TfdsSource(tmp_path / "out", "train"))
+    assert list(remote) == list(prepared.TfdsSource(tmp_path / "out", "train"))
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
 
 
@@ -343,7 +343,7 @@ def test_capfilt_writes_shards_that_training_reads(web, tmp_path):
     (tmp_path / "out" / "shards").mkdir(parents=True)
     found = shards.write_all(source, plan, workers=0, max_skipped=0.5, captions=tool)
     shards.write_metadata(plan, "", {"train": (found["lengths"], 0)})
-    for record in sources.TfdsSource(tmp_path / "out", "train"):
+    for record in prepared.TfdsSource(tmp_path / "out", "train"):
         pixels = transforms.resize(transforms.decode_image(record["image"]), 224)
         assert record["captions"] == [f"bright {pixels.mean():.0f}"]
         assert abs(record["scores"][0]) <= 0.51

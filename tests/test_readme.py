@@ -58,7 +58,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from blip2_jax import cli
-from blip2_jax.data import loader
+from blip2_jax.data import loader, sources
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.jsonl import read_jsonl
 from tests.readme import place
@@ -877,7 +877,7 @@ def mix(shell: Shell, code: str) -> None:
     """In a recipe: both parts are opened, and drawn from by their weights."""
     config = ConfigDict(cli.load_config("configs/R.py", ["--config.data.dir="]).to_dict())
     exec(place.replace(code, place.STANDS_FOR), {"config": config, "ConfigDict": ConfigDict})
-    source = loader.make_source(config, "train")
+    source = sources.make_source(config, "train")
     drawn = [n for step in range(10) for n in loader.record_numbers(source, config, step)]
     of_part = collections.Counter(source.names[source.part_of(n)] for n in drawn)
     assert of_part == {"coco": len(drawn) / 4, "web": len(drawn) * 3 / 4}

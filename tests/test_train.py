@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 import blip2_jax
 import tests.tiny as tiny
 from blip2_jax import cli, convert, evaluate, pretrained, recipe, train
-from blip2_jax.data import loader, tokenizers
+from blip2_jax.data import loader, sources, tokenizers
 from blip2_jax.digits import prepare as digits
 from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.vit import ViT, ViTConfig
@@ -426,7 +426,7 @@ def test_bad_steps_are_reported_with_their_records_and_bounded(
     config = flags(world, **changes, **{"faults.max_bad_steps": 1})
     with pytest.raises(FloatingPointError, match="2 steps with.*max_bad_steps=1.*saved at step 5"):
         run(config, tmp_path / "run")
-    source = loader.make_source(config, "train")
+    source = sources.make_source(config, "train")
     errors = capsys.readouterr().err
     for step in (3, 5):
         records = loader.record_numbers(source, config, step - 1)

@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from blip2_jax.data import datasets, shards, sources, transforms
 from blip2_jax.data.faults import Skipped
+from blip2_jax.data.source import Source
 
 RANGE = 256  # record numbers that are one unit of a worker's work
 
@@ -86,7 +87,9 @@ class ImageText(tfds.core.GeneratorBasedBuilder):
         return beam.Create(starts) | beam.Reshuffle() | beam.FlatMap(make)
 
 
-def open_source(dataset: str, dir: str, split: str, *, images: str, form: str, columns: str) -> Any:
+def open_source(
+    dataset: str, dir: str, split: str, *, images: str, form: str, columns: str
+) -> Source:
     """The source of one split."""
     if dataset == "files":
         return sources.open_files(dir, images=images, split=split, form=form, columns=columns)
@@ -94,7 +97,7 @@ def open_source(dataset: str, dir: str, split: str, *, images: str, form: str, c
 
 
 def examples(
-    source: Any, numbers: range, shorter_side: int, alpha_background: str, skipped: Skipped
+    source: Source, numbers: range, shorter_side: int, alpha_background: str, skipped: Skipped
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Keys and examples of those records that can be used."""
     checked = shards.read_checked(source, numbers, skipped, alpha_background=alpha_background)

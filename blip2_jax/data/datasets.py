@@ -14,6 +14,7 @@ from blip2_jax.data import containers, fields, files, layouts, lists, sources
 from blip2_jax.data.columns import Columns
 from blip2_jax.data.containers import Line, Row
 from blip2_jax.data.faults import RecordError
+from blip2_jax.data.source import Source
 
 # What is looked for, in the folder and in its annotations/; the first that is there is read.
 # {split} is the split. Image folders: where the rows' paths may begin.
@@ -43,7 +44,7 @@ YEARS = ("2014", "2015", "2017")
 
 def open_dataset(
     name: str, folder: str, split: str, images: str = "", *, form: str = "image", columns: str = ""
-) -> Any:
+) -> Source:
     """The source of a data set.
 
     Args:

@@ -29,21 +29,20 @@ class EvalDataset:
 
     def __init__(self, data: Any):
         self.data, self.name = data, f"{data.source} {data.split} ({data.dir})"
-        self.source = loader.open_source(data, data.split)
+        self.source = sources.open_source(data, data.split)
         count = min(data.first or len(self.source), len(self.source))
         self.max_unreadable = int(data.max_unreadable * count)
-        self.records = lists.Packed(self._facts(number) for number in range(count))
+        self.records = lists.Packed(self._record(number) for number in range(count))
         if not count:
             raise ValueError(f"{self.name} has no records.")
         self._check_files(count)
-        counts = (getattr(self.source, name, None) for name in ("faults", "notes"))
-        said = (" ".join(found.text().split()) for found in counts if found and found.count)
-        self.left_out = "; ".join(said)
+        counts = [skipped for skipped in (self.source.faults, self.source.notes) if skipped.count]
+        self.left_out = "; ".join(" ".join(skipped.text().split()) for skipped in counts)
 
-    def _facts(self, number: int) -> Row:
+    def _record(self, number: int) -> Row:
         alive()
         try:
-            record = sources.facts(self.source, number)
+            record = self.source.without_image(number)
             return texts.folded(record) if self.data.fold_whitespace else record
         except RecordError as error:
             raise ValueError(f"{self.name}: {error}") from error
@@ -68,7 +67,7 @@ class EvalDataset:
     def identity(self) -> Row:
         """What decides what is asked here; a journal belongs to it."""
         data = {key: self.data[key] for key in ("source", "split", "first")}
-        return data | json.loads(json.dumps(sources.identity(self.source)))
+        return data | json.loads(json.dumps(self.source.identity()))
 
     def questions(self, number: int) -> list[Row]:
         """An image's questions, each with an id."""
@@ -97,7 +96,6 @@ class EvalDataset:
             for batch in batches:
                 real, valid = batch["index"] >= 0, batch["valid"]
                 faults = [
-                    (int(n), sources.place(self.source, int(n)))
-                    for n in batch["index"][real & ~valid]
+                    (int(n), self.source.where(int(n))) for n in batch["index"][real & ~valid]
                 ]
                 yield batch["index"][valid].tolist(), list(batch["image"][valid]), faults

@@ -11,8 +11,8 @@ from blip2_jax.data import prompting, texts, tokenizers, transforms
 from blip2_jax.data.batch_spec import EXAMPLE_MAKERS, is_instruction
 from blip2_jax.data.faults import RecordError
 from blip2_jax.data.language import IMAGE_TOKEN, LanguageConfig, check_vocabulary, with_end
+from blip2_jax.data.source import Record
 
-Record = dict[str, Any]  # see `sources`
 Example = dict[str, np.ndarray | np.generic]
 ExampleOf = Callable[[Record, int, np.random.Generator], Example]
 ImageOf = Callable[[Record, np.random.Generator], np.ndarray]

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from blip2_jax.data import arrow, containers, delimited, files
+from blip2_jax.data.columns import Columns, is_missing, listed
 from blip2_jax.data.containers import Contents, Line, Row
 from blip2_jax.data.faults import RecordError
-from blip2_jax.data.fields import Columns, identity_of, is_missing, listed
+from blip2_jax.data.fields import identity_of
 
 LISTS = ("data", "rows", "examples", "samples", "questions", "annotations", "images")
 

@@ -19,6 +19,7 @@ from blip2_jax.data.columns import Columns
 from blip2_jax.data.containers import IMAGE_SUFFIXES, Contents, Line, Row, StoredImage
 from blip2_jax.data.faults import RecordError, Skipped
 from blip2_jax.data.folders import same_split
+from blip2_jax.data.source import Record, Source
 from blip2_jax.runtime.watchdog import alive
 
 SUFFIXES = containers.SUFFIXES
@@ -62,8 +63,8 @@ class Counts(NamedTuple):
     other_splits: int  # rows of these are not among those that were read
 
 
-class Found(NamedTuple):
-    """What a row came to: a record, or the reason why there is none."""
+class Parsed(NamedTuple):
+    """A row as a record, or the reason why there is none."""
 
     where: str
     split: str | None
@@ -84,7 +85,7 @@ class ImageNames:
           RecordError: none is there, or several files have the name.
         """
         if self._paths is None:
-            self._paths = self._look()
+            self._paths = self._list()
         names = list(hints)
         for name in names:
             if name in self._paths:
@@ -94,8 +95,8 @@ class ImageNames:
                 return path
         raise RecordError("no image file for its id, key or URL", names[0])
 
-    def _look(self) -> dict[str, str | None]:
-        found: dict[str, str | None] = {}
+    def _list(self) -> dict[str, str | None]:
+        by_name: dict[str, str | None] = {}
         numbers: dict[str, str | None] = {}
         for path in files.below(self.folder):
             name = path.rpartition("/")[2]
@@ -103,18 +104,18 @@ class ImageNames:
             if suffix.lower() not in IMAGE_SUFFIXES:
                 continue
             for key in {name, stem}:
-                found[key] = None if key in found else path
+                by_name[key] = None if key in by_name else path
             number = stem.rpartition("_")[2]
             if number.isdigit() and number != stem:  # COCO_val2014_000000000042
                 numbers[number] = None if number in numbers else path
-        return {**numbers, **found}
+        return {**numbers, **by_name}
 
 
-class ListSource:
+class ListSource(Source):
     """Records of lists and image folders.
 
     Args:
-      lists: files, or rows themselves (dicts, or `Line`s with their places).
+      lists: files, or rows themselves (dicts, or `Line`s).
       images: folder that the rows' paths begin in; "": each list's own. Rows cannot leave it.
       split: which rows, of lists that name a split in every row; "train" includes Karpathy's
         "restval", as in the papers. "": all.
@@ -125,7 +126,7 @@ class ListSource:
     Attributes:
       faults: rows that were left out, by reason.
       notes: parts of rows that are used (an empty answer, ...) that were left out, by reason.
-      rows: how many rows there were.
+      counts: how many rows there were.
       by_split: whether there were splits to choose from.
 
     Raises:
@@ -160,7 +161,7 @@ class ListSource:
         self.columns.check_own(self._columns, self.name)
         del self._by_image, self._asked, self._columns
         skipped = self.faults.count
-        self.rows = Counts(self._read, self._read - skipped, skipped, self._other)
+        self.counts = Counts(self._read, self._read - skipped, skipped, self._other)
         self.faults.total = self.notes.total = self._read
         if self._split and self._splits and not same_split(self._split, self._splits):
             raise ValueError(
@@ -176,7 +177,6 @@ class ListSource:
             self._entry_of = np.concatenate([np.arange(n) for n in counts])
             if not len(self._row_of):
                 raise ValueError(f"{self.name} has no {self._field}; form={form!r} needs them.")
-        self.image_numbers = len(self._rows)
         self.by_split = bool(self._split and self._splits)
 
     # ----------------------------------------------------------------------------- reading
@@ -195,26 +195,26 @@ class ListSource:
     def _take(self, contents: Contents, path: str) -> None:
         """Reads the rows of one list."""
         columns = dict.fromkeys(contents.columns)
-        found = []
+        parsed = []
         for where, row in contents.lines:
             alive()
             if isinstance(row, RecordError):
-                found.append(Found(where, None, row))
+                parsed.append(Parsed(where, None, row))
                 continue
             columns.update(dict.fromkeys(row))
             split = fields.split_of(row, self.columns) if self._split else None
             try:
-                found.append(Found(where, split, fields.read(row, self.columns)))
+                parsed.append(Parsed(where, split, fields.read(row, self.columns)))
             except RecordError as error:
-                found.append(Found(where, split, RecordError(error.reason, where)))
-        if columns and not any(isinstance(entry.record, fields.Record) for entry in found):
+                parsed.append(Parsed(where, split, RecordError(error.reason, where)))
+        if columns and not any(isinstance(entry.record, fields.Record) for entry in parsed):
             self.columns.check(columns, path)
         self._columns |= columns
         folder = len(self._folders)
         self._folders.append(os.path.dirname(path))
         names = ImageNames(self.images or self._folders[-1] or ".")
-        wanted = self._wanted(found)
-        for where, split, record in found:
+        wanted = self._wanted(parsed)
+        for where, split, record in parsed:
             if wanted is not None and split is not None and split not in wanted:
                 if split:
                     self._other += 1
@@ -230,32 +230,32 @@ class ListSource:
             except RecordError as error:
                 self.faults.add(error.reason, error.where or where)
 
-    def _wanted(self, found: list[Found]) -> set[str] | None:
+    def _wanted(self, parsed: list[Parsed]) -> set[str] | None:
         """The splits that are asked for; None where no row names one."""
-        there = {entry.split for entry in found if entry.split}
-        self._splits |= there
-        return same_split(self._split, there) if there else None
+        splits = {entry.split for entry in parsed if entry.split}
+        self._splits |= splits
+        return same_split(self._split, splits) if splits else None
 
-    def _keep(self, found: fields.Record, where: str, folder: int, names: ImageNames) -> None:
+    def _keep(self, parsed: fields.Record, where: str, folder: int, names: ImageNames) -> None:
         """Adds a record to those of its image.
 
         Raises:
           RecordError: it cannot be used.
         """
-        record = found.record
+        record = parsed.record
         key: Any = None
-        if found.stored is not None:
-            if not isinstance(found.stored, StoredImage):
+        if parsed.stored is not None:
+            if not isinstance(parsed.stored, StoredImage):
                 raise RecordError("image bytes in a row that is not of a file", where)
-            if not self._files or self._files[-1] != found.stored.path:
-                self._files.append(found.stored.path)
-            key = (len(self._files) - 1, found.stored.row, found.stored.column)
+            if not self._files or self._files[-1] != parsed.stored.path:
+                self._files.append(parsed.stored.path)
+            key = (len(self._files) - 1, parsed.stored.row, parsed.stored.column)
             record["stored"] = key
         elif record["image"] is None:
-            record["image"] = names.find(found.hints)
+            record["image"] = names.find(parsed.hints)
         key = key or (folder, record["image"])
-        self._refuse_duplicates(found, f"{where}: {record['image']}")
-        for note in found.notes:
+        self._refuse_duplicates(parsed, f"{where}: {record['image']}")
+        for note in parsed.notes:
             self.notes.add(note, where)
         if folder:
             record["folder"] = folder
@@ -265,9 +265,9 @@ class ListSource:
             if "questions" in record:
                 known.setdefault("questions", []).extend(record["questions"])
 
-    def _refuse_duplicates(self, found: fields.Record, where: str) -> None:
+    def _refuse_duplicates(self, parsed: fields.Record, where: str) -> None:
         """Takes out questions whose id was there before; RecordError if nothing is left."""
-        questions = found.record.get("questions", [])
+        questions = parsed.record.get("questions", [])
         new = []
         for question in questions:
             key = str(question.get("question_id", ""))
@@ -275,28 +275,36 @@ class ListSource:
                 new.append(question)
                 self._asked |= {key} - {""}
         if len(new) < len(questions):
-            if not new and not found.record["captions"]:
+            if not new and not parsed.record["captions"]:
                 raise RecordError("duplicated key", where)
-            found.notes.append("duplicated question")
-            found.record["questions"] = new
+            parsed.notes.append("duplicated question")
+            parsed.record["questions"] = new
 
     # ---------------------------------------------------------------------------- records
 
     def __len__(self) -> int:
         return len(self._row_of if self._field else self._rows)
 
-    def digest(self) -> str:
-        """Of the rows."""
-        return self._rows.digest()
+    @property
+    def image_numbers(self) -> int:
+        """See `Source`."""
+        return len(self._rows)
+
+    def identity(self) -> dict[str, Any]:
+        """See `Source`; with a digest of the rows."""
+        return {"records": len(self), "digest": self._rows.digest()}
 
     def _row(self, index: int) -> int:
         return int(self._row_of[index]) if self._field else index
 
     def where(self, index: int) -> str:
-        """The image file of a record, or its place in a list that holds images."""
-        return self._place(self._rows[self._row(index)])
+        """The image file of a record, or its row in a list that holds images."""
+        try:
+            return self._image_path(self._rows[self._row(index)])
+        except RecordError as error:
+            return error.where or super().where(index)
 
-    def _place(self, row: Row) -> str:
+    def _image_path(self, row: Row) -> str:
         if "stored" in row:
             return f"{self._files[row['stored'][0]]}[{row['stored'][1]}]"
         return self._path(row["image"], self._folders[row.get("folder", 0)])
@@ -326,26 +334,27 @@ class ListSource:
 
     def is_missing(self, index: int) -> bool:
         """Whether the file of a record's image is not there, as far as that is known at once."""
-        place = self.where(index)
-        return (
-            "stored" not in self._rows[self._row(index)]
-            and files.is_local(place)
-            and not os.path.isfile(place)
-        )
+        row = self._rows[self._row(index)]
+        path = self._image_path(row)
+        return "stored" not in row and files.is_local(path) and not os.path.isfile(path)
 
-    def row(self, index: int) -> Row:
-        """A record with the place of its image, which is not read."""
+    def without_image(self, index: int) -> Record:
+        """See `Source`."""
+        return {key: value for key, value in self._with_path(index).items() if key != "image"}
+
+    def _with_path(self, index: int) -> Row:
+        """A record with the path of its image."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")  # which ends a `for` loop
         number = self._row(index)
         row = self._rows[number]
         if self._field:
             row[self._field] = [row[self._field][self._entry_of[index]]]
-        row |= {"image": self._place(row), "image_number": number}
+        row |= {"image": self._image_path(row), "image_number": number}
         return {key: value for key, value in row.items() if key not in ("stored", "folder")}
 
-    def __getitem__(self, index: int) -> Row:
-        row = self.row(index)
+    def __getitem__(self, index: int) -> Record:
+        row = self._with_path(index)
         stored = self._rows[row["image_number"]].get("stored")
         if stored:
             file, number, column = stored
@@ -355,7 +364,7 @@ class ListSource:
         return {**row, "image": data}
 
 
-def _lines(rows: Iterable[Any]) -> Iterator[Line]:
-    """Rows with their places."""
-    for number, row in enumerate(rows):
+def _lines(entries: Iterable[Any]) -> Iterator[Line]:
+    """Rows, each with where it stands."""
+    for number, row in enumerate(entries):
         yield row if isinstance(row, Line) else Line(f"row {number}", row)

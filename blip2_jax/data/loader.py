@@ -14,37 +14,30 @@ share of such records that is too large stops all of them.
 
 import collections
 import contextlib
-import functools
-import json
-import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
-from pkgutil import resolve_name
-from types import SimpleNamespace
 from typing import Any
 
 import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from blip2_jax.data import sources, transforms
-from blip2_jax.data.examples import Example, ExampleOf, Record, make_example
-from blip2_jax.data.faults import RecordError, Skipped
+from blip2_jax.data import transforms
+from blip2_jax.data.examples import Example, make_example
+from blip2_jax.data.faults import Skipped
 from blip2_jax.data.language import LanguageConfig
-
-MAX_REPLACED = 100  # records in a row that may be unreadable
-FAULTS = "_faults"  # uint8[B, FAULTS_SIZE], on the way from where an example is made: JSON
-FAULTS_SIZE = 1024
-GOLDEN = (math.sqrt(5) - 1) / 2
+from blip2_jax.data.mixtures import Mixture
+from blip2_jax.data.reader import FAULTS, Fault, Reader, Scored, unpack_faults
+from blip2_jax.data.source import Source, skipped_at_start
+from blip2_jax.data.sources import make_source
 
 Batch = dict[str, np.ndarray]  # examples of one kind, [B, ...] each
-Fault = tuple[int, str, str]  # record number, reason, place
 
 
 class Batches:
@@ -78,8 +71,7 @@ class Batches:
         self._started = True
         self.wait_seconds += time.perf_counter() - started
         for note in batch.pop(FAULTS):
-            if note[0]:
-                self._uncounted += json.loads(note.tobytes().rstrip(b"\0"))
+            self._uncounted += unpack_faults(note)
         return batch
 
     def count_skipped(self, gather: Callable[[Any], Sequence[Any]] = lambda x: [x]) -> Skipped:
@@ -168,7 +160,7 @@ def train_batches(
     *,
     start_step: int = 0,
     rows: Sequence[int] | None = None,
-    source: Any = None,
+    source: Source | None = None,
     skipped: Skipped | None = None,
     resample: str = "bicubic",
     llm: LanguageConfig | None = None,
@@ -181,18 +173,18 @@ def train_batches(
       start_step: number of batches that were seen before.
       rows: of each global batch, those to load (`runtime.mesh.local_rows`); None: all.
       source: what `make_source` gave for the config; None: it is asked.
-      skipped: the count that goes on (`count_of`); None: a new one.
+      skipped: the count that goes on (`source.skipped_at_start`); None: a new one.
       resample, llm: see `make_example`.
     """
     source = make_source(config, config.data.split) if source is None else source
-    skipped = count_of(source, config) if skipped is None else skipped
+    skipped = skipped_at_start(source, config.data.max_skipped) if skipped is None else skipped
     read = Reader(source, make_example(config, image_size, train=True, resample=resample, llm=llm))
     examples = _order(source, config).random_map(read)
     batches = rows_of_batches(examples, config.data.batch_size, rows)
     return Batches(_start(batches.slice(slice(start_step, None)), config), skipped)
 
 
-def eval_batch_size(config: ConfigDict, source: Any, multiple: int = 1) -> int:
+def eval_batch_size(config: ConfigDict, source: Source, multiple: int = 1) -> int:
     """`eval.batch_size`, rounded up to what the mesh divides; fewer where there are fewer records.
 
     Args:
@@ -221,7 +213,7 @@ def eval_batches(
     *,
     batch_size: int | None = None,
     rows: Sequence[int] | None = None,
-    source: Any = None,
+    source: Source | None = None,
     resample: str = "bicubic",
     llm: LanguageConfig | None = None,
 ) -> Batches:
@@ -241,11 +233,14 @@ def eval_batches(
     count = min(count, config.eval.batches) or count
     read = Reader(source, make_example(config, image_size, train=False, resample=resample, llm=llm))
     examples = grain.MapDataset.range(count * size).seed(0).random_map(read)
-    return Batches(_start(rows_of_batches(examples, size, rows), config), count_of(source, config))
+    return Batches(
+        _start(rows_of_batches(examples, size, rows), config),
+        skipped_at_start(source, config.data.max_skipped),
+    )
 
 
 def scored_batches(
-    source: Any,
+    source: Source,
     image_size: int,
     batch_size: int,
     *,
@@ -276,18 +271,18 @@ def scored_batches(
     return Batches(_read(dataset.batch(batch_size), threads), Skipped(len(source)))
 
 
-def record_numbers(source: Any, config: ConfigDict, step: int) -> list[int]:
+def record_numbers(source: Source, config: ConfigDict, step: int) -> list[int]:
     """The records of the global batch of a step (from 0), before any was replaced."""
     order, size = _order(source, config), config.data.batch_size
     numbers: list[Any] = [order[i] for i in range(step * size, (step + 1) * size)]
     return list(map(int, numbers))
 
 
-def _order(source: Any, config: ConfigDict) -> grain.MapDataset[int]:
+def _order(source: Source, config: ConfigDict) -> grain.MapDataset[int]:
     """Record numbers without end: every part in an order of its own that changes every epoch."""
-    if getattr(source, "in_order", False):
+    if source.in_order:
         return grain.MapDataset.range(len(source)).seed(config.seed).repeat()
-    if not isinstance(source, sources.Mixture):
+    if not isinstance(source, Mixture):
         return grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
     parts = [
         grain.MapDataset.range(*ends).seed(config.seed + number).shuffle().repeat()
@@ -344,209 +339,3 @@ def _end_with_parent(index: int, count: int) -> None:
 def _read(dataset: grain.MapDataset[Batch], threads: int) -> grain.IterDataset[Batch]:
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
     return dataset.to_iter_dataset(options)
-
-
-# ------------------------------------------------------------------------------------- sources
-
-# Sources that are opened elsewhere, by functions (name, config, training) -> source.
-OTHERS = dict.fromkeys(("stories", "easy_stories"), "blip2_jax.digits.stories:open_source")
-# Of a mixture's part; `randaugment` is read by `make_example`.
-PART_KEYS = ("source", "dir", "images", "form", "columns", "split", "weight", "randaugment")
-
-
-def make_source(config: ConfigDict, split: str) -> Any:
-    """The config's records of a split: one source, or a mixture.
-
-    Raises:
-      ValueError: a folder and a mixture are both given, there is no such source, nothing that can
-        be read, or a key of a mixture that is not known.
-    """
-    data = config.data
-    training = split == data.split
-    if not data.mixture:
-        return _source(config, data, split, training)
-    if data.dir:
-        raise ValueError(
-            f"config.data.dir is {data.dir!r}, and the recipe has a mixture of "
-            f"{', '.join(data.mixture)}. Add --config.data.mixture={{}} to train on the former "
-            "alone, or leave config.data.dir empty for the mixture."
-        )
-    parts = {}
-    for name, part in data.mixture.items():
-        unknown = set(part) - set(PART_KEYS)
-        if unknown:
-            raise ValueError(f"config.data.mixture.{name} has no key {sorted(unknown)[0]!r}.")
-        own_keys = ("source", "images", "form", "columns", "index_dir")
-        whole = {**{key: data[key] for key in own_keys}, **part}
-        # A part may call its training split something else ("train2017").
-        own = part.get("split", split) if training else split
-        parts[name] = _source(config, SimpleNamespace(**whole), own, training)
-    weights = {name: part.get("weight", 1.0) for name, part in data.mixture.items()}
-    return sources.Mixture(parts, data.mixture_by, weights)
-
-
-def _source(
-    config: ConfigDict, data: ConfigDict | SimpleNamespace, split: str, training: bool
-) -> Any:
-    if data.source in OTHERS:
-        return resolve_name(OTHERS[data.source])(data.source, config, training)
-    source = open_source(data, split)
-    if data.source == "files" and not training and "{split}" not in data.dir:
-        if not getattr(source, "by_split", False):
-            raise ValueError(
-                f"config.data.dir {data.dir!r} is the same for {config.data.split!r} and "
-                f"{split!r}. Write {{split}} where the two differ, or set --config.eval.every=0."
-            )
-    mismatched = config.data.mismatched if training else 0.0
-    return sources.Mismatched(source, mismatched) if mismatched else source
-
-
-def open_source(data: Any, split: str) -> Any:
-    """The records that a config's section names by `source`, `dir`, `images`, `form`, `columns`
-    and `index_dir`.
-
-    Raises:
-      ValueError: there is no such source, or nothing that can be read.
-    """
-    if data.source == "tfds":
-        return sources.TfdsSource(data.dir, split)
-    if data.source == "files":
-        return sources.open_files(
-            data.dir,
-            images=data.images,
-            split=split,
-            form=data.form,
-            columns=data.columns,
-            index_folder=data.index_dir,
-        )
-    from blip2_jax.data import datasets
-
-    if data.source in datasets.NAMES:
-        return datasets.open_dataset(
-            data.source, data.dir, split, data.images, form=data.form, columns=data.columns
-        )
-    known = ", ".join(("tfds", "files", *OTHERS, *datasets.NAMES))
-    raise ValueError(f"config.data.source is {data.source!r}; known: {known}.")
-
-
-# ------------------------------------------------------------------------------------- reading
-
-
-def count_of(source: Any, config: ConfigDict) -> Skipped:
-    """A count that begins with what the source left out at its start.
-
-    Raises:
-      TooManySkipped: that is more than the bounded share already.
-    """
-    skipped = Skipped(len(source), config.data.max_skipped)
-    if hasattr(source, "faults"):
-        skipped.merge(source.faults)
-        skipped.total = len(source) + skipped.count
-    skipped.check()
-    return skipped
-
-
-class Reader:
-    """(record number, rng) -> example; steps over records that cannot be read.
-
-    The replacement is the record a golden share of the part further on, and so on: always the
-    same, and those of a whole lost archive spread over the others.
-
-    Raises:
-      ValueError: 100 records in a row cannot be read.
-    """
-
-    def __init__(self, source: Any, example: ExampleOf):
-        self.source, self.example = source, example
-        self.ranges = getattr(source, "ranges", [(0, len(source))])
-
-    def __call__(self, index: int, rng: np.random.Generator) -> Example:
-        """The example of a record, or of its replacement, with a note of what was wrong."""
-        index = int(index)
-        start, end = next(ends for ends in self.ranges if index < ends[1])
-        faults: list[Fault] = []
-        for _ in range(min(end - start, MAX_REPLACED)):
-            # A copy of the generator's state: a replacement is drawn as its record would have been.
-            state = rng.bit_generator.state
-            try:
-                return {**self.read(index, rng), FAULTS: _note(faults)}
-            except RecordError as error:
-                faults.append((index, error.reason, error.where))
-                rng.bit_generator.state = state
-                index = start + (index - start + _stride(end - start)) % (end - start)
-        raise ValueError(
-            f"{len(faults)} records in a row cannot be read; the last: {faults[-1][1]} "
-            f"({faults[-1][2]}). See with blip2 prepare --check what is wrong."
-        )
-
-    def read(self, index: int, rng: np.random.Generator) -> Example:
-        """One example.
-
-        Raises:
-          RecordError: it cannot be made; names the place.
-        """
-        try:
-            return self.example(self.source[index], index, rng)
-        except RecordError as error:
-            where = error.where or sources.place(self.source, index)
-            raise RecordError(error.reason, where) from error
-        except KeyError as error:
-            raise RecordError(f"no {error}", sources.place(self.source, index)) from error
-        except UnicodeDecodeError as error:
-            raise RecordError("not UTF-8", sources.place(self.source, index)) from error
-
-
-class Scored(Reader):
-    """(number, rng) -> image of the record `rows[number]`, `index`, `valid`; replaces nothing."""
-
-    def __init__(
-        self,
-        source: Any,
-        image_size: int,
-        rows: Sequence[int],
-        resizing: Mapping[str, Any],
-        alpha_background: str,
-    ):
-        super().__init__(source, self._image)
-        self.image_size, self.rows, self.resizing = image_size, rows, resizing
-        self.alpha_background = alpha_background
-
-    def _image(self, record: Record, index: int, rng: np.random.Generator) -> Example:
-        del index, rng
-        image = transforms.decode_image(record["image"], self.alpha_background)
-        return {"image": transforms.resize(image, self.image_size, **self.resizing)}
-
-    def __call__(self, index: int, rng: np.random.Generator) -> Example:
-        """What `rows[index]` holds; black, and not valid, beyond the end or if it is unreadable."""
-        faults: list[Fault] = []
-        example: Example = {"image": np.zeros((self.image_size, self.image_size, 3), np.uint8)}
-        row = self.rows[index] if index < len(self.rows) else -1
-        valid = row >= 0
-        if valid:
-            try:
-                example = self.read(row, rng)
-            except RecordError as error:
-                faults.append((row, error.reason, error.where))
-                valid = False
-        marks: Example = {"index": np.int32(row), "valid": np.bool_(valid), FAULTS: _note(faults)}
-        return {**example, **marks}
-
-
-@functools.cache
-def _stride(count: int) -> int:
-    """About a golden share of `count`, and without a common divisor: reaches every record."""
-    stride = max(1, round(GOLDEN * count))
-    while math.gcd(stride, count) > 1:
-        stride += 1
-    return stride
-
-
-def _note(faults: list[Fault]) -> np.ndarray:
-    """Faults as uint8[FAULTS_SIZE]; as many as it holds, long places cut from the left."""
-    out = np.zeros(FAULTS_SIZE, np.uint8)
-    if faults:
-        kept = [(index, reason[:100], where[-200:]) for index, reason, where in faults]
-        while len(text := json.dumps(kept).encode()) > FAULTS_SIZE:
-            kept.pop()
-        out[: len(text)] = np.frombuffer(text, np.uint8)
-    return out

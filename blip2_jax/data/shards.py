@@ -29,8 +29,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from blip2_jax.data import files, sources, transforms
+from blip2_jax.data import files, transforms
 from blip2_jax.data.faults import RecordError, Skipped
+from blip2_jax.data.source import Source, skipped_at_start
 from blip2_jax.data.tally import Tally
 
 # One record a group: any record is one read. JPEG does not get smaller by compression.
@@ -151,7 +152,7 @@ def to_example(record: dict[str, Any], index: int, data: bytes) -> dict[str, Any
 
 
 def read_checked(
-    source: Any,
+    source: Source,
     numbers: range,
     skipped: Skipped,
     duplicates: frozenset[int] = frozenset(),
@@ -161,15 +162,15 @@ def read_checked(
     for index in numbers:
         try:
             if index in duplicates:
-                raise RecordError("duplicated key", sources.place(source, index))
+                raise RecordError("duplicated key", source.where(index))
             record = source[index]
             yield index, record, transforms.decode_image(record["image"], alpha_background)
         except RecordError as error:
-            skipped.add(error.reason, error.where or sources.place(source, index))
+            skipped.add(error.reason, error.where or source.where(index))
 
 
 def write_shard(
-    source: Any, plan: Plan, shard: int, captions: Captions | None = None
+    source: Source, plan: Plan, shard: int, captions: Captions | None = None
 ) -> dict[str, Any]:
     """Writes one shard and its note, which it returns.
 
@@ -248,7 +249,7 @@ def finished(plan: Plan) -> dict[int, dict[str, Any]]:
 
 
 def write_all(
-    source: Any,
+    source: Source,
     plan: Plan,
     *,
     workers: int,
@@ -269,7 +270,7 @@ def write_all(
       ValueError: too much had to be left out; says what.
     """
     notes = {} if plan.check else finished(plan)
-    skipped = _left_out(source, plan)
+    skipped = skipped_at_start(source)
     skipped.max_share = max_skipped
 
     def take(shard: int, note: dict[str, Any]) -> None:
@@ -289,7 +290,7 @@ def write_all(
         else:
             for shard in missing:
                 take(shard, write_shard(source, plan, shard, captions))
-    tally, skipped = Tally(), _left_out(source, plan)
+    tally, skipped = Tally(), skipped_at_start(source)
     for shard in range(plan.shards):  # in order, whichever was done first
         tally.merge(notes[shard])
         skipped.merge(notes[shard]["skipped"])
@@ -297,19 +298,10 @@ def write_all(
     return {"lengths": lengths, "skipped": skipped.to_json(), **tally.to_json()}
 
 
-def _left_out(source: Any, plan: Plan) -> Skipped:
-    """A count that begins with what the source left out itself."""
-    skipped = Skipped(plan.records)
-    if hasattr(source, "faults"):
-        skipped.merge(source.faults)
-        skipped.total += skipped.count
-    return skipped
+_job: tuple[Source, Plan]  # of a worker process: its source and its plan
 
 
-_job: tuple[Any, Plan]  # of a worker process: its source and its plan
-
-
-def _start_worker(source: Any, plan: Plan) -> None:
+def _start_worker(source: Source, plan: Plan) -> None:
     global _job
     _job = source, plan
 
@@ -320,7 +312,7 @@ def _work(shard: int) -> tuple[int, dict[str, Any]]:
 
 
 def _in_processes(
-    source: Any, plan: Plan, shards: Sequence[int], workers: int
+    source: Source, plan: Plan, shards: Sequence[int], workers: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Notes as shards get done, in any order."""
     if not shards:

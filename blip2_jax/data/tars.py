@@ -22,6 +22,7 @@ from blip2_jax.data import fields, files, folders, lists
 from blip2_jax.data.columns import Columns
 from blip2_jax.data.containers import IMAGE_SUFFIXES
 from blip2_jax.data.faults import RecordError, Skipped
+from blip2_jax.data.source import Record, Source
 from blip2_jax.runtime import digest
 from blip2_jax.runtime.watchdog import alive
 
@@ -332,7 +333,7 @@ def ensure_index(path: str, folder: str = "") -> Index:
     return found
 
 
-class TarSource:
+class TarSource(Source):
     """Records of tar archives.
 
     Args:
@@ -348,7 +349,7 @@ class TarSource:
 
     def __init__(self, paths: Sequence[str], *, index_folder: str = "", threads: int = 8):
         self.paths: list[str] = []
-        self.faults = Skipped()
+        self.faults, self.notes = Skipped(), Skipped()
         self._indexes: list[Path] = []
         self._digests: list[str] = []
         counts: list[int] = []
@@ -401,16 +402,16 @@ class TarSource:
         first = int(self._ends[shard - 1]) if shard else 0
         return self.paths[shard], self._maps[shard][position - first]
 
-    def digest(self) -> str:
-        """Of the keys and sizes of all members that are used, archive by archive."""
-        return digest.of_text(" ".join(self._digests))
+    def identity(self) -> dict[str, Any]:
+        """See `Source`; with a digest of the keys and sizes of all members that are used."""
+        return {"records": len(self), "digest": digest.of_text(" ".join(self._digests))}
 
     def keys(self) -> np.ndarray:
         """The hash of each record's key, uint64[N]."""
         return np.concatenate([rows["key"] for rows in self._maps])
 
     def where(self, index: int) -> str:
-        """Archive and member of a record."""
+        """Archive and member of a record's image."""
         path, row = self._find(index)
         try:
             header = self._ranges.read(path, (int(row["image"]) - 1) * BLOCK, BLOCK)
@@ -418,7 +419,7 @@ class TarSource:
             return path
         return f"{path}:{_name(header)}"
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")  # which ends a `for` loop
         path, row = self._find(index)

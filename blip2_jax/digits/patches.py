@@ -7,8 +7,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from blip2_jax.data.batch_spec import ArraySpec, Spec
-from blip2_jax.data.examples import Example, ExampleOf, Record, image_reader
+from blip2_jax.data.examples import Example, ExampleOf, image_reader
 from blip2_jax.data.language import LanguageConfig
+from blip2_jax.data.source import Record
 from blip2_jax.digits import drawing, world
 
 # Attribute -> its values, in the order of the classes; the background is the class after them.

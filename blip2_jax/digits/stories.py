@@ -11,8 +11,10 @@ from ml_collections import ConfigDict
 
 from blip2_jax.data import tokenizers
 from blip2_jax.data.batch_spec import ArraySpec, Spec
-from blip2_jax.data.examples import Example, ExampleOf, Record
+from blip2_jax.data.examples import Example, ExampleOf
+from blip2_jax.data.faults import Skipped
 from blip2_jax.data.language import LanguageConfig
+from blip2_jax.data.source import Record, Source
 from blip2_jax.data.tokenizers import pad
 from blip2_jax.digits import world
 from blip2_jax.runtime import digest
@@ -100,8 +102,8 @@ def story(
 # --------------------------------------------------------------------------------------- records
 
 
-class StorySource:
-    """Stories of the embedded world, written as they are read: item i depends on (seed, i) alone.
+class StorySource(Source):
+    """Stories of the embedded world, written as they are read: number i depends on (seed, i) alone.
 
     A small language model learns what belongs to what only if it meets that in an easy order.
 
@@ -120,15 +122,16 @@ class StorySource:
 
     def __init__(self, kind: str, count: int, seed: int, warmup: float = 0.0):
         self.kind, self.count, self.seed, self.warmup = kind, count, seed, warmup
+        self.faults, self.notes = Skipped(), Skipped()
 
     def __len__(self) -> int:
         return self.count
 
     def identity(self) -> dict[str, Any]:
-        """Of what decides every story but their number: a run may go on for more steps."""
+        """See `Source`; without the number of stories: a run may go on for more steps."""
         return {"digest": digest.of_text(f"{self.kind} {self.seed} {self.warmup}")}
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Record:
         if not 0 <= index < self.count:
             raise IndexError(f"story {index} of {self.count}")
         rng = np.random.default_rng([self.seed, index])

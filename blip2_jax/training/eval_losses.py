@@ -7,7 +7,7 @@ import flax
 from clu import metrics as clu_metrics
 
 from blip2_jax import recipe
-from blip2_jax.data import loader
+from blip2_jax.data import loader, sources
 from blip2_jax.runtime import distributed, mesh
 from blip2_jax.stages.step import Params
 
@@ -59,7 +59,7 @@ class EvalLosses:
 
     def __init__(self, run: recipe.Recipe, before_batch: Callable[[], None]):
         self._run, self._before_batch = run, before_batch
-        self.source = loader.make_source(run.config, run.config.data.eval_split)
+        self.source = sources.make_source(run.config, run.config.data.eval_split)
         self.batch_size = loader.eval_batch_size(
             run.config, self.source, mesh.num_batch_shards(run.mesh)
         )

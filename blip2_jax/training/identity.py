@@ -11,7 +11,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from blip2_jax import cli
-from blip2_jax.data import examples, sources, tokenizers
+from blip2_jax.data import examples, tokenizers
+from blip2_jax.data.source import Source
 from blip2_jax.evals.training import TrainingEvaluator
 from blip2_jax.runtime import compare, run_dir
 
@@ -21,8 +22,8 @@ STARTS = ("checkpoint", "bert")  # keys of config.init
 def contents(
     config: ConfigDict,
     fingerprints: Mapping[str, str],
-    source: Any,
-    eval_source: Any = None,
+    source: Source,
+    eval_source: Source | None = None,
     evals: TrainingEvaluator | None = None,
 ) -> dict[str, Any]:
     """Digests of all that a run reads.
@@ -37,8 +38,8 @@ def contents(
     texts_of = examples.load_tokenizers(config)
     return {
         "fingerprints": dict(fingerprints),
-        "data": sources.identity(source),  # other records would be other batches
-        "eval_data": None if eval_source is None else sources.identity(eval_source),
+        "data": source.identity(),  # other records would be other batches
+        "eval_data": None if eval_source is None else eval_source.identity(),
         "tokenizers": {name: tokenizers.digest(tokenizer) for name, tokenizer in texts_of.items()},
         "evals": None if evals is None else evals.identity(),
     }

@@ -2,15 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from blip2_jax import cli, recipe
-from blip2_jax.data import loader
+from blip2_jax.data import sources
 from blip2_jax.data.faults import Skipped
+from blip2_jax.data.source import Source, skipped_at_start
 from blip2_jax.evals.training import TrainingEvaluator
 from blip2_jax.runtime import agreement, distributed, run_dir
 from blip2_jax.stages.step import Params
@@ -37,7 +38,7 @@ class Setup:
     run: recipe.Recipe
     frozen: Params
     fingerprints: dict[str, str]
-    source: Sequence[Any]
+    source: Source
     skipped: Skipped
     losses: EvalLosses | None
     evals: TrainingEvaluator | None
@@ -65,8 +66,8 @@ def set_up(config: ConfigDict, workdir: Path, before_eval_batch: Callable[[], No
     settings = settings_of(config)
     with cli.mistakes_in_config(), agreement.together("start") as facts:
         run = recipe.build(config)
-        source = loader.make_source(config, config.data.split)
-        skipped = loader.count_of(source, config)
+        source = sources.make_source(config, config.data.split)
+        skipped = skipped_at_start(source, config.data.max_skipped)
         losses = EvalLosses(run, before_eval_batch) if config.eval.every else None
         if distributed.process_count() > 1:
             facts |= {**settings, **_facts_of(run, workdir)}

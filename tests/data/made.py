@@ -10,6 +10,9 @@ import transformers
 from PIL import Image
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
+from blip2_jax.data.faults import Skipped
+from blip2_jax.data.source import Source
+
 
 def jpeg(seed: int = 0, size: tuple[int, int] = (48, 36), *, kind: str = "JPEG") -> bytes:
     """A smooth picture; another one for every seed."""
@@ -78,6 +81,19 @@ def write_images(folder, count: int) -> list[str]:
     for number in range(count):
         (folder / f"{number}.jpg").write_bytes(jpeg(number))
     return [f"{number}.jpg" for number in range(count)]
+
+
+class Records(Source):
+    """A list as a source."""
+
+    def __init__(self, records):
+        self.records, self.faults, self.notes = records, Skipped(), Skipped()
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        return self.records[index]
 
 
 WORDS = "Question: what color is the 3? Short answer: light blue 7".split()

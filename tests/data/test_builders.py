@@ -7,7 +7,7 @@ import pytest
 
 import tests.data.made as made
 from blip2_jax import prepare
-from blip2_jax.data import builders, sources
+from blip2_jax.data import builders, prepared
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def test_it_builds_what_prepare_writes(coco, tmp_path):
     for split, count in (("train", 4), ("test", 2)):
         words = ["--source=coco", f"--dir={coco}", f"--split={split}", f"--out={tmp_path / 'out'}"]
         prepare.main([*words, "--workers=0"])
-        built = list(sources.TfdsSource(tmp_path / "tfds", split))
+        built = list(prepared.TfdsSource(tmp_path / "tfds", split))
         assert len(built) == count
-        assert built == list(sources.TfdsSource(tmp_path / "out", split))
+        assert built == list(prepared.TfdsSource(tmp_path / "out", split))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("apache_beam") is None, reason="needs apache_beam")
@@ -47,5 +47,5 @@ def test_beam_builds_the_same(coco, tmp_path):
     build(coco, tmp_path / "one")
     build(coco, tmp_path / "beam", beam=True)
     for split in ("train", "test"):
-        one, beam = (list(sources.TfdsSource(tmp_path / n, split)) for n in ("one", "beam"))
+        one, beam = (list(prepared.TfdsSource(tmp_path / n, split)) for n in ("one", "beam"))
         assert sorted(one, key=lambda r: r["id"]) == sorted(beam, key=lambda r: r["id"])

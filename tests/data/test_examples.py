@@ -10,7 +10,15 @@ from ml_collections import ConfigDict
 import tests.data.made as made
 import tests.tiny as tiny
 from blip2_jax import cli, recipe
-from blip2_jax.data import batch_spec, examples, loader, sources, tokenizers, transforms
+from blip2_jax.data import (
+    batch_spec,
+    examples,
+    mixtures,
+    reader,
+    sources,
+    tokenizers,
+    transforms,
+)
 from blip2_jax.models.llama import LlamaConfig
 from blip2_jax.models.opt import OPTConfig
 from blip2_jax.models.t5 import T5Config
@@ -149,18 +157,6 @@ def test_a_decoder_without_a_begin_token_in_its_tokenizer_is_still_one(tmp_path)
         assert example["llm_labels"].tolist() == text + [-100] * rest
 
 
-class Pictures:
-    """The same picture, again and again."""
-
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return {"image": made.jpeg(0), "captions": ["a red 3"]}
-
-
 def test_a_part_of_a_mixture_has_its_own_augmentation(monkeypatch):
     """As Visual Genome in LAVIS's pre-training, beside COCO without any."""
     asked = []
@@ -174,8 +170,9 @@ def test_a_part_of_a_mixture_has_its_own_augmentation(monkeypatch):
     config.data.mixture = ConfigDict(
         {"coco": {"dir": "a"}, "vg": {"dir": "b", "randaugment": (2, 5)}}
     )
-    source = sources.Mixture({"coco": Pictures(), "vg": Pictures()})
-    read = loader.Reader(source, examples.make_example(config, 16, train=True, llm=OPTConfig()))
+    pictures = made.Records(16 * [{"image": made.jpeg(0), "captions": ["a red 3"]}])
+    source = mixtures.Mixture({"coco": pictures, "vg": pictures})
+    read = reader.Reader(source, examples.make_example(config, 16, train=True, llm=OPTConfig()))
     for index in (0, 15, 16, 31):
         read(index, np.random.default_rng(0))
     assert asked == [(0, 0), (0, 0), (2, 5), (2, 5)]
@@ -204,7 +201,7 @@ def test_lavis_pretraining_reads_lavis_files_a_caption_a_record(tmp_path):
             "--config.data.qformer_tokenizer=package:digits-bert",
         ],
     )
-    source = loader.make_source(config, "train")
+    source = sources.make_source(config, "train")
     assert [source[i]["captions"] for i in range(len(source))] == [
         ["A."],
         ["B"],

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 import tests.data.made as made
 import tests.tiny as tiny
-from blip2_jax.data import examples, faults, files, loader, sources, tars
+from blip2_jax.data import examples, faults, files, loader, reader, sources, tars
 from blip2_jax.data.faults import Skipped, TooManySkipped
+from blip2_jax.data.source import skipped_at_start
 from blip2_jax.runtime import mesh as meshes
 
 
@@ -199,7 +200,7 @@ def test_what_a_source_leaves_out_counts_towards_the_share(tmp_path):
 
 
 def test_scores_leave_out_what_is_broken_and_replace_nothing(broken):
-    source = loader.make_source(broken, "train")
+    source = sources.make_source(broken, "train")
     with loader.scored_batches(source, 16, 4, rows=range(len(source))) as batches:
         found = list(batches)
         skipped = batches.count_skipped()
@@ -232,10 +233,10 @@ class TwoHosts:
     """Two hosts that load half of each batch and count together after every step."""
 
     def __init__(self, config, start=0, met=None):
-        self.source = loader.make_source(config, "train")
+        self.source = sources.make_source(config, "train")
         self.batches = []
         for rows in (range(4), range(4, 8)):
-            skipped = loader.count_of(self.source, config)
+            skipped = skipped_at_start(self.source, config.data.max_skipped)
             if met is not None:
                 skipped.resume(json.loads(json.dumps(met)))
             args = {"rows": rows, "source": self.source, "skipped": skipped}
@@ -281,15 +282,15 @@ def test_hosts_count_together_and_a_restart_goes_on(tmp_path):
 
 
 def test_a_note_of_many_faults_holds_as_many_as_fit():
-    note = loader._note([(n, "not a readable image", "x/" * 200 + str(n)) for n in range(50)])
+    note = reader.pack_faults([(n, "not a readable image", "x/" * 200 + str(n)) for n in range(50)])
     kept = json.loads(note.tobytes().rstrip(b"\0"))
-    assert note.shape == (loader.FAULTS_SIZE,) and 3 <= len(kept) < 50
+    assert note.shape == (reader.FAULTS_SIZE,) and 3 <= len(kept) < 50
     assert kept[0][0] == 0 and kept[0][2].endswith("x/0")
 
 
 def test_replacements_reach_every_record():
     for count in (1, 2, 3, 10, 20, 34, 1000):
-        stride = loader._stride(count)
+        stride = reader._stride(count)
         assert {(7 + n * stride) % count for n in range(count)} == set(range(count))
 
 
@@ -301,10 +302,10 @@ def test_a_replacement_is_drawn_as_if_it_had_been_asked_for(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(rows))
     paths = {"data.dir": str(tmp_path / "list.json"), "data.images": str(tmp_path / "images")}
     config = make_config(**paths)
-    source = loader.make_source(config, "train")
-    read = loader.Reader(source, examples.make_example(config, 16, train=True))
+    source = sources.make_source(config, "train")
+    read = reader.Reader(source, examples.make_example(config, 16, train=True))
     for seed in range(5):
         got = read(3, np.random.default_rng(seed))
         want = read(int(got["image_id"]), np.random.default_rng(seed))
-        assert got["image_id"] != 3 and got.pop(loader.FAULTS)[0] and not want.pop(loader.FAULTS)[0]
+        assert got["image_id"] != 3 and got.pop(reader.FAULTS)[0] and not want.pop(reader.FAULTS)[0]
         assert_same([got], [want])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tests.data.made as made
-from blip2_jax.data import datasets, folders, lists, sources
+from blip2_jax.data import datasets, folders, lists, prepared, sources
 from blip2_jax.data.columns import Columns, is_missing
 from blip2_jax.data.faults import RecordError
 
@@ -21,17 +21,17 @@ def write(path, value):
 
 def read(path, value, **options):
     source = lists.ListSource([write(path, value)], **options)
-    assert source.rows.read == source.rows.used + source.rows.skipped
-    assert source.faults.count == source.rows.skipped
+    assert source.counts.read == source.counts.used + source.counts.skipped
+    assert source.faults.count == source.counts.skipped
     return source
 
 
 def captions(source):
-    return [source.row(n)["captions"] for n in range(len(source))]
+    return [source.without_image(n)["captions"] for n in range(len(source))]
 
 
 def questions(source):
-    return [q for n in range(len(source)) for q in source.row(n).get("questions", [])]
+    return [q for n in range(len(source)) for q in source.without_image(n).get("questions", [])]
 
 
 # ----------------------------------------------------------------------------------------- quotes
@@ -48,7 +48,7 @@ def test_a_quote_that_is_not_closed_costs_its_own_row(tmp_path, count):
     rows.insert(count // 2 + 1, 'y.jpg,"another')
     source = read(tmp_path / "x.csv", table(rows))
     assert captions(source) == [[f"picture {n}"] for n in range(count)]
-    assert source.rows.read == count + 2
+    assert source.counts.read == count + 2
     assert source.faults.by_reason == {"quote that is not closed": 2}
     assert source.faults.examples["quote that is not closed"][0] == f"{tmp_path}/x.csv:2"
 
@@ -96,7 +96,7 @@ def test_rows_of_other_splits_are_not_read(tmp_path, suffix):
     path = write_as(tmp_path / f"x{suffix}", SPLIT)
     train = lists.ListSource([path], split="train")
     assert captions(train) == [["zero"], ["two"]] and train.by_split
-    assert train.rows == lists.Counts(read=4, used=2, skipped=2, other_splits=2)
+    assert train.counts == lists.Counts(read=4, used=2, skipped=2, other_splits=2)
     assert train.faults.by_reason == {"empty caption": 1, "no split named": 1}
     assert captions(lists.ListSource([path], split="test")) == [["one"]]
     with pytest.raises(ValueError, match="no split 'nosuch'; there are Test, restval, train, val"):
@@ -153,7 +153,7 @@ NO_ANSWER = [None, "", "  ", float("nan"), []]
 def test_an_empty_answer_is_none(tmp_path, key, empty):
     row = {"image": "0.jpg", "question": "What?", "caption": "kept", key: empty}
     source = read(tmp_path / "x.json", [row])
-    assert source.row(0)["questions"] == [{"question": "What?", "answers": []}]
+    assert source.without_image(0)["questions"] == [{"question": "What?", "answers": []}]
     assert captions(source) == [["kept"]] and source.notes.by_reason == {"empty answer": 1}
 
 
@@ -174,7 +174,7 @@ def test_an_empty_answer_is_none(tmp_path, key, empty):
 )
 def test_answers_in_all_forms(tmp_path, value, answers, notes):
     source = read(tmp_path / "x.json", [{"image": "0.jpg", "question": "What?", "answers": value}])
-    assert source.row(0)["questions"] == [{"question": "What?", "answers": answers}]
+    assert source.without_image(0)["questions"] == [{"question": "What?", "answers": answers}]
     assert source.notes.by_reason == notes
 
 
@@ -218,7 +218,7 @@ def test_odd_annotations_are_read_or_counted_one_by_one(tmp_path):
         ],
     }  # fmt: skip
     source = read(tmp_path / "coco.json", coco)
-    assert captions(source) == [["one"], ["two"]] and source.rows.read == 8
+    assert captions(source) == [["one"], ["two"]] and source.counts.read == 8
     assert source.faults.by_reason == {
         "empty caption": 1, "no image file for its id, key or URL": 1, "image without an id": 1,
         "caption of an image that is not in the list": 1, "caption without an image id": 2,
@@ -271,8 +271,8 @@ def test_questions_as_texts_and_ids_of_two_types(tmp_path):
         write(tmp_path / folder / names.format("OpenEnded_", "questions"), whole)
         write(tmp_path / folder / names.format("", "annotations"), whole)
         source = datasets.open_dataset(folder, str(tmp_path / folder), "val")
-        assert source.row(0)["questions"][0]["answers"] == ["yes"]
-        assert source.row(0)["image"].endswith("val2014/COCO_val2014_000000000042.jpg")
+        assert source.without_image(0)["questions"][0]["answers"] == ["yes"]
+        assert source.where(0).endswith("val2014/COCO_val2014_000000000042.jpg")
         assert source.faults.by_reason == {"question without an id": 1}
 
 
@@ -401,7 +401,7 @@ def test_captions_of_json_objects(tmp_path):
 def test_json_is_known_by_what_is_in_the_file(tmp_path):
     rows = [{"image": "0.jpg", "caption": "a cat"}, {"image": "1.jpg", "caption": "a dog"}]
     source = read(tmp_path / "x.jsonl", json.dumps(rows, indent=1))
-    assert captions(source) == [["a cat"], ["a dog"]] and source.rows.read == 2
+    assert captions(source) == [["a cat"], ["a dog"]] and source.counts.read == 2
     lines = '[1]\n{"image": "0.jpg", "caption": "a cat"}'
     assert read(tmp_path / "y.jsonl", lines).faults.by_reason == {"not a JSON object": 1}
     deep = "[" * 100_000
@@ -473,7 +473,10 @@ def test_images_in_parquet(tmp_path, rows):
     source = lists.ListSource([path])
     check_stored(source)
     check_stored(pickle.loads(pickle.dumps(source)))
-    assert "bytes" not in json.dumps(source.row(0)) and source.row(0)["id"] == "same.jpg"
+    assert (
+        "bytes" not in json.dumps(source.without_image(0))
+        and source.without_image(0)["id"] == "same.jpg"
+    )
 
 
 def save_to_disk(folder, table, split=None):
@@ -507,7 +510,7 @@ def test_folders_that_datasets_saved(tmp_path):
     with pytest.raises(ValueError, match="no split 'val'; there are train, test"):
         sources.open_files(str(tmp_path / "two"), split="val")
     with pytest.raises(ValueError, match="saved by Hugging Face's datasets.*source=files"):
-        sources.TfdsSource(tmp_path / "two", "train")
+        prepared.TfdsSource(tmp_path / "two", "train")
 
 
 def test_paths_without_bytes_name_files(tmp_path):

@@ -230,12 +230,12 @@ def check(path, wanted, count):
         str(error).encode()
         assert not wanted, error
         return False
-    assert source.rows.read == source.rows.used + source.rows.skipped
-    assert source.faults.count == source.rows.skipped
-    assert count is None or source.rows.read == count
+    assert source.counts.read == source.counts.used + source.counts.skipped
+    assert source.faults.count == source.counts.skipped
+    assert count is None or source.counts.read == count
     found = set()
     for number in range(len(source)):
-        record = source.row(number)
+        record = source.without_image(number)
         json.dumps(record).encode()
         for text in texts_of(record):
             assert isinstance(text, str) and text.strip()

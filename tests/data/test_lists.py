@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tests.data.made as made
-from blip2_jax.data import datasets, lists, sources
+from blip2_jax.data import datasets, lists, mixtures, sources
 from blip2_jax.data.faults import RecordError
 
 
@@ -270,20 +270,20 @@ def test_nocaps_flickr_and_web_pairs(tmp_path):
 
 
 def test_mixtures_weigh_by_weight_size_or_root_of_size():
-    parts = {"a": range(900), "b": range(100)}
+    parts = {"a": made.Records(range(900)), "b": made.Records(range(100))}
     weights = {"a": 1.0, "b": 3.0}
     for scheme, expected in [("size", 0.1), ("sqrt_size", 0.25), ("weight", 0.75)]:
-        assert sources.Mixture(parts, scheme, weights).weights[1] == pytest.approx(expected)
+        assert mixtures.Mixture(parts, scheme, weights).weights[1] == pytest.approx(expected)
     with pytest.raises(ValueError, match="above 0"):
-        sources.Mixture(parts, "weight", {"a": 0.0})
+        mixtures.Mixture(parts, "weight", {"a": 0.0})
     with pytest.raises(ValueError, match="weight, size, sqrt_size"):
-        sources.Mixture(parts, "chance")
+        mixtures.Mixture(parts, "chance")
 
 
 def test_a_mixture_numbers_its_parts_through(folder):
     path = write(folder / "x.json", ROWS)
     part = lists.ListSource([path], str(folder / "images"))
-    two = sources.Mixture({"a": part, "b": part})
+    two = mixtures.Mixture({"a": part, "b": part})
     assert [r["image_number"] for r in two] == list(range(6))
     assert two[4]["captions"] == part[1]["captions"] and two.where(4) == part.where(1)
     assert np.sum(two.weights) == 1
@@ -293,13 +293,13 @@ def test_a_source_is_known_by_what_it_holds_not_where(tmp_path):
     def shards(name, count, records=2):
         (tmp_path / name).mkdir()
         made.write_shards(tmp_path / name, count, records)
-        return sources.identity(sources.open_files(str(tmp_path / name)))
+        return sources.open_files(str(tmp_path / name)).identity()
 
     first = shards("a", 3)
     assert first == shards("b", 3) and first["records"] == 6
     assert first != shards("c", 2, 3)  # as many records, in other archives
     rows = [{"image": f"{n}.jpg", "caption": "a"} for n in range(3)]
     one, two = (lists.ListSource(iter(r), "x") for r in (rows, [*rows[:2], rows[0]]))
-    assert sources.identity(one) != sources.identity(two)
-    mixed = sources.identity(sources.Mixture({"one": one, "two": two}))
+    assert one.identity() != two.identity()
+    mixed = mixtures.Mixture({"one": one, "two": two}).identity()
     assert mixed["one"]["records"] == 3 and mixed["one"]["weight"] == 0.6

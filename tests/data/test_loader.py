@@ -18,7 +18,7 @@ from PIL import Image
 
 import tests.data.made as made
 import tests.tiny as tiny
-from blip2_jax.data import examples, loader, texts, tokenizers, transforms
+from blip2_jax.data import examples, loader, sources, texts, tokenizers, transforms
 from blip2_jax.data.faults import RecordError
 from blip2_jax.digits import prepare as digits
 from blip2_jax.models.opt import OPTConfig
@@ -93,7 +93,7 @@ def test_eval_batches_are_whole_ordered_and_repeatable(folder):
     with loader.eval_batches(config, 16) as batches:
         assert_same(first, list(batches))
     # The whole image, neither cut nor mirrored, and the first caption.
-    source = loader.make_source(config, "test")
+    source = sources.make_source(config, "test")
     bert = tokenizers.load("package:digits-bert")
     for number, (image, ids, mask) in enumerate(
         row for b in first for row in zip(b["image"], b["text_ids"], b["text_mask"], strict=True)
@@ -110,7 +110,7 @@ def test_eval_batches_are_whole_ordered_and_repeatable(folder):
 def test_an_evaluation_batch_divides_over_the_mesh(folder, batch_size, multiple, found):
     """Of ten records."""
     config = make_config(folder, **{"eval.batch_size": batch_size})
-    source = loader.make_source(config, "test")
+    source = sources.make_source(config, "test")
     assert loader.eval_batch_size(config, source, multiple) == found
     with loader.eval_batches(config, 16, batch_size=found, rows=[1]) as batches:
         ids = [batch["image_id"].tolist() for batch in batches]
@@ -120,16 +120,16 @@ def test_an_evaluation_batch_divides_over_the_mesh(folder, batch_size, multiple,
 @pytest.mark.parametrize(("batch_size", "multiple"), [(4, 16), (0, 1)])
 def test_an_evaluation_batch_that_cannot_divide_is_refused(folder, batch_size, multiple):
     config = make_config(folder, **{"eval.batch_size": batch_size})
-    source = loader.make_source(config, "test")
+    source = sources.make_source(config, "test")
     with pytest.raises(ValueError, match=f"batch_size is {batch_size},.*10 records.*{multiple} "):
         loader.eval_batch_size(config, source, multiple)
 
 
 def test_a_share_of_the_pairs_is_mismatched_and_always_the_same_ones(folder):
-    right = loader.make_source(make_config(folder), "train")
+    right = sources.make_source(make_config(folder), "train")
     for share in (0.3, 1.0):
         config = make_config(folder, **{"data.mismatched": share})
-        wrong = loader.make_source(config, "train")
+        wrong = sources.make_source(config, "train")
         changed = [i for i in range(20) if wrong[i]["captions"] != right[i]["captions"]]
         assert len(changed) == 20 * share
         assert all(wrong[i]["image"] == right[i]["image"] for i in range(20))
@@ -138,18 +138,19 @@ def test_a_share_of_the_pairs_is_mismatched_and_always_the_same_ones(folder):
         assert_same(take(config, 5)[2:], take(config, 3, 2))
     # What is measured on is left alone.
     assert (
-        loader.make_source(config, "test")[0] == loader.make_source(make_config(folder), "test")[0]
+        sources.make_source(config, "test")[0]
+        == sources.make_source(make_config(folder), "test")[0]
     )
 
 
 def test_a_share_above_one_is_refused(folder):
     with pytest.raises(ValueError, match="config.data.mismatched is 2"):
-        loader.make_source(make_config(folder, **{"data.mismatched": 2.0}), "train")
+        sources.make_source(make_config(folder, **{"data.mismatched": 2.0}), "train")
 
 
 def test_an_unknown_source_is_named(folder):
     with pytest.raises(ValueError, match="webdataset.*tfds, files, stories, easy_stories, coco"):
-        loader.make_source(make_config(folder, **{"data.source": "webdataset"}), "train")
+        sources.make_source(make_config(folder, **{"data.source": "webdataset"}), "train")
 
 
 # ------------------------------------------------------------- many sources, hosts and workers
@@ -284,7 +285,7 @@ def test_parts_of_a_mixture_have_orders_of_their_own(mixed):
     config = ConfigDict(mixed.to_dict())
     own = mixed.data.mixture.own.to_dict()
     config.data.mixture = ConfigDict({"one": own, "two": own})
-    source = loader.make_source(config, "train")
+    source = sources.make_source(config, "train")
     numbers = np.array(
         [n for step in range(5) for n in loader.record_numbers(source, config, step)]
     )
@@ -309,7 +310,7 @@ def test_captions_are_drawn_at_random_and_cleaned(folder):
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_scores_see_the_rows_asked_for_once_and_in_order(folder, batch_size):
     config = make_config(folder)
-    source = loader.make_source(config, "train")
+    source = sources.make_source(config, "train")
     rows = [7, 0, 3, 9, 1]
     with loader.scored_batches(source, 16, batch_size, rows=rows) as batches:
         found = list(batches)
@@ -357,7 +358,7 @@ def test_a_part_may_have_a_source_and_a_split_of_its_own(mixed, tmp_path):
         {"source": "coco", "dir": str(folder), "split": "train2017"}
     )
     changed.data.mixture.web.split = "2019"  # what the tars are called does not matter
-    source = loader.make_source(changed, "train")
+    source = sources.make_source(changed, "train")
     assert source.names == ["coco", "own", "web"] and len(source) == 3 + 10 + 24
     assert source[0]["captions"] == ["number 0"]
 
@@ -367,7 +368,7 @@ def test_a_folder_beside_a_mixture_is_refused(mixed):
     both = mixed.copy_and_resolve_references()
     both.data.dir = "mine"
     with pytest.raises(ValueError, match="'mine'.* mixture of own, web.*data.mixture={}"):
-        loader.make_source(both, "train")
+        sources.make_source(both, "train")
 
 
 def test_an_unknown_key_of_a_mixture_is_refused(mixed):
@@ -427,7 +428,7 @@ def test_lists_that_name_splits_are_read_by_split(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(rows))
     data = {"data.source": "files", "data.eval_split": "val", "eval.batch_size": 3}
     config = make_config(tmp_path / "x.json", **data)
-    assert len(loader.make_source(config, "train")) == 3
+    assert len(sources.make_source(config, "train")) == 3
     with loader.eval_batches(config, 16) as batches:
         assert len(list(batches)) == 1
     for row in rows:

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from blip2_jax.data import sources, transforms
+from blip2_jax.data import prepared, transforms
 from blip2_jax.digits import dataset, drawing, patches, prepare, world
 
 SIZES = {"train": 12, "test": 6, "held_out": 4}
@@ -48,7 +48,7 @@ def test_things_are_drawn_in_their_quadrant_and_color():
 
 def test_records_hold_what_was_drawn(folder):
     for split, size in SIZES.items():
-        source = sources.TfdsSource(folder, split)
+        source = prepared.TfdsSource(folder, split)
         assert len(source) == size
         for record in source:
             scene = world.scene_from_json(record["scene"])
@@ -92,7 +92,7 @@ def test_a_killed_preparation_is_made_anew(folder, tmp_path):
     (tmp_path / "d.partial").mkdir()  # somebody's
     assert prepare.write(tmp_path / "d", 0, SIZES) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "d.partial"]
-    assert len(sources.TfdsSource(tmp_path / "d", "train")) == 12
+    assert len(prepared.TfdsSource(tmp_path / "d", "train")) == 12
 
 
 def test_a_folder_with_something_else_is_not_touched(tmp_path):
@@ -104,9 +104,9 @@ def test_a_folder_with_something_else_is_not_touched(tmp_path):
 
 def test_missing_data_says_how_to_make_it(folder, tmp_path):
     with pytest.raises(ValueError, match="blip2 prepare --source=digits"):
-        sources.TfdsSource(tmp_path, "train")
+        prepared.TfdsSource(tmp_path, "train")
     with pytest.raises(ValueError, match="train, test, held_out"):
-        sources.TfdsSource(folder, "validation")
+        prepared.TfdsSource(folder, "validation")
 
 
 def test_patches_belong_to_the_box_that_covers_most_of_them():

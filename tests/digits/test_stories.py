@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 import tests.tiny as tiny
 from blip2_jax import cli
-from blip2_jax.data import loader, tokenizers
+from blip2_jax.data import loader, sources, tokenizers
 from blip2_jax.digits import prepare, stories
 from blip2_jax.models.opt import OPTConfig
 
@@ -68,7 +68,7 @@ def test_stories_grow_from_easy_to_hard(folder):
     changes = {"data.source": "stories", "data.story_warmup": 0.5, "data.llm_length": 128}
     changes |= {"data.llm_tokenizer": "package:digits-opt", "data.dir": str(folder)}
     config = tiny.config("pretrain_lm", steps=100, **changes)
-    source = loader.make_source(config, "train")
+    source = sources.make_source(config, "train")
     commas = [sum(", " in s["story"][0] for s in map(source.__getitem__, part))
               for part in (range(0, 130), range(600, 730))]  # fmt: skip
     assert commas[0] == 0 < commas[1]  # three things are joined by a comma

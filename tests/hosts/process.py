@@ -23,7 +23,7 @@ import pytest
 from ml_collections import FrozenConfigDict
 
 from blip2_jax import cli, recipe, train
-from blip2_jax.data import loader
+from blip2_jax.data.faults import Skipped
 from blip2_jax.runtime import distributed
 from blip2_jax.runtime import mesh as meshes
 from blip2_jax.runtime.checkpoint import Checkpointer
@@ -37,7 +37,7 @@ def start(config: FrozenConfigDict, workdir: str) -> dict[str, np.ndarray]:
     run = recipe.build(config)
     frozen, fingerprints = run.load_frozen()
     identity = {"fingerprints": fingerprints}
-    skipped = loader.count_of(range(1), config)
+    skipped = Skipped(1, config.data.max_skipped)
     with Checkpointer(Path(workdir) / "checkpoints") as checkpointer:
         timer = Timer(examples=1, flops=1.0)
         state = first_state(run, checkpointer, identity, timer, skipped, Path(workdir)).state
