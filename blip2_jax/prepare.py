@@ -239,13 +239,13 @@ def _claim(plan: shards.Plan, settings: dict[str, Any]) -> None:
     fs, inner = files.filesystem(plan.out)
     name = f"{plan.split}.plan.json"
     wanted = {**settings, "name": plan.name, "records": plan.records}
-    found = read_json(plan.out, name)
-    if found and found != wanted:
+    claimed = read_json(plan.out, name)
+    if claimed and claimed != wanted:
         raise ValueError(
-            f"{plan.out} holds the beginning of another {plan.split!r} ({found}); this is "
+            f"{plan.out} holds the beginning of another {plan.split!r} ({claimed}); this is "
             f"{wanted}. Name another --out, or remove what is there."
         )
-    if not found and fs.exists(inner):
+    if not claimed and fs.exists(inner):
         there = {os.path.basename(path.rstrip("/")) for path in fs.ls(inner, detail=False)}
         if there and not any(file.endswith(".plan.json") for file in there):
             raise ValueError(f"{plan.out} is not empty and not ours; name another --out.")

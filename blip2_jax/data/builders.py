@@ -128,5 +128,5 @@ def make_range(
     numbers = range(start, min(start + RANGE, count))
     source = _opened(open_split, split)
     yield from examples(source, numbers, shorter_side, alpha_background, skipped)
-    for reason, found in skipped.by_reason.items():
-        Metrics.counter("blip2_jax skipped", reason).inc(found)
+    for reason, times in skipped.by_reason.items():
+        Metrics.counter("blip2_jax skipped", reason).inc(times)

@@ -81,9 +81,9 @@ class CapFilt:
 
 def _different(captions: Sequence[str]) -> list[str]:
     """Captions that differ once they are cleaned, the first of each kind; no empty ones."""
-    found = {texts.clean_caption(caption): caption.strip() for caption in reversed(captions)}
-    found.pop("", None)
-    return list(found.values())[::-1]
+    by_cleaned = {texts.clean_caption(caption): caption.strip() for caption in reversed(captions)}
+    by_cleaned.pop("", None)
+    return list(by_cleaned.values())[::-1]
 
 
 def caption_by(model: Any, samples: int) -> Caption:
@@ -91,11 +91,11 @@ def caption_by(model: Any, samples: int) -> Caption:
 
     Nucleus sampling with p = 0.9, as in BLIP's CapFilt (Li et al. 2022, section 4.1).
     """
-    how = {"num_return_sequences": samples, "do_sample": True, "num_beams": 1, "top_p": 0.9}
+    options = {"num_return_sequences": samples, "do_sample": True, "num_beams": 1, "top_p": 0.9}
 
     def caption(images: np.ndarray) -> list[list[str]]:
-        found = model.caption(images, **how)
-        return [[text] for text in found] if samples == 1 else [list(texts) for texts in found]
+        captions = model.caption(images, **options)
+        return [[text] for text in captions] if samples == 1 else [list(of) for of in captions]
 
     return caption
 

@@ -85,15 +85,15 @@ class Columns:
         by_name: dict[str, list[str]] = {}
         for column in columns:
             by_name.setdefault(canonical(column), []).append(column)
-        found = {}
+        by_field = {}
         for field, names in NAMES.items():
             if field in self.own:
                 own = self.own[field]
                 same = [own] if own in columns else by_name.get(canonical(own), [])
             else:
                 same = [column for name in names for column in by_name.get(name, ())]
-            found[field] = tuple(same)
-        return found
+            by_field[field] = tuple(same)
+        return by_field
 
     def get(self, row: Mapping[str, Any], field: str) -> Any:
         """A field's value; None if the row has none, or an empty one."""
@@ -122,11 +122,11 @@ class Columns:
         """
         columns = tuple(columns)
         self.check_own(columns, path)
-        found = self._of(columns)
+        by_field = self._of(columns)
         lacking = []
-        if not any(found[field] for field in ("image", *PLACES)):
+        if not any(by_field[field] for field in ("image", *PLACES)):
             lacking.append("image")
-        if not any(found[field] for field in TEXTS):
+        if not any(by_field[field] for field in TEXTS):
             lacking.append("caption")
         if lacking:
             known = "; ".join(f"{field}: {', '.join(NAMES[field])}" for field in lacking)
@@ -141,9 +141,9 @@ class Columns:
     def check_own(self, columns: Iterable[str], path: str) -> None:
         """Sees whether the columns that the user named are there; ValueError if one is not."""
         columns = tuple(columns)
-        found = self._of(columns)
+        by_field = self._of(columns)
         for field, column in self.own.items():
-            if column and not found[field]:
+            if column and not by_field[field]:
                 near = difflib.get_close_matches(column, columns, 1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
@@ -163,9 +163,9 @@ class QuestionColumns(Columns):
     """Columns of a question in a list, which has an id of its own."""
 
     def _find(self, columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-        found = super()._find(columns)
-        ids = (*found["question_id"], *(name for name in ("qa_id", "id") if name in columns))
-        return {**found, "question_id": ids}
+        by_field = super()._find(columns)
+        ids = (*by_field["question_id"], *(name for name in ("qa_id", "id") if name in columns))
+        return {**by_field, "question_id": ids}
 
 
 def is_missing(value: Any) -> bool:

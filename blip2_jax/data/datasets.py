@@ -72,15 +72,15 @@ def open_dataset(
     prefix = ""  # COCO's own files name images without their folder
     if name == "coco" and file.startswith("captions_"):
         prefix = file.removeprefix("captions_").removesuffix(".json") + "/"
-    places = [images] if images else [_join(folder, place) for place in (*IMAGE_FOLDERS, split)]
-    images, prefix = _locate(places, prefix, first, names) or (images or folder, prefix)
+    folders = [images] if images else [_join(folder, below) for below in (*IMAGE_FOLDERS, split)]
+    images, prefix = _locate(folders, prefix, first, names) or (images or folder, prefix)
     if prefix:
         lines = _prefixed(lines, prefix, names)
     return lists.ListSource(lines, images, split=split, form=form, columns=columns)
 
 
-def _join(folder: str, place: str) -> str:
-    return files.join(folder, place) if place else folder
+def _join(folder: str, name: str) -> str:
+    return files.join(folder, name) if name else folder
 
 
 def find(name: str, folder: str, split: str) -> str:
@@ -93,12 +93,12 @@ def find(name: str, folder: str, split: str) -> str:
     spelled = [split + VQA_YEARS[split]] if vqa and split in VQA_YEARS else []
     fs, root = files.filesystem(folder)
     for pattern in FILES[name]:
-        for place in ("", "annotations", "Annotations"):
-            where = _join(folder, place)
+        for below in ("", "annotations", "Annotations"):
+            where = _join(folder, below)
             if "*" in pattern:
-                found = files.matches(files.join(where, pattern))
-                if found:
-                    return found[0]
+                paths = files.matches(files.join(where, pattern))
+                if paths:
+                    return paths[0]
                 continue
             for own in (*spelled, split):
                 path = files.join(where, pattern.format(split=own))
@@ -120,16 +120,16 @@ def find(name: str, folder: str, split: str) -> str:
 
 
 def _locate(
-    places: list[str], prefix: str, first: list[Line], columns: Columns
+    folders: list[str], prefix: str, first: list[Line], columns: Columns
 ) -> tuple[str, str] | None:
     """The folder that the images of the first rows, or some of them, are in, and whether their
     names need the prefix there; None if they are in none of the places."""
     for _, row in first:
         name = columns.get(row, "image") if isinstance(row, dict) else None
-        for place in places if isinstance(name, str) else ():
+        for folder in folders if isinstance(name, str) else ():
             for start in dict.fromkeys((prefix, "")):
-                if files.exists(files.join(place, f"{start}{name}")):
-                    return place, start
+                if files.exists(files.join(folder, f"{start}{name}")):
+                    return folder, start
     return None
 
 
@@ -158,11 +158,11 @@ def _prefixed(lines: Iterator[Line], prefix: str, columns: Columns) -> Iterator[
 
 def _entries(path: str, key: str = "") -> list[Any]:
     """The list in a JSON file, or under a key of its object; ValueError if there is none."""
-    found = containers.document(path)
-    found = found.get(key) if key and isinstance(found, dict) else found
-    if not isinstance(found, list):
+    document = containers.document(path)
+    document = document.get(key) if key and isinstance(document, dict) else document
+    if not isinstance(document, list):
         raise ValueError(f"{path} holds no list{f' of {key}' if key else ''}.")
-    return found
+    return document
 
 
 def _vqa_lines(path: str) -> Iterator[Line]:

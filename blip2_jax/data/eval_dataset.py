@@ -78,7 +78,7 @@ class EvalDataset:
         ]
 
     def batches(
-        self, rows: Sequence[int], size: int, batch_size: int, threads: int, **resizing: Any
+        self, numbers: Sequence[int], size: int, batch_size: int, threads: int, **resizing: Any
     ) -> Iterator[tuple[list[int], list[np.ndarray], list[tuple[int, str]]]]:
         """Numbers and images, uint8[size, size, 3], batch by batch; and what cannot be read.
 
@@ -88,7 +88,7 @@ class EvalDataset:
             self.source,
             size,
             batch_size,
-            rows=rows,
+            numbers=numbers,
             threads=threads,
             alpha_background=self.data.alpha_background,
             **resizing,

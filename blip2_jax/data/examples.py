@@ -86,12 +86,12 @@ def load_tokenizers(config: ConfigDict) -> dict[str, Any]:
     if stage in EXAMPLE_MAKERS:
         others: dict[str, Any] = resolve_name(EXAMPLE_MAKERS[stage]).load_tokenizers(config)
         return others
-    found: dict[str, Any] = {}
+    loaded: dict[str, Any] = {}
     if stage == "stage2":
-        found["llm"] = llm_tokenizer(config)
+        loaded["llm"] = llm_tokenizer(config)
     if stage == "stage1" or (stage == "stage2" and config.model.qformer_reads_prompt):
-        found["qformer"] = tokenizers.load(data.qformer_tokenizer)
-    return found
+        loaded["qformer"] = tokenizers.load(data.qformer_tokenizer)
+    return loaded
 
 
 def _captions(record: Record, data: ConfigDict) -> list[str]:

@@ -58,9 +58,9 @@ class Skipped:
             self._seen[byte] |= bit
             self._met[reason] += 1
         self.by_reason[reason] += 1
-        places = self.examples.setdefault(reason, [])
-        if len(places) < self.EXAMPLES:
-            places.append(where)
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < self.EXAMPLES:
+            examples.append(where)
 
     def check(self) -> None:
         """Raises TooManySkipped if more than the bounded share has been skipped."""
@@ -74,10 +74,10 @@ class Skipped:
     def merge(self, other: "Skipped | dict[str, Any]") -> None:
         """Adds what another count (or its `to_json`) holds."""
         other = other.to_json() if isinstance(other, Skipped) else other
-        for reason, found in other.items():
-            self.by_reason[reason] += found["count"]
-            places = self.examples.setdefault(reason, [])
-            places += found["examples"][: self.EXAMPLES - len(places)]
+        for reason, counted in other.items():
+            self.by_reason[reason] += counted["count"]
+            examples = self.examples.setdefault(reason, [])
+            examples += counted["examples"][: self.EXAMPLES - len(examples)]
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """{reason: {"count", "examples"}}, the most frequent first."""
@@ -88,8 +88,8 @@ class Skipped:
 
     def met(self) -> dict[str, Any]:
         """What was counted by `index`, as JSON holds it, for `resume`."""
-        found = self.to_json()
-        by_reason = {reason: {**found[reason], "count": n} for reason, n in self._met.items()}
+        counted = self.to_json()
+        by_reason = {reason: {**counted[reason], "count": n} for reason, n in self._met.items()}
         seen = base64.b85encode(zlib.compress(self._seen)).decode()
         return {"by_reason": by_reason, "seen": seen}
 
@@ -102,11 +102,12 @@ class Skipped:
     def text(self) -> str:
         """One line a reason, with some of the places."""
         lines = []
-        for reason, found in self.to_json().items():
-            places = [place for place in found["examples"] if place]
-            more = ", ..." if found["count"] > len(places) else ""
+        for reason, counted in self.to_json().items():
+            examples = [where for where in counted["examples"] if where]
+            more = ", ..." if counted["count"] > len(examples) else ""
             lines.append(
-                f"  {found['count']} x {reason}" + f": {', '.join(places)}{more}" * bool(places)
+                f"  {counted['count']} x {reason}"
+                + f": {', '.join(examples)}{more}" * bool(examples)
             )
         return "\n".join(lines)
 

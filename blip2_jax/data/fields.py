@@ -166,14 +166,14 @@ def _image(value: Any) -> tuple[str | None, StoredImage | bytes | None]:
 
 def _hints(key: int | str | None, identity: int | str | None, url: Any) -> list[str]:
     """Names of files, with or without a suffix, that an image may be in."""
-    found = [str(key)] if key is not None else []
+    names = [str(key)] if key is not None else []
     if identity is not None:
-        found.append(str(identity))
+        names.append(str(identity))
         if str(identity).isdigit():
-            found.append(f"{int(identity):012d}")  # COCO's
+            names.append(f"{int(identity):012d}")  # COCO's
     if isinstance(url, str) and is_text(url):
-        found.append(re.split(r"[?#]", url.strip())[0].rstrip("/").rpartition("/")[2])
-    return [name for name in found if name]
+        names.append(re.split(r"[?#]", url.strip())[0].rstrip("/").rpartition("/")[2])
+    return [name for name in names if name]
 
 
 # ---------------------------------------------------------------------------------------- captions
@@ -184,11 +184,11 @@ def _unpacked(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] == "[" and value.rstrip()[-1:] == "]":
         for parse in (json.loads, ast.literal_eval):
             try:
-                found = parse(value.strip())
+                parsed = parse(value.strip())
             except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
                 continue
-            if isinstance(found, list):
-                return found
+            if isinstance(parsed, list):
+                return parsed
     return value  # a text that begins with a bracket
 
 
@@ -212,7 +212,7 @@ SENTENCE = ("raw", "caption", "text", "sentence")  # what the text of an entry i
 def captions_of(value: Any, notes: list[str]) -> list[str]:
     """The captions in a column: a text, a list of texts (also written as text), or COCO's and
     Karpathy's sentences. What is empty or no text is noted."""
-    found = []
+    captions = []
     for entry in _entries(value):
         if isinstance(entry, Mapping):
             own = next((entry[k] for k in SENTENCE if not is_missing(entry.get(k))), None)
@@ -221,10 +221,10 @@ def captions_of(value: Any, notes: list[str]) -> list[str]:
                 own = " ".join(t for t in tokens if isinstance(t, str))
             entry = own
         try:
-            found.append(text_of(entry, "caption"))
+            captions.append(text_of(entry, "caption"))
         except RecordError as error:
             notes.append(error.reason)
-    return found
+    return captions
 
 
 # --------------------------------------------------------------------------------------- questions
@@ -236,7 +236,7 @@ ASKS, ANSWERS = ("human", "user", "question"), ("gpt", "assistant", "model", "an
 
 def _questions(columns: Columns, row: Mapping[str, Any], notes: list[str]) -> list[Question]:
     """The questions in a row, as a list of {"question", "answers", ...}."""
-    found: list[Question] = []
+    questions: list[Question] = []
     entries = _entries(columns.get(row, "question"))
     answers = _unpacked(columns.get(row, "answer"))
     if isinstance(answers, (list, tuple)) and len(entries) == len(answers) > 1:
@@ -248,14 +248,14 @@ def _questions(columns: Columns, row: Mapping[str, Any], notes: list[str]) -> li
     for entry in entries:
         try:
             if isinstance(entry, Mapping):
-                found.append(_question(entry, _NESTED, notes))
+                questions.append(_question(entry, _NESTED, notes))
             elif len(entries) == 1:
-                found.append(_question({**row, _ASKED: entry}, columns, notes))
+                questions.append(_question({**row, _ASKED: entry}, columns, notes))
             else:
-                found.append({"question": text_of(entry, "question"), "answers": []})
+                questions.append({"question": text_of(entry, "question"), "answers": []})
         except RecordError as error:
             notes.append(error.reason)
-    return found
+    return questions
 
 
 _ASKED = "\0question"  # the key of a row's question once it is known
@@ -300,7 +300,7 @@ def _answers(value: Any, notes: list[str]) -> list[str]:
             notes.append("answer counts are no whole numbers")
             return []
         value = [text for text, count in value.items() for _ in range(count)]
-    found = []
+    answers = []
     for entry in _entries(value):
         if isinstance(entry, Mapping):
             entry = next((entry[k] for k in ANSWER_TEXTS if not is_missing(entry.get(k))), None)
@@ -308,10 +308,10 @@ def _answers(value: Any, notes: list[str]) -> list[str]:
         if number is None and isinstance(entry, float) and math.isfinite(entry):
             number = repr(entry)
         try:
-            found.append(str(number) if number is not None else text_of(entry, "answer"))
+            answers.append(str(number) if number is not None else text_of(entry, "answer"))
         except RecordError as error:
             notes.append(error.reason)
-    return found
+    return answers
 
 
 def _is_count(value: Any) -> bool:
@@ -333,7 +333,7 @@ def _conversation(value: Any, captions: list[str], notes: list[str]) -> list[Que
 
     What answers the image alone is a caption, and joins `captions`.
     """
-    found: list[Question] = []
+    questions: list[Question] = []
     asked: str | None = None
     for turn in _entries(value):
         if not isinstance(turn, Mapping):
@@ -345,13 +345,13 @@ def _conversation(value: Any, captions: list[str], notes: list[str]) -> list[Que
             asked = text
         elif role in ANSWERS and text and asked is not None:
             if asked:
-                found.append({"question": asked, "answers": [text]})
+                questions.append({"question": asked, "answers": [text]})
             else:
                 captions.append(text)
             asked = None
         elif role != "system":
             notes.append("conversation has turns without a question or an answer")
-    return found
+    return questions
 
 
 def _said(value: Any) -> str:

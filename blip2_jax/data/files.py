@@ -81,23 +81,23 @@ def matches(pattern: str) -> list[str]:
     fs, path = filesystem(pattern)
     unstrip = (lambda p: p) if is_local(pattern) else fs.unstrip_protocol
     folder, rest = _literal(fs, path)
-    return sorted(unstrip(found) for found in fs.glob(f"{glob.escape(folder)}/{rest}"))
+    return sorted(unstrip(match) for match in fs.glob(f"{glob.escape(folder)}/{rest}"))
 
 
 def below(folder: str) -> list[str]:
     """All files in a folder and its subfolders, as paths that begin in it, sorted."""
     fs, root = filesystem(folder)
     if not is_local(folder):
-        found = fs.find(root) if fs.isdir(root) else []
-        return sorted(path.removeprefix(root).lstrip("/") for path in found)
-    found, seen = [], set()
+        paths = fs.find(root) if fs.isdir(root) else []
+        return sorted(path.removeprefix(root).lstrip("/") for path in paths)
+    paths, seen = [], set()
     for inside, folders, names in os.walk(root, followlinks=True):
         if os.path.realpath(inside) in seen:  # a link to a folder above
             folders.clear()
             continue
         seen.add(os.path.realpath(inside))
-        found += [os.path.relpath(os.path.join(inside, name), root) for name in names]
-    return sorted(found)
+        paths += [os.path.relpath(os.path.join(inside, name), root) for name in names]
+    return sorted(paths)
 
 
 def with_split(pattern: str, split: str) -> str:
@@ -126,10 +126,10 @@ def expand(pattern: str) -> list[str]:
         head, tail = pattern.rsplit(braces[0], 1)
         # Those that are missing are counted as lost by whoever reads them.
         return [f"{head}{number}{tail}" for number in numbers]
-    found = matches(pattern)
-    if not found:
+    paths = matches(pattern)
+    if not paths:
         raise ValueError(f"{pattern}: no such file or folder.")
-    return found
+    return paths
 
 
 def read(path: str, max_bytes: int | None = None) -> bytes:
@@ -188,10 +188,10 @@ def local_copy(folder: str) -> str:
 
     fs, root = filesystem(folder)
     target = cache_folder("data") / digest.of_text(folder)
-    found = fs.find(root, detail=True)
-    if not found:
+    infos = fs.find(root, detail=True)
+    if not infos:
         raise ValueError(f"{folder}: nothing there.")
-    for path, info in tqdm(sorted(found.items()), desc=f"fetching {folder}", unit=" files"):
+    for path, info in tqdm(sorted(infos.items()), desc=f"fetching {folder}", unit=" files"):
         alive()
         local = target / path.removeprefix(root).lstrip("/")
         if local.is_file() and local.stat().st_size == info["size"]:

@@ -21,7 +21,7 @@ _SPLIT = re.compile(
 )
 
 
-class Found(NamedTuple):
+class FolderContents(NamedTuple):
     """What a path stands for.
 
     Attributes:
@@ -47,7 +47,7 @@ def same_split(wanted: str, there: Iterable[str]) -> set[str]:
     return exact or {split for split in there if SPLITS.get(split.lower(), split.lower()) == usual}
 
 
-def look(path: str, split: str, note: str) -> Found:
+def contents(path: str, split: str, note: str) -> FolderContents:
     """What a file, folder or pattern stands for.
 
     Args:
@@ -68,9 +68,9 @@ def look(path: str, split: str, note: str) -> Found:
     inside = sorted(unstrip(p) for p in fs.ls(inner, detail=False))
     archives = [p for p in inside if p.endswith((ARCHIVE, ARCHIVE + note))]
     if archives:
-        return Found(archives, [], [])
+        return FolderContents(archives, [], [])
     if _has_pairs(inside):
-        return Found([], [], [path])
+        return FolderContents([], [], [path])
     lists = [
         p for p in inside if p.lower().endswith(containers.SUFFIXES) and not p.endswith(NO_LISTS)
     ]
@@ -81,21 +81,23 @@ def look(path: str, split: str, note: str) -> Found:
         raise ValueError(unpack(packed[0]))
     for folder in (p for p in inside if fs.isdir(files.filesystem(p)[1])):
         if folder.rstrip("/").endswith("/data"):  # a repository of the Hugging Face hub
-            return look(folder, split, note)
+            return contents(folder, split, note)
     if _has_pairs(files.below(path)):  # img2dataset's folders 00000, 00001, ...
-        return Found([], [], [path])
+        return FolderContents([], [], [path])
     raise ValueError(
         f"{path}: no tars, no lists ({', '.join(containers.SUFFIXES)}) and no images beside texts "
         "of the same name (a.jpg, a.txt) are in this folder."
     )
 
 
-def _sorted_out(found: list[str], note: str) -> Found:
-    packed = [p for p in found if p.lower().endswith(COMPRESSED)]
+def _sorted_out(paths: list[str], note: str) -> FolderContents:
+    packed = [p for p in paths if p.lower().endswith(COMPRESSED)]
     if packed:
         raise ValueError(unpack(packed[0]))
-    archives = [p for p in found if p.endswith((ARCHIVE, ARCHIVE + note))]
-    return Found(archives, [p for p in found if p not in archives] if not archives else [], [])
+    archives = [p for p in paths if p.endswith((ARCHIVE, ARCHIVE + note))]
+    return FolderContents(
+        archives, [p for p in paths if p not in archives] if not archives else [], []
+    )
 
 
 def unpack(path: str) -> str:
@@ -106,19 +108,19 @@ def unpack(path: str) -> str:
     )
 
 
-def _of_split(lists: list[str], split: str, folder: str) -> Found:
+def _of_split(lists: list[str], split: str, folder: str) -> FolderContents:
     """Of lists all of which have a split in their names, those of one."""
     names = {path: _SPLIT.search(path.rsplit("/", 1)[-1].lower()) for path in lists}
-    there = {path: found[1] for path, found in names.items() if found}
+    there = {path: match[1] for path, match in names.items() if match}
     if not split or len(there) < len(lists) or len(set(there.values())) < 2:
-        return Found([], lists, [])
+        return FolderContents([], lists, [])
     wanted = same_split(split, there.values())
     if not wanted:
         raise ValueError(
             f"{folder} has no list of the split {split!r}; there are "
             f"{', '.join(sorted(set(there.values())))}."
         )
-    return Found([], [path for path in lists if there[path] in wanted], [], by_split=True)
+    return FolderContents([], [path for path in lists if there[path] in wanted], [], by_split=True)
 
 
 # --------------------------------------------------------------------------------- `save_to_disk`
@@ -129,7 +131,7 @@ def is_saved(folder: str) -> bool:
     return any(files.exists(files.join(folder, n)) for n in ("dataset_dict.json", "state.json"))
 
 
-def _saved(folder: str, split: str) -> Found | None:
+def _saved(folder: str, split: str) -> FolderContents | None:
     """The Arrow files of a saved data set; None if it is none."""
     several = files.join(folder, "dataset_dict.json")
     if files.exists(several):
@@ -139,7 +141,7 @@ def _saved(folder: str, split: str) -> Found | None:
             raise ValueError(f"{folder}: no split {split!r}; there are {', '.join(there)}.")
         parts = [_saved(files.join(folder, name), "") for name in there if name in wanted]
         lists = [path for part in parts if part is not None for path in part.lists]
-        return Found([], lists, [], by_split=bool(split))
+        return FolderContents([], lists, [], by_split=bool(split))
     if not files.exists(files.join(folder, "state.json")):
         return None
     state = _json(files.join(folder, "state.json"))
@@ -152,15 +154,17 @@ def _saved(folder: str, split: str) -> Found | None:
     own = state.get("_split")
     if split and own and not same_split(split, [own]):
         raise ValueError(f"{folder}: no split {split!r}; there is {own}.")
-    return Found([], [files.join(folder, name) for name in names], [], by_split=bool(split and own))
+    return FolderContents(
+        [], [files.join(folder, name) for name in names], [], by_split=bool(split and own)
+    )
 
 
 def _json(path: str) -> dict[str, Any]:
     try:
-        found = json.loads(files.read(path))
+        document = json.loads(files.read(path))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    return found if isinstance(found, dict) else {}
+    return document if isinstance(document, dict) else {}
 
 
 # ---------------------------------------------------------------------------- images beside texts

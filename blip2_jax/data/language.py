@@ -41,12 +41,12 @@ class LanguageConfig(Protocol):
         """What fills up rows; None: the tokenizer's own."""
 
 
-def check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:
+def check_vocabulary(tokenizer: Any, vocab_size: int, name: str) -> None:
     """Refuses a tokenizer with tokens that the embeddings have no row for.
 
     Args:
       tokenizer: any.
-      rows: number of embeddings.
+      vocab_size: rows of the embeddings.
       name: of the model, "language model" or "Q-Former".
 
     Raises:
@@ -55,12 +55,12 @@ def check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:
     extra = sorted(
         (number, token)
         for token, number in tokenizer.get_vocab().items()
-        if number >= rows and token != IMAGE_TOKEN
+        if number >= vocab_size and token != IMAGE_TOKEN
     )
     if extra:
         where = getattr(tokenizer, "name_or_path", "") or "given"
         raise ValueError(
-            f"The {name}'s embeddings have {rows} rows, and the tokenizer ({where}) has "
+            f"The {name}'s embeddings have {vocab_size} rows, and the tokenizer ({where}) has "
             f"{extra[-1][0] + 1} tokens; {extra[0][1]!r} is the first without a row. Take the "
             "tokenizer that belongs to the weights, or resize the embeddings (transformers: "
             "model.resize_token_embeddings(len(tokenizer))) and save the model."
@@ -160,7 +160,7 @@ def pad_id(tokenizer: Any, llm: LanguageConfig | None = None) -> int:
       tokenizer: the model's.
       llm: the config of a language model; None for a Q-Former.
     """
-    said = None if llm is None else llm.pad_token_id
-    if llm is None or said is None or said >= llm.vocab_size:
-        said = tokenizer.pad_token_id
-    return 0 if said is None else int(said)
+    pad_token_id = None if llm is None else llm.pad_token_id
+    if llm is None or pad_token_id is None or pad_token_id >= llm.vocab_size:
+        pad_token_id = tokenizer.pad_token_id
+    return 0 if pad_token_id is None else int(pad_token_id)

@@ -56,9 +56,9 @@ def rows(document: Any, path: str, columns: Columns) -> Iterator[Line]:
     by_column = _by_column(document, columns)
     if by_column:
         return _objects(by_column, path)
-    found = [name for name in LISTS if isinstance(document.get(name), list)]
-    if found:
-        return _objects(document[found[0]], path, f".{found[0]}")
+    keys = [name for name in LISTS if isinstance(document.get(name), list)]
+    if keys:
+        return _objects(document[keys[0]], path, f".{keys[0]}")
     if sum(map(_is_image, document)) > len(document) / 2:  # file -> captions
         pairs = (
             some if isinstance(some, dict) else {"captions": some} for some in document.values()
@@ -133,10 +133,10 @@ def _coco(images: list[Any], annotations: list[Any], path: str) -> Iterator[Line
             continue
         about = {name: value for name, value in image.items() if name not in ("id", "caption")}
         about["image_id"] = image["id"]
-        for place, row in captions.pop(key, [(where, {})]):
-            yield Line(place, about | {"caption": row.get("caption")})
-    for places in captions.values():
-        for where, _ in places:
+        for caption_where, row in captions.pop(key, [(where, {})]):
+            yield Line(caption_where, about | {"caption": row.get("caption")})
+    for unknown in captions.values():
+        for where, _ in unknown:
             yield Line(where, RecordError("caption of an image that is not in the list", where))
     yield from faults
 
@@ -194,9 +194,9 @@ def joined_questions(
         if question is None:
             yield Line(where, RecordError("question without an id", where))
             continue
-        found = answers.get(key, {})
-        row = {**{name: found[name] for name in ANNOTATED if name in found}, **question}
-        number = question.get("image_id", found.get("image_id"))
+        annotation = answers.get(key, {})
+        row = {**{name: annotation[name] for name in ANNOTATED if name in annotation}, **question}
+        number = question.get("image_id", annotation.get("image_id"))
         if image is not None and not is_missing(number):
             row["image"] = image(number)
         yield Line(where, row | {"image_id": number})

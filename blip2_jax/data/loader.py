@@ -120,38 +120,38 @@ class _Rows:
 
     Args:
       examples: of all batches, in global order.
-      rows: of each batch.
+      batch_rows: of each batch.
       batch_size: of the global batches.
     """
 
     def __init__(
-        self, examples: grain.MapDataset[Example], rows: Sequence[int], batch_size: int
+        self, examples: grain.MapDataset[Example], batch_rows: Sequence[int], batch_size: int
     ) -> None:
-        self._examples, self._rows, self._batch_size = examples, list(rows), batch_size
+        self._examples, self._rows, self._batch_size = examples, list(batch_rows), batch_size
 
     def __len__(self) -> int:
         return len(self._examples) // self._batch_size * len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        step, place = divmod(int(index), len(self._rows))
-        example: Any = self._examples[step * self._batch_size + self._rows[place]]
+        step, row = divmod(int(index), len(self._rows))
+        example: Any = self._examples[step * self._batch_size + self._rows[row]]
         return example
 
 
 def rows_of_batches(
-    examples: grain.MapDataset[Example], batch_size: int, rows: Sequence[int] | None = None
+    examples: grain.MapDataset[Example], batch_size: int, batch_rows: Sequence[int] | None = None
 ) -> grain.MapDataset[Batch]:
     """Batches of some rows of each global batch.
 
     Args:
       examples: in global order: those of one batch after those of another.
       batch_size: of the global batches; a last one that is not whole is left out.
-      rows: which of them, from 0; None: all.
+      batch_rows: which of them, from 0; None: all.
     """
-    rows = range(batch_size) if rows is None else rows
-    if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
-        raise ValueError(f"A batch of {batch_size} has no rows {list(rows)}.")
-    return grain.MapDataset.source(_Rows(examples, rows, batch_size)).batch(len(rows))
+    batch_rows = range(batch_size) if batch_rows is None else batch_rows
+    if not batch_rows or not 0 <= min(batch_rows) <= max(batch_rows) < batch_size:
+        raise ValueError(f"A batch of {batch_size} has no rows {list(batch_rows)}.")
+    return grain.MapDataset.source(_Rows(examples, batch_rows, batch_size)).batch(len(batch_rows))
 
 
 def train_batches(
@@ -159,7 +159,7 @@ def train_batches(
     image_size: int,
     *,
     start_step: int = 0,
-    rows: Sequence[int] | None = None,
+    batch_rows: Sequence[int] | None = None,
     source: Source | None = None,
     skipped: Skipped | None = None,
     resample: str = "bicubic",
@@ -171,7 +171,7 @@ def train_batches(
       config: a recipe's config; `data` and `seed` decide.
       image_size: side of the images, from the model.
       start_step: number of batches that were seen before.
-      rows: of each global batch, those to load (`runtime.mesh.local_rows`); None: all.
+      batch_rows: of each global batch, those to load (`runtime.mesh.local_rows`); None: all.
       source: what `make_source` gave for the config; None: it is asked.
       skipped: the count that goes on (`source.skipped_at_start`); None: a new one.
       resample, llm: see `make_example`.
@@ -180,7 +180,7 @@ def train_batches(
     skipped = skipped_at_start(source, config.data.max_skipped) if skipped is None else skipped
     read = Reader(source, make_example(config, image_size, train=True, resample=resample, llm=llm))
     examples = _order(source, config).random_map(read)
-    batches = rows_of_batches(examples, config.data.batch_size, rows)
+    batches = rows_of_batches(examples, config.data.batch_size, batch_rows)
     return Batches(_start(batches.slice(slice(start_step, None)), config), skipped)
 
 
@@ -212,7 +212,7 @@ def eval_batches(
     image_size: int,
     *,
     batch_size: int | None = None,
-    rows: Sequence[int] | None = None,
+    batch_rows: Sequence[int] | None = None,
     source: Source | None = None,
     resample: str = "bicubic",
     llm: LanguageConfig | None = None,
@@ -223,7 +223,7 @@ def eval_batches(
       config: a recipe's config.
       image_size: side of the images, from the model.
       batch_size: of the global batches; None: `eval_batch_size` says.
-      rows: of each global batch, those to load; None: all.
+      batch_rows: of each global batch, those to load; None: all.
       source: what `make_source` gave for `eval_split`; None: it is asked.
       resample, llm: see `make_example`.
     """
@@ -234,7 +234,7 @@ def eval_batches(
     read = Reader(source, make_example(config, image_size, train=False, resample=resample, llm=llm))
     examples = grain.MapDataset.range(count * size).seed(0).random_map(read)
     return Batches(
-        _start(rows_of_batches(examples, size, rows), config),
+        _start(rows_of_batches(examples, size, batch_rows), config),
         skipped_at_start(source, config.data.max_skipped),
     )
 
@@ -244,7 +244,7 @@ def scored_batches(
     image_size: int,
     batch_size: int,
     *,
-    rows: Sequence[int],
+    numbers: Sequence[int],
     threads: int = 16,
     alpha_background: str = transforms.WHITE,
     **resizing: Any,
@@ -255,7 +255,7 @@ def scored_batches(
       source: records.
       image_size: side of the images, in pixels.
       batch_size: rows of every batch; the last is padded.
-      rows: record numbers: those that are left to do, or a host's share of them.
+      numbers: of the records: those that are left to do, or a host's share of them.
       threads: that decode.
       alpha_background: see `transforms.to_rgb`.
       **resizing: how images are resized; see `transforms.resize`.
@@ -264,9 +264,9 @@ def scored_batches(
       Batches of `image` uint8[B, H, W, 3], `index` int32[B], the record's number, and `valid`
       bool[B]: false where a row is padding or its image cannot be read.
     """
-    rows = list(rows)
-    padded = -(-len(rows) // batch_size) * batch_size
-    scored = Scored(source, image_size, rows, resizing, alpha_background)
+    numbers = list(numbers)
+    padded = -(-len(numbers) // batch_size) * batch_size
+    scored = Scored(source, image_size, numbers, resizing, alpha_background)
     dataset = grain.MapDataset.range(padded).seed(0).random_map(scored)
     return Batches(_read(dataset.batch(batch_size), threads), Skipped(len(source)))
 

@@ -101,9 +101,9 @@ def tokenize(
     Raises:
       ValueError: there is no room for a prompt's form.
     """
-    rows = tokenizers.tokenize(tokenizer, [str(text) for text in texts], llm=llm)
+    token_ids = tokenizers.tokenize(tokenizer, [str(text) for text in texts], llm=llm)
     if truncate is None:
-        return rows
+        return token_ids
     room = truncate
 
     def cut(text: str | TextPrompt) -> list[int]:
@@ -111,4 +111,6 @@ def tokenize(
             return tokenizers.tokenize(tokenizer, [fit(tokenizer, text, room, llm=llm)], llm=llm)[0]
         return tokenizers.tokenize(tokenizer, [text], room, llm=llm)[0]
 
-    return [row if len(row) <= room else cut(text) for row, text in zip(rows, texts, strict=True)]
+    return [
+        row if len(row) <= room else cut(text) for row, text in zip(token_ids, texts, strict=True)
+    ]

@@ -72,18 +72,18 @@ class Reader:
 
 
 class Scored(Reader):
-    """(number, rng) -> image of the record `rows[number]`, `index`, `valid`; replaces nothing."""
+    """(index, rng) -> image of the record `numbers[index]`, `index`, `valid`; replaces nothing."""
 
     def __init__(
         self,
         source: Source,
         image_size: int,
-        rows: Sequence[int],
+        numbers: Sequence[int],
         resizing: Mapping[str, Any],
         alpha_background: str,
     ):
         super().__init__(source, self._image)
-        self.image_size, self.rows, self.resizing = image_size, rows, resizing
+        self.image_size, self.numbers, self.resizing = image_size, numbers, resizing
         self.alpha_background = alpha_background
 
     def _image(self, record: Record, index: int, rng: np.random.Generator) -> Example:
@@ -92,10 +92,10 @@ class Scored(Reader):
         return {"image": transforms.resize(image, self.image_size, **self.resizing)}
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
-        """What `rows[index]` holds; black, and not valid, beyond the end or if it is unreadable."""
+        """The image of `numbers[index]`; black, and not valid, if unreadable or beyond the end."""
         faults: list[Fault] = []
         example: Example = {"image": np.zeros((self.image_size, self.image_size, 3), np.uint8)}
-        row = self.rows[index] if index < len(self.rows) else -1
+        row = self.numbers[index] if index < len(self.numbers) else -1
         valid = row >= 0
         if valid:
             try:

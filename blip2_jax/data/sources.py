@@ -123,17 +123,17 @@ def open_files(
         raise ValueError("No path of data is given.")
     if len(paths) == 1 and is_prepared(paths[0]):
         return TfdsSource(paths[0], split)
-    contents = [folders.look(p, split, tars.NOTE) for p in paths]
+    parts = [folders.contents(p, split, tars.NOTE) for p in paths]
     # An archive that is gone is known by its index (see `tars.ensure_index`).
-    archives = {path.removesuffix(tars.NOTE) for part in contents for path in part.archives}
+    archives = {path.removesuffix(tars.NOTE) for part in parts for path in part.archives}
     if archives:  # img2dataset leaves .parquet and .json beside them, which say the same
         return tars.TarSource(sorted(archives), index_folder=index_folder)
     options: dict[str, Any] = {"split": split, "form": form, "columns": columns}
-    beside = [folder for part in contents for folder in part.pairs]
+    beside = [folder for part in parts for folder in part.pairs]
     if beside:
-        if len(contents) > 1:
+        if len(parts) > 1:
             raise ValueError(f"{beside[0]} holds images beside texts; give that folder alone.")
         return lists.ListSource(folders.pairs(beside[0]), beside[0], **options)
-    source = lists.ListSource([path for part in contents for path in part.lists], images, **options)
-    source.by_split |= any(part.by_split for part in contents)
+    source = lists.ListSource([path for part in parts for path in part.lists], images, **options)
+    source.by_split |= any(part.by_split for part in parts)
     return source

@@ -171,7 +171,7 @@ def index(file: Any, size: int, where: str) -> tuple[np.ndarray, Skipped]:
         if free is None:  # the key occurs again
             of_key.append(free := {})
         free[part] = (member.offset // BLOCK, member.size)
-    rows: list[tuple[int, ...]] = []
+    entries: list[tuple[int, ...]] = []
     for key, of_key in groups.items():
         first, *again = of_key
         for name, parts in _records(key, first, faults, where):
@@ -180,12 +180,12 @@ def index(file: Any, size: int, where: str) -> tuple[np.ndarray, Skipped]:
                 faults.add(fault, f"{where}:{name}")
                 continue
             flat = [n for part in PARTS for n in parts.get(part, (0, 0))]
-            rows.append((*flat, int(digest.of_text(name), 16)))
+            entries.append((*flat, int(digest.of_text(name), 16)))
         for _ in again:
             faults.add("duplicated key", f"{where}:{key}")
-    rows.sort()
-    faults.total = len(rows) + faults.count
-    return np.array(rows, INDEX), faults
+    entries.sort()
+    faults.total = len(entries) + faults.count
+    return np.array(entries, INDEX), faults
 
 
 Parts = dict[tuple[str, str], tuple[int, int]]  # middle of a name, kind -> block, bytes
@@ -216,14 +216,14 @@ def _records(
         faults.add("several images of one key", f"{where}:{names}")
     else:
         for middle in wanted:
-            found = {}
+            members = {}
             for part in PARTS:
-                places = [m for m, kind in parts if kind == part]
-                if middle in places:
-                    found[part] = parts[middle, part]
-                elif len(wanted) == 1 and (len(places) == 1 or "" in places):
-                    found[part] = parts["" if "" in places else places[0], part]
-            yield f"{key}.{middle}".rstrip("."), found
+                middles = [m for m, kind in parts if kind == part]
+                if middle in middles:
+                    members[part] = parts[middle, part]
+                elif len(wanted) == 1 and (len(middles) == 1 or "" in middles):
+                    members[part] = parts["" if "" in middles else middles[0], part]
+            yield f"{key}.{middle}".rstrip("."), members
 
 
 def _fault(parts: dict[str, tuple[int, int]]) -> str:
@@ -243,8 +243,8 @@ def _fault(parts: dict[str, tuple[int, int]]) -> str:
 def _identity(path: str) -> dict[str, Any]:
     """What tells a changed archive from the one that was indexed."""
     if files.is_local(path):
-        found = os.stat(path)
-        return {"format": FORMAT, "size": found.st_size, "changed": found.st_mtime_ns}
+        stat = os.stat(path)
+        return {"format": FORMAT, "size": stat.st_size, "changed": stat.st_mtime_ns}
     fs, inner = files.filesystem(path)
     info = fs.info(inner)
     changed = info.get("etag") or info.get("mtime") or info.get("created")
@@ -279,18 +279,18 @@ class Index(NamedTuple):
 def _load(target: Path, identity: dict[str, Any]) -> Index | None:
     """What there is; None where it is of another archive, or damaged."""
     try:
-        found = json.loads(Path(f"{target}.json").read_text())
-        if {key: found[key] for key in identity} != identity:
+        note = json.loads(Path(f"{target}.json").read_text())
+        if {key: note[key] for key in identity} != identity:
             return None
-        index = Index(target, found["records"], found["faults"], found["digest"])
-        rows = np.load(target, mmap_mode="r", allow_pickle=False)
+        index = Index(target, note["records"], note["faults"], note["digest"])
+        entries = np.load(target, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, LookupError, TypeError, EOFError):
         return None
-    return index if rows.shape == (index.records,) and rows.dtype == INDEX else None
+    return index if entries.shape == (index.records,) and entries.dtype == INDEX else None
 
 
-def _digest(rows: np.ndarray) -> str:
-    columns = [rows[name].tobytes() for name in ("image_size", "text_size", "meta_size", "key")]
+def _digest(entries: np.ndarray) -> str:
+    columns = [entries[name].tobytes() for name in ("image_size", "text_size", "meta_size", "key")]
     return digest.of_bytes(*columns)
 
 
@@ -306,31 +306,31 @@ def ensure_index(path: str, folder: str = "") -> Index:
     except FileNotFoundError as error:
         # An archive that vanished keeps its numbers: a run that goes on without it misses its
         # records, and finds all others where they were.
-        found = _load(target, {"format": FORMAT})
-        if found is None:
+        known = _load(target, {"format": FORMAT})
+        if known is None:
             raise RecordError("no such file", path) from error
-        return found
+        return known
     try:
-        found = _load(target, identity)
-        if found is None:
+        made = _load(target, identity)
+        if made is None:
             if files.is_local(path):
                 with open(path, "rb", buffering=1 << 16) as file:
-                    rows, faults = index(file, identity["size"], path)
+                    entries, faults = index(file, identity["size"], path)
             else:
                 fs, inner = files.filesystem(path)
                 with fs.open(inner, "rb", block_size=4 << 20, cache_type="readahead") as file:
-                    rows, faults = index(file, identity["size"], path)
-            found = Index(target, len(rows), faults.to_json(), _digest(rows))
+                    entries, faults = index(file, identity["size"], path)
+            made = Index(target, len(entries), faults.to_json(), _digest(entries))
             buffer = io.BytesIO()
-            np.save(buffer, rows)
+            np.save(buffer, entries)
             target.parent.mkdir(parents=True, exist_ok=True)
             files.write(str(target), buffer.getvalue())  # before the note that says it is there
-            note = {**identity, "records": found.records, "faults": found.faults}
-            note["digest"] = found.digest
+            note = {**identity, "records": made.records, "faults": made.faults}
+            note["digest"] = made.digest
             files.write(f"{target}.json", json.dumps(note).encode())
     except OSError as error:
         raise RecordError(files.reason(error), path) from error
-    return found
+    return made
 
 
 class TarSource(Source):
@@ -362,8 +362,8 @@ class TarSource(Source):
 
         local = all(map(files.is_local, paths))
         with ThreadPoolExecutor(1 if local else threads) as pool:
-            found = pool.map(prepare, paths)
-            bar = tqdm(found, total=len(paths), desc="tar indexes", leave=False, delay=2)
+            results = pool.map(prepare, paths)
+            bar = tqdm(results, total=len(paths), desc="tar indexes", leave=False, delay=2)
             for path, result in zip(paths, bar, strict=True):
                 if isinstance(result, RecordError):
                     self.faults.add(result.reason, result.where)
@@ -408,7 +408,7 @@ class TarSource(Source):
 
     def keys(self) -> np.ndarray:
         """The hash of each record's key, uint64[N]."""
-        return np.concatenate([rows["key"] for rows in self._maps])
+        return np.concatenate([entries["key"] for entries in self._maps])
 
     def where(self, index: int) -> str:
         """Archive and member of a record's image."""
@@ -443,7 +443,7 @@ def _record(parts: dict[str, bytes], name: str, where: str) -> dict[str, Any]:
     try:
         row = fields.pair(parts.get("meta", b""), parts.get("text", b""))
         key = row.get("key", name.rpartition("/")[2].rpartition(".")[0])
-        found = fields.read({**row, "image": name, "image_id": key}, COLUMNS)
+        parsed = fields.read({**row, "image": name, "image_id": key}, COLUMNS)
     except RecordError as error:
         raise RecordError(error.reason, error.where or where) from error
-    return {**found.record, "image": parts["image"]}
+    return {**parsed.record, "image": parts["image"]}

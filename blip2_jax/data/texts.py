@@ -65,8 +65,8 @@ def split_prefix(text: str, rng: np.random.Generator) -> tuple[str, str]:
       prefix (for the encoder) and suffix (for the decoder, never empty). A text of one word has
       an empty prefix.
     """
-    words = text.split()
-    if len(words) < 2:
+    pieces = text.split()
+    if len(pieces) < 2:
         return "", text
-    cut = int(rng.integers(1, len(words) // 2 + 1))
-    return " ".join(words[:cut]), " ".join(words[cut:])
+    cut = int(rng.integers(1, len(pieces) // 2 + 1))
+    return " ".join(pieces[:cut]), " ".join(pieces[cut:])

@@ -55,12 +55,12 @@ def at_hand(source: str, special_tokens: Mapping[str, str] | None = None) -> Any
     if not source:
         return None
     if source.startswith(PACKAGE) or Path(source).is_dir():
-        found = (_folder(source) / TOKENIZER_CONFIG).is_file()
+        is_here = (_folder(source) / TOKENIZER_CONFIG).is_file()
     else:
         from huggingface_hub import try_to_load_from_cache
 
-        found = isinstance(try_to_load_from_cache(source, TOKENIZER_CONFIG), str)
-    return load(source, special_tokens) if found else None
+        is_here = isinstance(try_to_load_from_cache(source, TOKENIZER_CONFIG), str)
+    return load(source, special_tokens) if is_here else None
 
 
 def _folder(source: str) -> Path:
@@ -87,15 +87,15 @@ def _set_special_tokens(tokenizer: Any, special_tokens: Mapping[str, str], sourc
 
 
 def pad(
-    rows: Sequence[Sequence[float]],
+    sequences: Sequence[Sequence[float]],
     length: int,
     fill: float,
     dtype: Any = np.int32,
     side: str = "right",
 ) -> np.ndarray:
     """Rows of numbers as an array [rows, length]: cut on the right, filled on `side`."""
-    out = np.full((len(rows), length), fill, dtype)
-    for row, values in zip(out, rows, strict=True):
+    out = np.full((len(sequences), length), fill, dtype)
+    for row, values in zip(out, sequences, strict=True):
         values = values[:length]
         if side == "right":
             row[: len(values)] = values
@@ -112,8 +112,8 @@ def encode_qformer(
     LAVIS cuts captions on the right (`blip2_qformer.py`) and instructions on the left
     (`blip2_vicuna_instruct.py`).
     """
-    rows = tokenize(tokenizer, texts, length, truncation_side=truncation_side)
-    return pad_rows(tokenizer, rows, length, side="right")
+    token_ids = tokenize(tokenizer, texts, length, truncation_side=truncation_side)
+    return pad_rows(tokenizer, token_ids, length, side="right")
 
 
 def encode_captions(
@@ -180,8 +180,8 @@ def encode_answers(
     ]
     replies = _ended(tokenizer, llm, texts) if end else _ids(tokenizer, texts)
     bodies = [ids[: length - len(begin)] for ids in replies]
-    rows = [(head + body, len(head)) for head, body in zip(heads, bodies, strict=True)]
-    return _labelled(tokenizer, llm, rows, prompt_length + length)
+    sequences = [(head + body, len(head)) for head, body in zip(heads, bodies, strict=True)]
+    return _labelled(tokenizer, llm, sequences, prompt_length + length)
 
 
 def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -203,12 +203,12 @@ def _ended(tokenizer: Any, llm: LanguageConfig, texts: Sequence[str]) -> list[li
 
 
 def _labelled(
-    tokenizer: Any, llm: LanguageConfig, rows: Sequence[tuple[list[int], int]], length: int
+    tokenizer: Any, llm: LanguageConfig, sequences: Sequence[tuple[list[int], int]], length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows, each with the number of tokens at its start that are not learned, as arrays."""
-    ids = pad([row for row, _ in rows], length, pad_id(tokenizer, llm))
-    mask = pad([[1] * len(row) for row, _ in rows], length, 0)
-    labels = [[IGNORED] * hidden + row[hidden:] for row, hidden in rows]
+    ids = pad([row for row, _ in sequences], length, pad_id(tokenizer, llm))
+    mask = pad([[1] * len(row) for row, _ in sequences], length, 0)
+    labels = [[IGNORED] * hidden + row[hidden:] for row, hidden in sequences]
     return ids, mask, pad(labels, length, IGNORED)
 
 
@@ -235,8 +235,8 @@ def encode_prefix(
       ids and mask of the encoder's text, int32[B, prefix_length]; labels of the decoder's,
       int32[B, length]. Both texts end in `</s>`; labels are -100 at padding.
     """
-    rows = tokenize(tokenizer, prefixes, prefix_length, truncation_side=truncation_side)
-    ids, mask = pad_rows(tokenizer, rows, prefix_length, side="right")
+    token_ids = tokenize(tokenizer, prefixes, prefix_length, truncation_side=truncation_side)
+    ids, mask = pad_rows(tokenizer, token_ids, prefix_length, side="right")
     return ids, mask, pad(tokenize(tokenizer, suffixes, length), length, IGNORED)
 
 
@@ -259,11 +259,11 @@ def tokenize(
       llm: the config of a language model, whose BOS is put where the tokenizer puts none.
     """
     # Not by the tokenizer: it keeps length and side as its state, which threads share.
-    found = tokenizer(list(texts), return_special_tokens_mask=True, verbose=False)
-    rows = zip(found["input_ids"], found["special_tokens_mask"], strict=True)
+    encoded = tokenizer(list(texts), return_special_tokens_mask=True, verbose=False)
+    pairs = zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
     begin = [] if llm is None else missing_begin(tokenizer, llm)
     marks = [1] * len(begin)
-    return [_cut(begin + ids, marks + special, truncate, truncation_side) for ids, special in rows]
+    return [_cut(begin + ids, marks + special, truncate, truncation_side) for ids, special in pairs]
 
 
 def _cut(ids: list[int], special: list[int], length: int | None, side: str) -> list[int]:
@@ -278,7 +278,7 @@ def _cut(ids: list[int], special: list[int], length: int | None, side: str) -> l
 
 def pad_rows(
     tokenizer: Any,
-    rows: Sequence[Sequence[int]],
+    token_ids: Sequence[Sequence[int]],
     length: int,
     *,
     side: str,
@@ -288,13 +288,13 @@ def pad_rows(
 
     Args:
       tokenizer: gives the id of the padding.
-      rows: see `tokenize`.
+      token_ids: see `tokenize`.
       length: of the arrays; at least that of the longest row.
       side: of the padding; see `language.padding_side`. "right" for a Q-Former.
       llm: the config of a language model, None for a Q-Former.
     """
-    mask = pad([[1] * len(row) for row in rows], length, 0, side=side)
-    return pad(rows, length, pad_id(tokenizer, llm), side=side), mask
+    mask = pad([[1] * len(row) for row in token_ids], length, 0, side=side)
+    return pad(token_ids, length, pad_id(tokenizer, llm), side=side), mask
 
 
 PROBE = (

@@ -34,11 +34,11 @@ def handwriting(split: str) -> tuple[list[np.ndarray], ...]:
     scans, labels = load_digits(return_X_y=True)
     chosen = []
     for digit in range(10):
-        rows = np.flatnonzero(labels == digit)
-        rows = np.random.default_rng([7, digit]).permutation(rows)
-        cut = 3 * len(rows) // 4
-        rows = rows[:cut] if split == "train" else rows[cut:]
-        chosen.append([(scans[row].reshape(8, 8) / 16).astype(np.float32) for row in rows])
+        indices = np.flatnonzero(labels == digit)
+        indices = np.random.default_rng([7, digit]).permutation(indices)
+        cut = 3 * len(indices) // 4
+        indices = indices[:cut] if split == "train" else indices[cut:]
+        chosen.append([(scans[row].reshape(8, 8) / 16).astype(np.float32) for row in indices])
     return tuple(chosen)
 
 

@@ -73,7 +73,7 @@ def patch_owners(boxes: str, grid: int) -> np.ndarray:
     edges = np.arange(grid) * side
     owners = np.full((grid, grid), -1, np.int32)
     for thing, (y0, x0, y1, x1) in enumerate(json.loads(boxes)):
-        rows = np.clip(np.minimum(edges + side, y1) - np.maximum(edges, y0), 0, None)
-        columns = np.clip(np.minimum(edges + side, x1) - np.maximum(edges, x0), 0, None)
-        owners[np.outer(rows, columns) > 0.5 * side * side] = thing
+        heights = np.clip(np.minimum(edges + side, y1) - np.maximum(edges, y0), 0, None)
+        widths = np.clip(np.minimum(edges + side, x1) - np.maximum(edges, x0), 0, None)
+        owners[np.outer(heights, widths) > 0.5 * side * side] = thing
     return owners.ravel()

@@ -37,8 +37,8 @@ WORDS = (
 
 def word_list(rng: np.random.Generator, *, times: int = 4) -> list[str]:
     """Random words, and the same words again: what teaches a young model to look back."""
-    words = [world.pick(rng, WORDS) for _ in range(rng.integers(4, 20))]
-    return [" ".join(words)] * times
+    chosen = [world.pick(rng, WORDS) for _ in range(rng.integers(4, 20))]
+    return [" ".join(chosen)] * times
 
 
 def easy_story(rng: np.random.Generator) -> list[str]:
@@ -216,12 +216,12 @@ def encode_stories(
             else:
                 pieces += [(number, BOS, RETOLD), (number, text + "\n", RETOLD)]
     encoded = tokenizer([text for _, text, _ in pieces], add_special_tokens=False)["input_ids"]
-    rows: list[list[int]] = [[] for _ in stories]
+    token_ids: list[list[int]] = [[] for _ in stories]
     weights: list[list[float]] = [[] for _ in stories]
     for (number, text, weight), ids in zip(pieces, encoded, strict=True):
         ids = [tokenizer.bos_token_id] if text == BOS else ids
-        rows[number] += ids
+        token_ids[number] += ids
         weights[number] += [weight] * len(ids)
-    mask = pad([[1] * len(row) for row in rows], length, 0)
-    ids = pad(rows, length, tokenizer.pad_token_id)
+    mask = pad([[1] * len(row) for row in token_ids], length, 0)
+    ids = pad(token_ids, length, tokenizer.pad_token_id)
     return ids, mask, pad(weights, length, 0.0, np.float32)

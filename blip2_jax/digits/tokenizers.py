@@ -30,8 +30,8 @@ def train_qformer_tokenizer(texts: Iterable[str]) -> Any:
     )
     model.train_from_iterator(texts, trainer)
     ids = model.get_vocab()
-    words = sorted(ids, key=ids.__getitem__)
-    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    vocabulary = sorted(ids, key=ids.__getitem__)
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
     tokenizer.add_special_tokens({"bos_token": BOS_OF_QFORMER})
     return tokenizer
 

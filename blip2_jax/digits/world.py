@@ -88,10 +88,10 @@ def sample_scene(rng: np.random.Generator, *, unseen: bool = False, max_things: 
         count = 1 + rng.choice(max_things, p=shares / shares.sum())
         digits = rng.permutation(10)[:count]
         colors = rng.permutation(len(COLORS))[:count]
-        places = rng.permutation(len(PLACES))[:count]
+        quadrants = rng.permutation(len(PLACES))[:count]
         scene = tuple(
             Thing(int(d), COLORS[c], SIZES[rng.integers(2)], PLACES[p])
-            for d, c, p in zip(digits, colors, places, strict=True)
+            for d, c, p in zip(digits, colors, quadrants, strict=True)
         )
         if any((t.digit, t.color) in UNSEEN_COMBINATIONS for t in scene) == unseen:
             return scene
@@ -110,19 +110,19 @@ def scene_from_json(text: str) -> Scene:
 # -------------------------------------------------------------------------------------- captions
 
 
-def _adjectives(*words: str | None) -> str:
-    return "".join(f"{w} " for w in words if w)
+def _adjectives(*adjectives: str | None) -> str:
+    return "".join(f"{w} " for w in adjectives if w)
 
 
-def _a(words: str) -> str:
+def _a(phrase: str) -> str:
     """`words` with their article: a red 3, an orange 3, an 8."""
-    return f"an {words}" if words.startswith(("orange", "8")) else f"a {words}"
+    return f"an {phrase}" if phrase.startswith(("orange", "8")) else f"a {phrase}"
 
 
 def _phrase(thing: Thing, form: str) -> str:
     """One noun phrase; attributes that are None are left out."""
-    digit, color, size, place = thing
-    where = f" in the {place}" if place else ""
+    digit, color, size, quadrant = thing
+    where = f" in the {quadrant}" if quadrant else ""
     if form == "plain":  # a large red 3 in the top left
         return f"{_a(f'{_adjectives(size, color)}{digit}')}{where}"
     if form == "colored":  # a large 3 in red in the top left
@@ -130,8 +130,8 @@ def _phrase(thing: Thing, form: str) -> str:
     if form == "placed":  # in the top left a large red 3
         return f"{where.strip()} {_phrase(thing._replace(place=None), 'plain')}".strip()
     if form == "clause":  # the 3 in the top left is large and red
-        said = [word for word in (size, color) if word]
-        return f"the {digit}{where} is {' and '.join(said)}"
+        adjectives = [word for word in (size, color) if word]
+        return f"the {digit}{where} is {' and '.join(adjectives)}"
     raise ValueError(form)
 
 
@@ -161,12 +161,12 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
 def _relation(first: Thing, second: Thing, rng: np.random.Generator) -> str:
     """How `first` stands to `second`: a column word or, where both hold, either."""
     (row1, column1), (row2, column2) = first.corner, second.corner
-    words = []
+    relations = []
     if column1 != column2:
-        words.append(f"to the {column1} of")
+        relations.append(f"to the {column1} of")
     if row1 != row2:
-        words.append("above" if row1 == "top" else "below")
-    return pick(rng, words)
+        relations.append("above" if row1 == "top" else "below")
+    return pick(rng, relations)
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -182,12 +182,12 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
             f"{_phrase(pair[1], 'plain')}"
         )
     keep_size, keep_place = rng.random(2) < 0.6
-    said = [
+    described = [
         t._replace(size=t.size if keep_size else None, place=t.place if keep_place else None)
         for t in things
     ]
     form = pick(rng, FORMS)
-    phrases = _join([_phrase(thing, form) for thing in said])
+    phrases = _join([_phrase(thing, form) for thing in described])
     if form in ("plain", "colored"):
         heads: tuple[str, ...] = _HEADS
         if len(things) == len(scene):
@@ -198,14 +198,14 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 def captions(scene: Scene, rng: np.random.Generator, n: int) -> list[str]:
     """`n` different captions of one scene."""
-    found: dict[str, None] = {}
-    while len(found) < n:
-        found[caption(scene, rng)] = None
-    return list(found)
+    different: dict[str, None] = {}
+    while len(different) < n:
+        different[caption(scene, rng)] = None
+    return list(different)
 
 
-def _options(words: Iterable[str]) -> str:
-    return "|".join(map(str, words))
+def _options(options: Iterable[str]) -> str:
+    return "|".join(map(str, options))
 
 
 _C, _S, _P = _options(COLORS), _options(SIZES), _options(PLACES)
@@ -232,14 +232,16 @@ def parse_caption(text: str) -> Parsed | None:
     text = " ".join(text.lower().split()).rstrip(" .")
     things = []
     for match in _THING.finditer(text):
-        found = match.groupdict()
-        said = found["said"]
+        groups = match.groupdict()
+        adjective = groups["said"]
         things.append(
             Thing(
-                int(found["digit1"] or found["digit2"]),
-                found["color1"] or found["color2"] or (said if said in COLORS else None),
-                found["size1"] or found["size2"] or (said if said in SIZES else None),
-                found["place1"] or found["place2"] or found["place3"],
+                int(groups["digit1"] or groups["digit2"]),
+                groups["color1"]
+                or groups["color2"]
+                or (adjective if adjective in COLORS else None),
+                groups["size1"] or groups["size2"] or (adjective if adjective in SIZES else None),
+                groups["place1"] or groups["place2"] or groups["place3"],
             )
         )
     whole = _CAPTION.fullmatch(_THING.sub("@", text))

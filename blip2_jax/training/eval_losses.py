@@ -73,7 +73,7 @@ class EvalLosses:
             run.config,
             run.image_size,
             batch_size=size,
-            rows=mesh.local_rows(run.mesh, size),
+            batch_rows=mesh.local_rows(run.mesh, size),
             source=self.source,
             resample=run.resample,
             llm=run.llm,

@@ -118,7 +118,7 @@ class TrainLoop:
                 config,
                 run.image_size,
                 start_step=step,
-                rows=mesh.local_rows(run.mesh, batch_size),
+                batch_rows=mesh.local_rows(run.mesh, batch_size),
                 source=setup.source,
                 skipped=setup.skipped,
                 resample=run.resample,

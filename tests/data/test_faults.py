@@ -30,7 +30,7 @@ def make_config(**changes):
 
 
 def take(config, n, start=0, rows=None):
-    with loader.train_batches(config, 16, start_step=start, rows=rows) as batches:
+    with loader.train_batches(config, 16, start_step=start, batch_rows=rows) as batches:
         return list(itertools.islice(batches, n)), batches.count_skipped()
 
 
@@ -201,7 +201,7 @@ def test_what_a_source_leaves_out_counts_towards_the_share(tmp_path):
 
 def test_scores_leave_out_what_is_broken_and_replace_nothing(broken):
     source = sources.make_source(broken, "train")
-    with loader.scored_batches(source, 16, 4, rows=range(len(source))) as batches:
+    with loader.scored_batches(source, 16, 4, numbers=range(len(source))) as batches:
         found = list(batches)
         skipped = batches.count_skipped()
     valid = np.concatenate([b["valid"] for b in found])
@@ -239,7 +239,7 @@ class TwoHosts:
             skipped = skipped_at_start(self.source, config.data.max_skipped)
             if met is not None:
                 skipped.resume(json.loads(json.dumps(met)))
-            args = {"rows": rows, "source": self.source, "skipped": skipped}
+            args = {"batch_rows": rows, "source": self.source, "skipped": skipped}
             self.batches.append(loader.train_batches(config, 16, start_step=start, **args))
 
     def step(self):

@@ -112,7 +112,7 @@ def test_an_evaluation_batch_divides_over_the_mesh(folder, batch_size, multiple,
     config = make_config(folder, **{"eval.batch_size": batch_size})
     source = sources.make_source(config, "test")
     assert loader.eval_batch_size(config, source, multiple) == found
-    with loader.eval_batches(config, 16, batch_size=found, rows=[1]) as batches:
+    with loader.eval_batches(config, 16, batch_size=found, batch_rows=[1]) as batches:
         ids = [batch["image_id"].tolist() for batch in batches]
     assert ids == [[row] for row in range(1, 10 // found * found, found)]
 
@@ -188,7 +188,7 @@ def assert_hosts_have_the_rows(config, hosts, whole, start=0):
     assert set(itertools.chain(*hosts)) == set(range(config.data.batch_size))
     for rows in hosts:
         with loader.train_batches(
-            config, 16, start_step=start, rows=rows, llm=OPTConfig()
+            config, 16, start_step=start, batch_rows=rows, llm=OPTConfig()
         ) as batches:
             for batch, want in zip(batches, whole[start:], strict=False):
                 assert_same([batch], [{name: x[rows] for name, x in want.items()}])
@@ -222,7 +222,7 @@ def test_batches_are_the_same_for_any_hosts_and_any_resume(mixed, sizes, count, 
 def test_rows_that_a_batch_has_not_are_refused(mixed):
     for rows in ([], [8], [-1]):
         with pytest.raises(ValueError, match="A batch of 8 has no rows"):
-            loader.train_batches(mixed, 16, rows=rows)
+            loader.train_batches(mixed, 16, batch_rows=rows)
 
 
 @contextlib.contextmanager
@@ -312,7 +312,7 @@ def test_scores_see_the_rows_asked_for_once_and_in_order(folder, batch_size):
     config = make_config(folder)
     source = sources.make_source(config, "train")
     rows = [7, 0, 3, 9, 1]
-    with loader.scored_batches(source, 16, batch_size, rows=rows) as batches:
+    with loader.scored_batches(source, 16, batch_size, numbers=rows) as batches:
         found = list(batches)
     assert {len(b["index"]) for b in found} == {batch_size}
     valid = np.concatenate([b["valid"] for b in found])
