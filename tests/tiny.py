@@ -6,6 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from blip2_jax import cli, recipe
+from blip2_jax.data.batch_spec import check_batch, example_spec
 
 
 def config(stage: str = "stage1", **changes) -> ConfigDict:
@@ -44,12 +45,12 @@ def config(stage: str = "stage1", **changes) -> ConfigDict:
 
 
 def batch(c: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random images and texts with padding, of the config's sizes."""
+    """Random images and texts with padding, as `data.batch_spec` has them."""
     rng = np.random.default_rng(seed)
     size, b, t = c.model.vit.image_size, c.data.batch_size, c.data.text_length
     mask = (np.arange(t) < rng.integers(2, t + 1, b)[:, None]).astype(np.int32)
     ids = (rng.integers(3, 39, (b, t)) * mask).astype(np.int32)
-    return {
+    arrays = {
         "image": rng.integers(0, 256, (b, size, size, 3)).astype(np.uint8),
         "image_id": np.arange(b, dtype=np.int32),
         "text_ids": ids,
@@ -58,6 +59,10 @@ def batch(c: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
         "llm_mask": mask,
         "llm_labels": np.where(mask > 0, ids, -100).astype(np.int32),
     }
+    spec = example_spec(c, size, getattr(recipe.model_config(c), "llm", None))
+    made = {name: arrays[name] for name in spec}
+    check_batch(made, spec)
+    return made
 
 
 def frozen(run: recipe.Recipe) -> dict:

@@ -3,6 +3,7 @@
 The loader holds its batches to it, `recipe` plans with it, and tests make theirs from it.
 """
 
+from collections.abc import Mapping
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
@@ -60,6 +61,17 @@ def example_spec(config: ConfigDict, image_size: int, llm: LanguageConfig | None
         spec |= dict.fromkeys(("llm_ids", "llm_mask"), ArraySpec((read,), np.int32))
         spec["llm_labels"] = ArraySpec((learned,), np.int32)
     return spec
+
+
+def check_batch(batch: Mapping[str, np.ndarray], spec: Spec) -> None:
+    """Refuses a batch that holds other arrays than `spec` says.
+
+    Raises:
+      ValueError: naming both.
+    """
+    held = {name: (array.shape[1:], array.dtype) for name, array in batch.items()}
+    if held != {name: (array.shape, np.dtype(array.dtype)) for name, array in spec.items()}:
+        raise ValueError(f"Batches hold {held}; `data.batch_spec` says {spec}.")
 
 
 def llm_lengths(config: ConfigDict, *, encoder_decoder: bool) -> tuple[int, int]:

@@ -29,6 +29,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from blip2_jax.data import transforms
+from blip2_jax.data.batch_spec import Spec, check_batch, example_spec
 from blip2_jax.data.examples import Example, make_example
 from blip2_jax.data.faults import Skipped
 from blip2_jax.data.language import LanguageConfig
@@ -46,14 +47,18 @@ class Batches:
     Args:
       dataset: the batches, with a note of what could not be read in each row.
       skipped: receives what could not be read, when `count_skipped` is called.
+      spec: what a batch holds (`batch_spec`); the first is held to it.
 
     Attributes:
       skipped: what could not be read, of all hosts.
       wait_seconds: time spent waiting for data.
     """
 
-    def __init__(self, dataset: grain.IterDataset[Batch], skipped: Skipped):
+    def __init__(
+        self, dataset: grain.IterDataset[Batch], skipped: Skipped, spec: Spec | None = None
+    ):
         self.skipped = skipped
+        self._spec = spec
         self.wait_seconds = 0.0
         self._iterator = iter(dataset)
         self._started = False
@@ -72,6 +77,9 @@ class Batches:
         self.wait_seconds += time.perf_counter() - started
         for note in batch.pop(FAULTS):
             self._uncounted += unpack_faults(note)
+        if self._spec is not None:
+            check_batch(batch, self._spec)
+            self._spec = None
         return batch
 
     def count_skipped(self, gather: Callable[[Any], Sequence[Any]] = lambda x: [x]) -> Skipped:
@@ -181,7 +189,8 @@ def train_batches(
     read = Reader(source, make_example(config, image_size, train=True, resample=resample, llm=llm))
     examples = _order(source, config).random_map(read)
     batches = rows_of_batches(examples, config.data.batch_size, batch_rows)
-    return Batches(_start(batches.slice(slice(start_step, None)), config), skipped)
+    spec = example_spec(config, image_size, llm)
+    return Batches(_start(batches.slice(slice(start_step, None)), config), skipped, spec)
 
 
 def eval_batch_size(config: ConfigDict, source: Source, multiple: int = 1) -> int:
@@ -236,6 +245,7 @@ def eval_batches(
     return Batches(
         _start(rows_of_batches(examples, size, batch_rows), config),
         skipped_at_start(source, config.data.max_skipped),
+        example_spec(config, image_size, llm),
     )
 
 
