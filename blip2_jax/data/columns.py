@@ -152,7 +152,7 @@ class Columns:
 
 
 def listed(columns: Iterable[str]) -> str:
-    """Some names, in a form that can be printed, whatever is in them."""
+    """The first 30 names, in a form that can be printed."""
     columns = tuple(columns)
     shown = (repr(str(name)[:60])[1:-1] for name in columns[:30])
     text = ", ".join(shown) + ", ..." * (len(columns) > 30)

@@ -23,7 +23,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")  # what is no text, or half a charac
 
 
 class Line(NamedTuple):
-    """A row, or what is wrong with it, and where it stands."""
+    """A row, or the error of one that cannot be read, and its file and number."""
 
     where: str
     row: Row | RecordError

@@ -13,7 +13,7 @@ QUOTED = (",", ";")  # delimiters of tables in which quotes group; in others the
 
 
 def read(path: str, known: Callable[[str], bool], is_image: Callable[[str], bool]) -> Contents:
-    """The rows of a file of CSV or TSV, whatever stands between the columns.
+    """The rows of a file of CSV or TSV, with any of `DELIMITERS` between the columns.
 
     Args:
       path: local or remote.
@@ -79,7 +79,7 @@ def _plain_rows(lines: list[str], start: int, delimiter: str) -> Iterator[Split]
 def _quoted_rows(
     lines: list[str], start: int, delimiter: str, width: int, image: int
 ) -> Iterator[Split]:
-    """CSV's rows; a quote that is opened and not closed in its row costs that row alone.
+    """Rows of CSV; a quote that is not closed makes one row unreadable, and not those after it.
 
     Args:
       lines: of the file.

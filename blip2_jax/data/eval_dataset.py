@@ -1,4 +1,4 @@
-"""A split that is to be scored: every image once, in order, with all that is known of it."""
+"""A split that is scored: every image once, in order, with its captions and questions."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from blip2_jax.runtime.watchdog import alive
 
 
 class EvalDataset:
-    """What is known of each image; the images themselves are read when they are needed.
+    """The records of a split; images are read when they are needed.
 
     Args:
       data: `source`, `dir`, `images`, `split`, `form`, `columns`, `index_dir`, `first`,
@@ -65,7 +65,7 @@ class EvalDataset:
         return len(self.records)
 
     def identity(self) -> Row:
-        """What decides what is asked here; a journal belongs to it."""
+        """What decides which predictions are made; saved ones are held to it."""
         data = {key: self.data[key] for key in ("source", "split", "first")}
         return data | json.loads(json.dumps(self.source.identity()))
 

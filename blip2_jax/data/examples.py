@@ -81,7 +81,7 @@ def llm_tokenizer(config: ConfigDict, *, at_hand: bool = False) -> Any:
 
 
 def load_tokenizers(config: ConfigDict) -> dict[str, Any]:
-    """The tokenizers that a stage's examples are made with, by whose they are: "qformer", "llm"."""
+    """The tokenizers of a stage's examples: "qformer", "llm" or both."""
     data, stage = config.data, config.stage.name
     if stage in EXAMPLE_MAKERS:
         others: dict[str, Any] = resolve_name(EXAMPLE_MAKERS[stage]).load_tokenizers(config)

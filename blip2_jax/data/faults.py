@@ -1,4 +1,4 @@
-"""What cannot be read: said by reason and place, counted, and bounded."""
+"""Records that cannot be read: their errors, counts by reason, and the bound on their share."""
 
 import base64
 import collections

@@ -17,7 +17,7 @@ LISTS = ("data", "rows", "examples", "samples", "questions", "annotations", "ima
 
 
 def read(path: str, columns: Columns) -> Contents:
-    """The rows of a list, whatever holds them.
+    """The rows of a list in any of the known formats.
 
     Raises:
       ValueError: the file as a whole cannot be read.

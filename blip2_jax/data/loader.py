@@ -8,8 +8,8 @@ worker processes, and after any restart. Which rows a host reads is not decided 
 from the mesh (`runtime.mesh.local_rows`).
 
 A record that cannot be read is replaced by another that can, the same one every time. What was
-wrong with it travels with the batch; the hosts count together (`Batches.count_skipped`), and a
-share of such records that is too large stops all of them.
+wrong with it is noted in the batch; hosts add up their counts (`Batches.count_skipped`), and all
+stop when the share of such records is too large.
 """
 
 import collections
@@ -62,7 +62,7 @@ class Batches:
         self.wait_seconds = 0.0
         self._iterator = iter(dataset)
         self._started = False
-        # At this process's end too: Python would tell workers by SIGTERM, and wait for them.
+        # At this process's end too: Python would send workers SIGTERM, and wait for them.
         self._close = Finalize(self, self._iterator.close, exitpriority=0)
         self._uncounted: list[Fault] = []
 
@@ -103,10 +103,10 @@ class Batches:
         return self.skipped
 
     def prefetch(self, put: Callable[[Batch], Any], count: int = 2) -> Iterator[Any]:
-        """Batches on the device, `count` of them on their way while the one before is computed.
+        """Batches on the device, of which `count` are transferred in advance.
 
         Args:
-          put: sends a batch off without waiting for it, as `jax.device_put` does.
+          put: transfers a batch without waiting, as `jax.device_put` does.
           count: batches that are held.
         """
         held: collections.deque[Any] = collections.deque()
@@ -319,13 +319,13 @@ def _start(dataset: grain.MapDataset[Batch], config: ConfigDict) -> grain.IterDa
 
 @contextlib.contextmanager
 def _signals_kept_from_children() -> Iterator[None]:
-    """Processes started meanwhile never hear SIGTERM or SIGINT: whoever starts them ends them.
+    """Processes started meanwhile do not receive SIGTERM or SIGINT; this process ends them.
 
     Such a signal goes to all processes of a group (SLURM, a launcher, a terminal). The run answers
     it by saving itself, and needs its workers until then. A mask is inherited, so there is no
     moment at which a new process could be hit; the signal waits, or another thread of ours has it.
     """
-    resource_tracker.ensure_running()  # which, when it starts later, lets these signals through
+    resource_tracker.ensure_running()  # started later, it would unblock these signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
         yield
@@ -334,7 +334,7 @@ def _signals_kept_from_children() -> Iterator[None]:
 
 
 def _end_with_parent(index: int, count: int) -> None:
-    """A worker that hears no signal must not outlive a run that was killed."""
+    """Ends a worker when its parent was killed: it receives no signal itself."""
     del index, count
     parent = multiprocessing.parent_process()
 

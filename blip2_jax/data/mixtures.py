@@ -88,7 +88,7 @@ class Mixture(Source):
 
 
 class Mismatched(Source):
-    """A source, a share of whose records have the captions of another: web-like noise.
+    """A source in which a share of the records has the captions of other records, as web data has.
 
     Which ones, and whose, depends on the source's length and the share alone, so a run sees the
     same wrong pair every time it comes by.

@@ -1,4 +1,4 @@
-"""Prompts: where the image stands in them, and what is cut when they are too long."""
+"""Prompts: the `<image>` placeholder in them, and how they are truncated."""
 
 import bisect
 import re
@@ -14,7 +14,7 @@ _FORM = re.compile(r"\A(\w+:\s)?(.*?)(\s+(?:[A-Z]\w*\s+)?\w+:\s*)?\Z", re.DOTALL
 
 
 class TextPrompt(NamedTuple):
-    """A prompt whose form, `before` and `after`, is kept; its `text` is cut if need be."""
+    """A prompt; where it is too long, `text` is truncated, and `before` and `after` are kept."""
 
     before: str
     text: str

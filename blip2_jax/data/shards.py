@@ -8,7 +8,7 @@ that are missing. The folder is a TFDS data set when its last shard is there.
     OUT/shards/train-00003.json                  one note a finished shard
     OUT/NAME-train.array_record-00003-of-00128
     OUT/dataset_info.json, features.json         TFDS's; at the end
-    OUT/prepared.json, README.md, report.html        counts, the data set's card, its histograms
+    OUT/prepared.json, README.md, report.html    counts, the data set's card, its histograms
 """
 
 import concurrent.futures

@@ -40,7 +40,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def decode_image(data: bytes, alpha_background: str = WHITE) -> Image.Image:
-    """Decodes a JPEG, PNG or whatever Pillow reads, to upright RGB.
+    """Decodes a JPEG, a PNG or another format of Pillow, to upright RGB.
 
     Args:
       data: of a file.

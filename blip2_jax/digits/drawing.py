@@ -65,7 +65,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 def _write(scan: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
     """One digit's ink, float32[side, side] in 0..1: a scan, enlarged, a little turned and slanted.
 
-    Writers differ by a few degrees; without them 135 scans a digit would soon be known by heart.
+    Without these variations the encoder would memorize the 135 scans of a digit.
     """
     image = Image.fromarray(scan).resize((side, side), Image.Resampling.BICUBIC)
     turn, slant = rng.normal(0, 0.12, 2)
@@ -93,13 +93,13 @@ def draw(scene: world.Scene, rng: np.random.Generator, split: str) -> tuple[np.n
       uint8[SIZE, SIZE, 3], and boxes int32[n, 4]: y0, x0, y1, x1 of each thing.
 
     Raises:
-      ValueError: a thing whose color, size or place is not said.
+      ValueError: a thing without a color, size or place.
     """
     canvas, boxes = _background(rng), []
     half = SIZE // 2
     for thing in scene:
         if thing.size is None or thing.color is None:
-            raise ValueError(f"Nobody said what this looks like: {thing}.")
+            raise ValueError(f"This digit has no size or no color: {thing}.")
         scans = handwriting(split)[thing.digit]
         low, high = PIXELS[thing.size]
         side = int(rng.integers(low, high + 1))

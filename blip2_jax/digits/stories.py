@@ -36,7 +36,7 @@ WORDS = (
 
 
 def word_list(rng: np.random.Generator, *, times: int = 4) -> list[str]:
-    """Random words, and the same words again: what teaches a young model to look back."""
+    """Random words, repeated: they teach a model to attend to earlier tokens."""
     chosen = [world.pick(rng, WORDS) for _ in range(rng.integers(4, 20))]
     return [" ".join(chosen)] * times
 
@@ -44,9 +44,9 @@ def word_list(rng: np.random.Generator, *, times: int = 4) -> list[str]:
 def easy_story(rng: np.random.Generator) -> list[str]:
     """A story of one or two things, told three times in full, with up to three questions.
 
-    The retellings are what it is for: after "the 3 is" comes the color that stood beside the 3,
-    so nearly every word asks which attribute belongs to which digit. Half of the stories speak of
-    no places. Returns segments as `story` does.
+    Repeated descriptions make nearly every token depend on which attribute belongs to which digit:
+    after "the 3 is" comes the color that stood beside the 3. Half of the stories have no places.
+    Returns segments as `story` does.
     """
     scene = world.sample_scene(rng, max_things=2)
     kinds = list(world.QUESTION_TYPES)
@@ -57,7 +57,7 @@ def easy_story(rng: np.random.Generator) -> list[str]:
     segments = [
         f"{QA_PROMPT.format(question.question)} {question.answer}"
         for question in asked
-        if "None" not in question.question  # asks for a place that nobody told
+        if "None" not in question.question  # asks for a place, and the scene has none
     ]
     for _ in range(2):
         segments.insert(rng.integers(len(segments) + 1), world.describe(scene, rng))
@@ -70,8 +70,8 @@ def story(
     """Text alone about one scene of the training world: a description, then what follows from it.
 
     Whatever follows stands in random order, so that a caption or a question may come first after
-    the description, as it does when a visual prompt takes the description's place. Some stories
-    have no description: this is what the model says when it is shown nothing.
+    the description, as it does when a visual prompt replaces the description. Some stories have no
+    description: they teach the model what to generate without a prompt.
 
     Args:
       rng: the only source of randomness.
@@ -105,7 +105,7 @@ def story(
 class StorySource(Source):
     """Stories of the embedded world, written as they are read: number i depends on (seed, i) alone.
 
-    A small language model learns what belongs to what only if it meets that in an easy order.
+    A small language model learns which attribute belongs to which digit only from easy to hard.
 
     Args:
       kind: "stories" (`story`), "described_stories" (none of which lacks its description:

@@ -1,4 +1,4 @@
-"""The embedded world in words: scenes of digits, and what can truly be said and asked about them.
+"""The embedded world as text: scenes of digits, and true captions, questions and answers of them.
 
 A scene holds one to three handwritten digits. Each has a color, a size and a place, and digits,
 colors and places are distinct within a scene, so that "the 3" or "the red digit" is one thing.
@@ -33,7 +33,7 @@ COUNT_SHARES = (0.25, 0.5, 0.25)
 
 
 class Thing(NamedTuple):
-    """One digit of a scene; in a parsed caption, None stands for what is not said."""
+    """One digit of a scene; in a parsed caption, None is what the caption does not name."""
 
     digit: int
     color: str | None
@@ -45,10 +45,10 @@ class Thing(NamedTuple):
         """The two words of the place: "top" or "bottom", and "left" or "right".
 
         Raises:
-          ValueError: the place is not said.
+          ValueError: there is no place.
         """
         if self.place is None:
-            raise ValueError(f"Nobody said where this is: {self}.")
+            raise ValueError(f"This digit has no place: {self}.")
         return self.place.split()
 
 
@@ -153,13 +153,13 @@ def pick(rng: np.random.Generator, options: Sequence[Any]) -> Any:
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption that says everything: each thing with its size, color and place."""
+    """A full caption: each thing with its size, color and place."""
     form = pick(rng, FORMS)
     return _join([_phrase(thing, form) for thing in _shuffled(scene, rng)])
 
 
 def _relation(first: Thing, second: Thing, rng: np.random.Generator) -> str:
-    """How `first` stands to `second`: a column word or, where both hold, either."""
+    """Where `first` is relative to `second`; one of the two relations where both hold."""
     (row1, column1), (row2, column2) = first.corner, second.corner
     relations = []
     if column1 != column2:

@@ -1,9 +1,9 @@
-"""The first school year of the embedded world's language model: short, dense, easy stories.
+"""The embedded world's language model, first part: short stories with few attributes.
 
     blip2 train --config=configs/digits/lm_easy.py --workdir=runs/towers/lm_easy
 
-An OPT that has never seen an image. Word lists said twice teach it to look back, retellings which
-attribute belongs to which digit; `lm.py` continues from here with whole stories.
+An OPT that is trained on text alone. Repeated word lists teach it to attend to earlier tokens, and
+repeated descriptions which attribute belongs to which digit; `lm.py` continues with whole stories.
 """
 
 from ml_collections import ConfigDict

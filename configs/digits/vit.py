@@ -1,11 +1,11 @@
-"""The embedded world's image encoder: what every patch shows, and where; after `vit_easy.py`.
+"""The embedded world's image encoder, second part, after `vit_easy.py`: places, too.
 
     blip2 train --config=configs/digits/vit.py --workdir=runs/towers/vit \\
         --config.init.checkpoint=runs/towers/vit_easy
     blip2 convert runs/towers/vit blip2_jax/assets/digits-vit --to=huggingface
 
-An encoder that is asked for shapes and colors alone forgets where they stand; those of the hub
-know it.
+An encoder that is trained on digits and colors alone loses their positions, which those of the hub
+keep.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""The first school year of the embedded world's image encoder: what every patch shows.
+"""The embedded world's image encoder, first part: digit, color and size in every patch.
 
 ```bash
 blip2 prepare --source=digits --out=runs/towers/data --train=40000 --seed=1
