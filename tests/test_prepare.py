@@ -15,7 +15,7 @@ from PIL import Image
 import tests.data.made as made
 from blip2_jax import prepare
 from blip2_jax.data import capfilt, prepared, shards, sources, transforms
-from blip2_jax.digits import prepare as digits
+from blip2_jax.data.prepared import PREPARED
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,7 +145,8 @@ def test_folders_with_something_else_are_not_touched(web, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(SystemExit, match="not empty and not ours"):
         pairs(web, tmp_path / "mine")
-    digits.write(tmp_path / "d", 0, {"train": 1, "test": 1, "held_out": 1})
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / PREPARED).write_text('{"source": "digits", "seed": 0}')
     with pytest.raises(SystemExit, match="other data"):
         pairs(web, tmp_path / "d")
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]

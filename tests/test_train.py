@@ -18,10 +18,10 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import blip2_jax
+import tests.data.made as made
 import tests.tiny as tiny
 from blip2_jax import cli, convert, evaluate, pretrained, recipe, train
 from blip2_jax.data import loader, sources, tokenizers
-from blip2_jax.digits import prepare as digits
 from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.vit import ViT, ViTConfig
 from blip2_jax.runtime import jobs, mesh, run_dir
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parent.parent
 def world(tmp_path_factory):
     """Data and two towers on disk, as a user would have them."""
     root = tmp_path_factory.mktemp("world")
-    digits.write(root / "data", 0, {"train": 40, "test": 10, "held_out": 1})
+    made.prepare_pairs(root / "data", train=40, test=10)
     towers = {
         "vit": ViT(
             ViTConfig(16, 8, 24, 2, 2, 32, "quick_gelu", 1e-5, "qkvo", False, True),

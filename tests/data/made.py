@@ -10,6 +10,7 @@ import transformers
 from PIL import Image
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
+from blip2_jax import prepare
 from blip2_jax.data.faults import Skipped
 from blip2_jax.data.source import Source
 
@@ -81,6 +82,45 @@ def write_images(folder, count: int) -> list[str]:
     for number in range(count):
         (folder / f"{number}.jpg").write_bytes(jpeg(number))
     return [f"{number}.jpg" for number in range(count)]
+
+
+COLORS = ("red", "green", "blue", "yellow", "purple", "cyan", "orange", "white")
+
+
+def texts_about(number: int) -> dict:
+    """Five captions and two questions, other ones for every number below 80.
+
+    In words that the packaged tokenizers know.
+    """
+    color, digit = COLORS[number % 8], number // 8 % 10
+    thing = f"{color} {digit}"
+    captions = [f"a {thing}", f"there is a {thing}", f"a picture of a large {thing}"]
+    captions += [f"a small {thing} in the top left", f"an image with a {thing}"]
+    return {
+        "captions": captions,
+        "questions": [
+            {"question": f"what color is the {digit}?", "answer": color},
+            {"question": f"which digit is {color}?", "answer": str(digit)},
+        ],
+    }
+
+
+def prepare_pairs(folder, **sizes: int) -> None:
+    """Images of 64 x 64 pixels with texts, prepared: so many in each split."""
+    given = folder.with_name(f"{folder.name}_given")
+    (given / "images").mkdir(parents=True)
+    start, rows = 0, []
+    for split, size in sizes.items():
+        for number in range(start, start + size):
+            name = f"{number}.png"
+            (given / "images" / name).write_bytes(jpeg(number, (64, 64), kind="PNG"))
+            rows.append({"image": name, "split": split, **texts_about(number)})
+        start += size
+    (given / "list.json").write_text(json.dumps(rows))
+    words = [f"--dir={given}/list.json", f"--images={given}/images", f"--out={folder}"]
+    for split in sizes:
+        code = prepare.main(["--source=files", "--workers=0", f"--split={split}", *words])
+        assert code == 0
 
 
 class Records(Source):

@@ -20,7 +20,6 @@ import tests.data.made as made
 import tests.tiny as tiny
 from blip2_jax.data import examples, loader, sources, texts, tokenizers, transforms
 from blip2_jax.data.faults import RecordError
-from blip2_jax.digits import prepare as digits
 from blip2_jax.models.opt import OPTConfig
 from blip2_jax.models.t5 import T5Config
 from blip2_jax.runtime import mesh as meshes
@@ -28,8 +27,8 @@ from blip2_jax.runtime import mesh as meshes
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "digits"
-    digits.write(out, 0, {"train": 20, "test": 10, "held_out": 1})
+    out = tmp_path_factory.mktemp("data") / "pairs"
+    made.prepare_pairs(out, train=20, test=10)
     return out
 
 

@@ -3,14 +3,18 @@
 import hashlib
 import itertools
 
+import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 import tests.tiny as tiny
-from blip2_jax import cli
+from blip2_jax import cli, recipe
 from blip2_jax.data import loader, sources, tokenizers
+from blip2_jax.data.examples import make_example
 from blip2_jax.digits import prepare, stories
 from blip2_jax.models.opt import OPTConfig
+from blip2_jax.runtime import mesh as meshes
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,16 @@ def test_batches_of_the_embedded_world_are_what_they_were(folder, recipe):
         trained = digest(itertools.islice(batches, 3))
     with loader.eval_batches(config, size, llm=llm) as batches:
         assert (trained, digest(batches)) == PINNED[recipe]
+
+
+@pytest.mark.parametrize("stage", ["lm_easy", "vit_easy"])
+def test_the_planned_batch_is_the_loaders(folder, stage):
+    config = cli.load_config(f"configs/digits/{stage}.py", [f"--config.data.dir={folder}"])
+    run = recipe.build(config, meshes.make_mesh(config.mesh, jax.devices()[:1]))
+    record = sources.make_source(config, config.data.split)[0]
+    example = make_example(config, run.image_size, train=True)(record, 0, np.random.default_rng(0))
+    planned = {k: (x.shape[1:], x.dtype) for k, x in run.abstract_batch.items()}
+    assert planned == {k: (x.shape, x.dtype) for k, x in example.items()}
 
 
 def test_stories_weigh_answers_most():

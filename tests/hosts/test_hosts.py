@@ -16,9 +16,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+import tests.data.made as made
 import tests.tiny as tiny
 from blip2_jax import cli, recipe, train
-from blip2_jax.digits import prepare as digits
 from blip2_jax.models import blip2
 from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.vit import ViT, ViTConfig
@@ -46,7 +46,7 @@ def params_of(module) -> dict:
 def world(tmp_path_factory):
     """Data, towers and a BERT on disk."""
     root = tmp_path_factory.mktemp("world")
-    digits.write(root / "data", 0, {"train": 40, "test": 10, "held_out": 1})
+    made.prepare_pairs(root / "data", train=40, test=10)
     huggingface.save(root / "vit", VIT, params_of(ViT(VIT, rngs=nnx.Rngs(0))))
     huggingface.save(root / "llm", LLM, params_of(OPT(LLM, rngs=nnx.Rngs(1))))
     model = blip2.make_model(recipe.model_config(config(root)), rngs=nnx.Rngs(2))
