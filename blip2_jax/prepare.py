@@ -35,8 +35,8 @@ import contextlib
 import json
 import os
 import time
+from importlib import import_module
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -120,7 +120,7 @@ def _others() -> dict[str, Any]:
     installed = {}
     for name, module in OTHERS.items():
         with contextlib.suppress(ModuleNotFoundError):
-            installed[name] = resolve_name(module)
+            installed[name] = import_module(module)
     return installed
 
 

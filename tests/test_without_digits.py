@@ -42,7 +42,7 @@ for split in ("train", "test"):
 changes = {
     "steps": 2, "data.dir": f"{folder}/data", "data.qformer_tokenizer": "package:digits-bert",
     "model.qformer.vocab_size": 190, "model.qformer.bos_token_id": 189, "data.threads": 2,
-    "eval.every": 2, "eval.batch_size": 8, "log.every": 1,
+    "optim.warmup_steps": 1, "eval.every": 2, "eval.batch_size": 8, "log.every": 1,
 }
 config = tiny.config("stage1", **changes)
 config.trainable = ("vit", *config.trainable)

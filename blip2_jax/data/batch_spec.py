@@ -4,7 +4,7 @@ The loader holds its batches to it, `recipe` plans with it, and tests make their
 """
 
 from collections.abc import Mapping
-from pkgutil import resolve_name
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,7 +46,7 @@ def example_spec(config: ConfigDict, image_size: int, llm: LanguageConfig | None
     """
     data, stage = config.data, config.stage.name
     if stage in EXAMPLE_MAKERS:
-        spec: Spec = resolve_name(EXAMPLE_MAKERS[stage]).example_spec(config, image_size, llm)
+        spec: Spec = import_module(EXAMPLE_MAKERS[stage]).example_spec(config, image_size, llm)
         return spec
     spec = {
         "image": ArraySpec((image_size, image_size, 3), np.uint8),

@@ -1,7 +1,7 @@
 """From a record to the arrays that a stage's batches are made of."""
 
 from collections.abc import Callable
-from pkgutil import resolve_name
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ def make_example(
     """
     data, stage = config.data, config.stage.name
     if stage in EXAMPLE_MAKERS:
-        make: Callable[..., ExampleOf] = resolve_name(EXAMPLE_MAKERS[stage]).make_example
+        make: Callable[..., ExampleOf] = import_module(EXAMPLE_MAKERS[stage]).make_example
         return make(config, image_size, train=train, resample=resample, llm=llm)
     texts_of = load_tokenizers(config)
     image = image_reader(data, image_size, resample, train=train)
@@ -84,7 +84,7 @@ def load_tokenizers(config: ConfigDict) -> dict[str, Any]:
     """The tokenizers of a stage's examples: "qformer", "llm" or both."""
     data, stage = config.data, config.stage.name
     if stage in EXAMPLE_MAKERS:
-        others: dict[str, Any] = resolve_name(EXAMPLE_MAKERS[stage]).load_tokenizers(config)
+        others: dict[str, Any] = import_module(EXAMPLE_MAKERS[stage]).load_tokenizers(config)
         return others
     loaded: dict[str, Any] = {}
     if stage == "stage2":

@@ -4,7 +4,7 @@ Each stage is a module of the form that `Stage` describes; `step` makes train an
 their losses, the same for all stages.
 """
 
-from pkgutil import resolve_name
+from importlib import import_module
 from typing import Any, Protocol, cast
 
 from flax import nnx
@@ -45,4 +45,4 @@ def load(name: str) -> Stage:
     """The module of `config.stage.name`; ValueError where there is no such stage."""
     if name not in STAGES:
         raise ValueError(f"config.stage.name is {name!r}; known: {', '.join(STAGES)}.")
-    return cast(Stage, resolve_name(STAGES[name]))
+    return cast(Stage, import_module(STAGES[name]))
