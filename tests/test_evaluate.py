@@ -24,8 +24,8 @@ from blip2_jax.data.eval_dataset import EvalDataset
 from blip2_jax.evals import evaluator, submissions, tasks
 from blip2_jax.evals.metrics import vqa
 from blip2_jax.evals.predictions import Predictions
-from blip2_jax.inference.decode import Decoding
 from blip2_jax.inference.defaults import DEFAULTS
+from blip2_jax.inference.options import Decoding
 from tests.evals.metrics.test_captioning import bleu, cider_d, needs_java, rouge_l
 from tests.evals.metrics.test_retrieval import slow_recalls, slow_rerank
 from tests.evals.metrics.test_vqa import literal_accuracy, literal_punctuation, literal_words

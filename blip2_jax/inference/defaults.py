@@ -18,11 +18,11 @@ import dataclasses
 import textwrap
 from typing import NamedTuple
 
-from blip2_jax.inference.decode import Decoding
+from blip2_jax.inference.options import Decoding
 
 
-class Task(NamedTuple):
-    """Attributes: `prompt`, with {} where the user's text goes; and how to decode."""
+class GenerationSettings(NamedTuple):
+    """Attributes: `prompt`, with {} where the user's text goes; and `decoding`."""
 
     prompt: str
     decoding: Decoding
@@ -46,42 +46,54 @@ _OPT_QUESTION = "Question: {} Answer:"
 _INSTRUCT_CAPTION, _INSTRUCT_QUESTION = "A short image caption.", "Question: {} Short Answer:"
 
 
-def _with(how: Decoding, at_least: int, at_most: int, penalty: float) -> Decoding:
+def _with(decoding: Decoding, at_least: int, at_most: int, penalty: float) -> Decoding:
     return dataclasses.replace(
-        how, min_new_tokens=at_least, max_new_tokens=at_most, length_penalty=penalty
+        decoding, min_new_tokens=at_least, max_new_tokens=at_most, length_penalty=penalty
     )
 
 
 # (family, task). Families: of the language model; "instruct" is any whose Q-Former reads the
 # prompt too (InstructBLIP), "instruct-t5" if it is an encoder-decoder.
 DEFAULTS = {
-    ("opt", "caption"): Task("", _CAPTION),
-    ("opt", "answer"): Task(_OPT_QUESTION, _with(_BEAMS, 1, 10, 0.0)),
-    ("opt", "generate"): Task("{}", _with(_BEAMS, 1, 30, 1.0)),
-    ("t5", "caption"): Task("", _CAPTION),
-    ("t5", "answer"): Task("Question: {} Short answer:", _with(_CAPTION, 0, 10, -1.0)),
-    ("t5", "generate"): Task("{}", _BEAMS),
-    ("llama", "caption"): Task("", _with(_BEAMS, 1, 30, 1.0)),
-    ("llama", "answer"): Task(_OPT_QUESTION, _with(_BEAMS, 1, 10, 0.0)),
-    ("llama", "generate"): Task("{}", _with(_BEAMS, 1, 30, 1.0)),
-    ("instruct", "caption"): Task(_INSTRUCT_CAPTION, _with(_INSTRUCT_THEN, 10, 80, 1.0)),
-    ("instruct", "answer"): Task(_INSTRUCT_QUESTION, _with(_INSTRUCT_THEN, 1, 10, 0.0)),
-    ("instruct", "generate"): Task("{}", _with(_INSTRUCT, 1, 256, 1.0)),
-    ("instruct-t5", "caption"): Task(_INSTRUCT_CAPTION, _with(_INSTRUCT_T5_THEN, 9, 80, 1.0)),
-    ("instruct-t5", "answer"): Task(_INSTRUCT_QUESTION, _with(_INSTRUCT_T5_THEN, 0, 10, -1.0)),
-    ("instruct-t5", "generate"): Task("{}", _INSTRUCT_T5),
+    ("opt", "caption"): GenerationSettings("", _CAPTION),
+    ("opt", "answer"): GenerationSettings(_OPT_QUESTION, _with(_BEAMS, 1, 10, 0.0)),
+    ("opt", "generate"): GenerationSettings("{}", _with(_BEAMS, 1, 30, 1.0)),
+    ("t5", "caption"): GenerationSettings("", _CAPTION),
+    ("t5", "answer"): GenerationSettings(
+        "Question: {} Short answer:", _with(_CAPTION, 0, 10, -1.0)
+    ),
+    ("t5", "generate"): GenerationSettings("{}", _BEAMS),
+    ("llama", "caption"): GenerationSettings("", _with(_BEAMS, 1, 30, 1.0)),
+    ("llama", "answer"): GenerationSettings(_OPT_QUESTION, _with(_BEAMS, 1, 10, 0.0)),
+    ("llama", "generate"): GenerationSettings("{}", _with(_BEAMS, 1, 30, 1.0)),
+    ("instruct", "caption"): GenerationSettings(
+        _INSTRUCT_CAPTION, _with(_INSTRUCT_THEN, 10, 80, 1.0)
+    ),
+    ("instruct", "answer"): GenerationSettings(
+        _INSTRUCT_QUESTION, _with(_INSTRUCT_THEN, 1, 10, 0.0)
+    ),
+    ("instruct", "generate"): GenerationSettings("{}", _with(_INSTRUCT, 1, 256, 1.0)),
+    ("instruct-t5", "caption"): GenerationSettings(
+        _INSTRUCT_CAPTION, _with(_INSTRUCT_T5_THEN, 9, 80, 1.0)
+    ),
+    ("instruct-t5", "answer"): GenerationSettings(
+        _INSTRUCT_QUESTION, _with(_INSTRUCT_T5_THEN, 0, 10, -1.0)
+    ),
+    ("instruct-t5", "generate"): GenerationSettings("{}", _INSTRUCT_T5),
 }
 
 
 def table(width: int = 79) -> str:
     """The defaults, in columns of a help text this wide."""
     columns = "  {:<13}{:<10}{}"
-    lines = [columns.format("family", "task", "prompt, and how it is continued")]
+    lines = [columns.format("family", "task", "prompt and decoding")]
     indent = len(columns.format("", "", ""))
     plain = Decoding()
-    for (family, task), (prompt, how) in DEFAULTS.items():
-        shown = {"num_beams": how.num_beams, "max_new_tokens": how.max_new_tokens}
-        shown |= {k: v for k, v in vars(how).items() if k not in shown and v != getattr(plain, k)}
+    for (family, task), (prompt, decoding) in DEFAULTS.items():
+        shown = {"num_beams": decoding.num_beams, "max_new_tokens": decoding.max_new_tokens}
+        shown |= {
+            k: v for k, v in vars(decoding).items() if k not in shown and v != getattr(plain, k)
+        }
         settings = " ".join(f"{name}={_text(value)}" for name, value in shown.items())
         lines.append(columns.format(family, task, prompt or "(none)"))
         lines += textwrap.wrap(

@@ -22,8 +22,15 @@ from tqdm import tqdm
 from blip2_jax.data import language, prompting, tokenizers, transforms
 from blip2_jax.data.prompting import TextPrompt
 from blip2_jax.inference import decode, images
-from blip2_jax.inference.decode import Decoding, Prompt
-from blip2_jax.inference.defaults import DEFAULTS, Task
+from blip2_jax.inference.decode_state import (
+    NEG_INF,
+    NO_LOG_PROB,
+    DecodeOutput,
+    DecodeState,
+    Prompt,
+)
+from blip2_jax.inference.defaults import DEFAULTS, GenerationSettings
+from blip2_jax.inference.options import SYNONYMS, Decoding
 from blip2_jax.models.blip2 import Blip2Config, Blip2Stage1, Blip2Stage2, LLMConfig, make_model
 from blip2_jax.models.layers import unstack
 from blip2_jax.runtime import dtypes
@@ -44,7 +51,7 @@ Function = Callable[..., Any]
 
 
 class ScoredText(NamedTuple):
-    """A text, and how likely the model holds it to be.
+    """A text with its log-probabilities.
 
     Attributes:
       text: as `Blip2.generate` gives it.
@@ -80,7 +87,7 @@ class Blip2:
     Args:
       config: the model's sizes.
       params: all its parameters, nested dicts of arrays. The language model's are taken apart
-        layer by layer, which is how decoding reads them; do not use them afterwards.
+        layer by layer, as decoding reads them; do not use them afterwards.
       dtype: what is computed in; None: what the queries are in.
       mesh: the devices that hold `params`; None: those they are on, one batch on all of them. Of
         a mesh over several processes all must call the same methods with the same arguments.
@@ -132,7 +139,7 @@ class Blip2:
         self._maps = compiled(lambda model, pixels: model.attention_maps(pixels))
         self._see = compiled(lambda model, pixels, *text: model.visual_prompt(pixels, text or None))
         self._loglikelihood = compiled(_loglikelihood)
-        static = {"static_argnames": ("how", "eos_ids", "pad_id")}
+        static = {"static_argnames": ("decoding", "eos_ids", "pad_id")}
         self._generate = compiled(_generate, **static)
         self._begin = compiled(_begin, **static)
         self._advance = compiled(_advance, **static)
@@ -152,7 +159,9 @@ class Blip2:
             return self.config.llm is None and self._has_match
         return self.config.llm is not None
 
-    def settings(self, task: str, *, prompt: str | None = None, **changes: Any) -> Task:
+    def settings(
+        self, task: str, *, prompt: str | None = None, **changes: Any
+    ) -> GenerationSettings:
         """The prompt and the decoding that a call with these options has.
 
         Args:
@@ -165,7 +174,7 @@ class Blip2:
         """
         default = DEFAULTS[self.family, task]
         prompt = default.prompt if prompt is None else self._without_image_token(prompt)
-        return Task(prompt, _changed(default.decoding, changes))
+        return GenerationSettings(prompt, _changed(default.decoding, changes))
 
     # ------------------------------------------------------------------- stage 1: understanding
 
@@ -420,18 +429,18 @@ class Blip2:
         self._need_llm("stream")
         truncate = options.pop("truncate", None)
         default = dataclasses.replace(DEFAULTS[self.family, "generate"].decoding, num_beams=1)
-        how = _changed(default, options)
-        if how.branches > 1 or how.do_sample:
+        decoding = _changed(default, options)
+        if decoding.num_sequences > 1 or decoding.do_sample:
             raise ValueError("A stream is greedy; leave num_beams and do_sample out.")
         prompts = self._free_prompts(prompt) if question is None else self._asked(question, None)
         pictures = None if picture is None else [picture]
-        arrays = self._prompt_arrays(pictures, prompts, how, truncate, None)(0, 1)
+        arrays = self._prompt_arrays(pictures, prompts, decoding, truncate, None)(0, 1)
         arrays = self._placed(arrays, self._bucket(1))
-        fixed = {"how": how, "eos_ids": self.eos_ids, "pad_id": self.pad_id}
+        fixed = {"decoding": decoding, "eos_ids": self.eos_ids, "pad_id": self.pad_id}
         state = self._begin(self.params, *arrays, jax.random.key(SEED), **fixed)
         said = ""
         while True:
-            ended = bool(state.done[0, 0]) or int(state.step) >= how.max_new_tokens
+            ended = bool(state.done[0, 0]) or int(state.step) >= decoding.max_new_tokens
             tokens = np.asarray(state.tokens[0, 0, : int(state.step)])
             text = self.llm_tokenizer.decode(tokens, skip_special_tokens=True)
             text = text.rstrip() if ended else text
@@ -513,38 +522,38 @@ class Blip2:
     ) -> list[Any]:
         known = [field.name for field in dataclasses.fields(Decoding)]
         _check_options(changes, [*known, "prompt", "return_scores", *SHARED])
-        how = self.settings(task, **changes).decoding
+        decoding = self.settings(task, **changes).decoding
         pictures, prompts = _paired(pictures, prompts)
         _need_some(prompts)
         skipped: dict[int, str] | None = {} if skip_unreadable else None
-        arrays = self._prompt_arrays(pictures, prompts, how, truncate, skipped)
+        arrays = self._prompt_arrays(pictures, prompts, decoding, truncate, skipped)
         run = functools.partial(
             self._generate,
             key=jax.random.key(seed),
-            how=how,
+            decoding=decoding,
             eos_ids=self.eos_ids,
             pad_id=self.pad_id,
         )
         found = self._over(run, len(prompts), arrays, progress)
-        if not (found.scores > decode.NEVER / 2).all():
+        if not (found.scores > NEG_INF / 2).all():
             raise FloatingPointError(
                 f"{self.source}: the scores of its tokens are not numbers. The weights hold NaN, "
                 "or overflow in float16: load with dtype='bfloat16' or 'float32'."
             )
         _report(skipped)
-        flat = found.tokens.reshape(-1, how.max_new_tokens)
+        flat = found.tokens.reshape(-1, decoding.max_new_tokens)
         decoded = self.llm_tokenizer.batch_decode(flat, skip_special_tokens=True)
         texts: list[Any] = [text.strip() for text in decoded]
         if return_scores:
             log_probs = found.log_probs.reshape(flat.shape)
             texts = [self._scored(*each) for each in zip(texts, flat, log_probs, strict=True)]
-        number = how.num_return_sequences
+        number = decoding.num_return_sequences
         rows = [texts[i : i + number] for i in range(0, len(texts), number)]
         results: list[Any] = [row[0] for row in rows] if number == 1 else rows
         return [None if skipped and i in skipped else text for i, text in enumerate(results)]
 
     def _scored(self, text: str, tokens: np.ndarray, log_probs: np.ndarray) -> ScoredText:
-        log_probs = log_probs[log_probs != decode.UNWRITTEN]
+        log_probs = log_probs[log_probs != NO_LOG_PROB]
         count = len(log_probs)
         ended = count < len(tokens) or tokens[-1] == self.pad_id
         total = float(log_probs.sum(dtype=np.float64))
@@ -554,7 +563,7 @@ class Blip2:
         self,
         pictures: Sequence[Any] | None,
         prompts: Sequence[TextPrompt],
-        how: Decoding,
+        decoding: Decoding,
         truncate: int | None,
         skipped: dict[int, str] | None,
     ) -> Reader:
@@ -565,12 +574,12 @@ class Blip2:
         queries = self.config.qformer.num_query_tokens
         room = llm.max_length
         for number, row in enumerate(rows):
-            needed = queries + len(row) + how.max_new_tokens
+            needed = queries + len(row) + decoding.max_new_tokens
             if room is not None and needed > room:
                 raise ValueError(
                     f"Prompt {number} has {len(row)} tokens; with {queries} visual ones and "
-                    f"{how.max_new_tokens} to write that makes {needed}, and the language model "
-                    f"has {room} positions. Shorten it, or pass truncate=N."
+                    f"{decoding.max_new_tokens} to generate that makes {needed}, and the language "
+                    f"model has {room} positions. Shorten it, or pass truncate=N."
                 )
         seen = None
         if pictures is not None:
@@ -804,7 +813,7 @@ def _changed(default: Decoding, changes: dict[str, Any]) -> Decoding:
 def _check_options(given: Iterable[str], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
-            near = did_you_mean(name, known, decode.SYNONYMS)
+            near = did_you_mean(name, known, SYNONYMS)
             raise TypeError(f"No option {name}.{near} There are {', '.join(known)}.")
 
 
@@ -946,12 +955,12 @@ def _generate(
     mask: jax.Array,
     *seen: jax.Array,
     key: jax.Array,
-    how: Decoding,
+    decoding: Decoding,
     eos_ids: tuple[int, ...],
     pad_id: int,
-) -> decode.Texts:
+) -> DecodeOutput:
     prompt = _prompt(model, row, ids, mask, seen)
-    return decode.decode(model.llm, prompt, how, eos_ids=eos_ids, pad_id=pad_id, key=key)
+    return decode.decode(model.llm, prompt, decoding, eos_ids=eos_ids, pad_id=pad_id, key=key)
 
 
 def _begin(
@@ -960,25 +969,25 @@ def _begin(
     ids: jax.Array,
     mask: jax.Array,
     *arrays: jax.Array,
-    how: Decoding,
+    decoding: Decoding,
     eos_ids: tuple[int, ...],
     pad_id: int,
-) -> decode.State:
+) -> DecodeState:
     *seen, key = arrays
     prompt = _prompt(model, row, ids, mask, seen)
-    return decode.begin(model.llm, prompt, how, eos_ids=eos_ids, pad_id=pad_id, key=key)
+    return decode.prefill(model.llm, prompt, decoding, eos_ids=eos_ids, pad_id=pad_id, key=key)
 
 
 def _advance(
     model: Blip2Stage2,
-    state: decode.State,
+    state: DecodeState,
     key: jax.Array,
     *,
-    how: Decoding,
+    decoding: Decoding,
     eos_ids: tuple[int, ...],
     pad_id: int,
-) -> decode.State:
-    return decode.advance(model.llm, state, how, eos_ids=eos_ids, pad_id=pad_id, key=key)
+) -> DecodeState:
+    return decode.decode_step(model.llm, state, decoding, eos_ids=eos_ids, pad_id=pad_id, key=key)
 
 
 def _loglikelihood(

@@ -100,7 +100,7 @@ def task(kind: str, source: str, split: str, folder: str = "", **changes: Any) -
         config.truncate = 0  # tokens of a prompt; 0: none. LAVIS cuts OPT's at 32
         config.blind = False  # the same without the image too, as a baseline
     if kind in ("vqa", "captioning"):
-        # See `inference.decode.Decoding`; None: what is published for the model's family.
+        # See `inference.options.Decoding`; None: what is published for the model's family.
         config.decoding = ConfigDict(dict.fromkeys(DECODING))
     if kind == "captioning":
         # Those that this machine cannot compute are left out, and the result says why.

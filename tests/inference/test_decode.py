@@ -13,15 +13,10 @@ import torch
 import transformers
 from flax import nnx
 
-from blip2_jax.inference.decode import (
-    UNWRITTEN,
-    Decoding,
-    Prompt,
-    _repeats,
-    _sample,
-    _sharpen,
-    decode,
-)
+from blip2_jax.inference.decode import decode
+from blip2_jax.inference.decode_state import NO_LOG_PROB, Prompt
+from blip2_jax.inference.logits import repeated_ngrams, sample, warp_logits
+from blip2_jax.inference.options import Decoding
 from blip2_jax.models.blip2 import LLMS
 from blip2_jax.models.layers import unstack
 from blip2_jax.weights import huggingface
@@ -71,7 +66,10 @@ def models(request, tmp_path_factory):
     # A T5 of its own computes the tanh GELU; within BLIP-2 it would be the exact one.
     own = {"activation": "gelu_new"} if family == "t5" else {}
     sizes = huggingface.llm_config(str(folder), **own)
-    make = lambda s: LLMS[type(s)](s, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
+
+    def make(s):
+        return LLMS[type(s)](s, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
     abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: make(sizes))))
     params = unstack(huggingface.load(str(folder), sizes, abstract))
     listed = dataclasses.replace(sizes, scan=False)
@@ -82,69 +80,71 @@ def prompts(left: bool = True):
     """Six prompts of unequal length, padded on the left (an encoder-decoder's: on the right)."""
     rng = np.random.default_rng(3)
     lengths = np.array([7, 3, 5, 1, 7, 6])[:, None]
-    place = np.arange(7)
-    mask = (place >= 7 - lengths if left else place < lengths).astype(np.int32)
+    position = np.arange(7)
+    mask = (position >= 7 - lengths if left else position < lengths).astype(np.int32)
     return np.where(mask > 0, rng.integers(6, VOCABULARY, mask.shape), PAD).astype(np.int32), mask
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "how", "pad"))
-def run(graph, params, ids, mask, said, row, key, how: Decoding, pad: int):
+@functools.partial(jax.jit, static_argnames=("graph", "decoding", "pad"))
+def run(graph, params, ids, mask, prefix, row, key, decoding: Decoding, pad: int):
     llm = nnx.merge(graph, params)
-    prompt = Prompt(llm.embed(ids), mask, *said, row)
-    return decode(llm, prompt, how, eos_ids=(EOS,), pad_id=pad, key=key)
+    prompt = Prompt(llm.embed(ids), mask, *prefix, row)
+    return decode(llm, prompt, decoding, eos_ids=(EOS,), pad_id=pad, key=key)
 
 
-def ours_of(ours, ids, mask, how: Decoding, pad: int = PAD):
+def ours_of(ours, ids, mask, decoding: Decoding, pad: int = PAD):
     graph, params = ours
-    # What was said before: an encoder-decoder's decoder has its start token only.
-    said = (ids, mask)
+    # Before the first generated token an encoder-decoder's decoder has its start token only.
+    prefix = (ids, mask)
     if "decoder" in params:
-        said = (np.zeros((len(ids), 1), int), np.ones((len(ids), 1), int))
+        prefix = (np.zeros((len(ids), 1), int), np.ones((len(ids), 1), int))
     row = np.arange(len(ids))
-    return jax.device_get(run(graph, params, ids, mask, said, row, jax.random.key(0), how, pad))
+    return jax.device_get(
+        run(graph, params, ids, mask, prefix, row, jax.random.key(0), decoding, pad)
+    )
 
 
-def theirs_of(model, ids, mask, how: Decoding):
+def theirs_of(model, ids, mask, decoding: Decoding):
     options = {
-        name: getattr(how, name)
+        name: getattr(decoding, name)
         for name in (
             "num_beams", "repetition_penalty", "no_repeat_ngram_size", "early_stopping",
             "num_return_sequences",
         )
     }  # fmt: skip
-    if how.num_beams > 1:
-        options["length_penalty"] = how.length_penalty
-    if how.min_new_tokens:
-        options["min_new_tokens"] = how.min_new_tokens
+    if decoding.num_beams > 1:
+        options["length_penalty"] = decoding.length_penalty
+    if decoding.min_new_tokens:
+        options["min_new_tokens"] = decoding.min_new_tokens
     prompt = {"input_ids": torch.tensor(ids)}
     before = 1 if model.config.is_encoder_decoder else ids.shape[1]
-    if not how.penalties_include_prompt:  # as LAVIS asks
+    if not decoding.penalties_include_prompt:  # as LAVIS asks
         prompt = {"inputs_embeds": model.get_input_embeddings()(prompt["input_ids"])}
         before = 0
     with torch.no_grad():
         found = model.generate(
             **prompt,
             attention_mask=torch.tensor(mask),
-            max_new_tokens=how.max_new_tokens,
+            max_new_tokens=decoding.max_new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
             output_scores=True,
             **options,
         )
         log_probs = model.compute_transition_scores(
-            found.sequences, found.scores, found.get("beam_indices"), how.num_beams == 1
+            found.sequences, found.scores, found.get("beam_indices"), decoding.num_beams == 1
         ).numpy()
     out = found.sequences.numpy()[:, before:]
-    want = np.full((len(out), how.max_new_tokens), PAD)
+    want = np.full((len(out), decoding.max_new_tokens), PAD)
     want[:, : out.shape[1]] = np.where(out == EOS, PAD, out)
-    written = (np.cumsum(out == EOS, axis=1) - (out == EOS)) == 0
-    scores = np.full(want.shape, UNWRITTEN)
-    scores[:, : out.shape[1]] = np.where(written, log_probs[:, : out.shape[1]], UNWRITTEN)
-    shape = (len(ids), -1, how.max_new_tokens)
+    generated = (np.cumsum(out == EOS, axis=1) - (out == EOS)) == 0
+    scores = np.full(want.shape, NO_LOG_PROB)
+    scores[:, : out.shape[1]] = np.where(generated, log_probs[:, : out.shape[1]], NO_LOG_PROB)
+    shape = (len(ids), -1, decoding.max_new_tokens)
     return want.reshape(shape), scores.reshape(shape)
 
 
-HOWS = [
+DECODINGS = [
     Decoding(LENGTH),
     Decoding(LENGTH, repetition_penalty=1.7),
     Decoding(LENGTH, min_new_tokens=6),
@@ -174,39 +174,42 @@ FROM_EMBEDDINGS = [
 ]  # fmt: skip
 
 
-def name_of(how: Decoding) -> str:
+def name_of(decoding: Decoding) -> str:
     default = Decoding(LENGTH)
-    changed = {k: v for k, v in vars(how).items() if v != getattr(default, k)}
+    changed = {k: v for k, v in vars(decoding).items() if v != getattr(default, k)}
     return " ".join(f"{k}={v}" for k, v in changed.items()) or "greedy"
 
 
-@pytest.mark.parametrize("how", HOWS + FROM_EMBEDDINGS, ids=name_of)
-def test_tokens_and_scores_equal_those_of_transformers(models, how):
+@pytest.mark.parametrize("decoding", DECODINGS + FROM_EMBEDDINGS, ids=name_of)
+def test_tokens_and_scores_equal_those_of_transformers(models, decoding):
     theirs, ours = models
-    if theirs.config.is_encoder_decoder and not how.penalties_include_prompt:
+    if theirs.config.is_encoder_decoder and not decoding.penalties_include_prompt:
         pytest.skip("its decoder is given no embeddings")
     ids, mask = prompts(left=not theirs.config.is_encoder_decoder)
-    got = ours_of(ours, ids, mask, how)
-    if how.penalties_include_prompt and not how.no_repeat_ngram_size:
-        tokens, log_probs = theirs_of(theirs, ids, mask, how)
-    else:  # transformers takes a row's padding for tokens that may not be repeated, or were written
-        rows = [theirs_of(theirs, i[None, m > 0], m[None, m > 0], how) for i, m in zip(ids, mask)]  # noqa: B905
+    got = ours_of(ours, ids, mask, decoding)
+    if decoding.penalties_include_prompt and not decoding.no_repeat_ngram_size:
+        tokens, log_probs = theirs_of(theirs, ids, mask, decoding)
+    else:  # transformers takes padding for tokens that may not be repeated
+        rows = [
+            theirs_of(theirs, row[None, real > 0], real[None, real > 0], decoding)
+            for row, real in zip(ids, mask, strict=True)
+        ]
         tokens, log_probs = (np.concatenate(each) for each in zip(*rows, strict=True))
     np.testing.assert_array_equal(got.tokens, tokens)
     np.testing.assert_allclose(got.log_probs, log_probs, atol=1e-4)
-    total = np.where(got.log_probs == UNWRITTEN, 0.0, got.log_probs).sum(axis=-1)
-    if how.num_beams == 1:
+    total = np.where(got.log_probs == NO_LOG_PROB, 0.0, got.log_probs).sum(axis=-1)
+    if decoding.num_beams == 1:
         np.testing.assert_allclose(got.scores, total, atol=1e-4)
-    elif how.length_penalty == 1.0:
-        length = (got.log_probs != UNWRITTEN).sum(axis=-1)
+    elif decoding.length_penalty == 1.0:
+        length = (got.log_probs != NO_LOG_PROB).sum(axis=-1)
         np.testing.assert_allclose(got.scores, total / length, atol=1e-4)
 
 
-def test_what_the_prompt_says_may_be_said_again(models):
-    """The penalty of repetitions bears on the prompt only where it is asked to."""
+def test_tokens_of_the_prompt_may_be_generated_again(models):
+    """The repetition penalty bears on the prompt only with `penalties_include_prompt`."""
     theirs, ours = models
     if theirs.config.is_encoder_decoder:
-        pytest.skip("its prompt is not in the row that is written")
+        pytest.skip("its prompt is not part of the decoder's sequence")
     ids, mask = prompts()
     texts = [
         ours_of(ours, ids, mask, Decoding(1, repetition_penalty=50.0, penalties_include_prompt=x))
@@ -229,7 +232,7 @@ def test_repeated_ngrams_are_those_of_transformers(size):
             tokens=jnp.asarray(tokens), step=step, prefix_ids=jnp.asarray(ids),
             prefix_mask=jnp.ones(ids.shape, int),
         )  # fmt: skip
-        got = np.asarray(_repeats(state, size, 5))
+        got = np.asarray(repeated_ngrams(state, size, 5))
         seen = np.concatenate([np.repeat(ids[:, None], 2, 1), tokens[..., :step]], axis=-1)
         rows = torch.tensor(seen.reshape(6, -1))
         want = ban(rows, torch.zeros(6, 5)).isinf().numpy().reshape(3, 2, 5)
@@ -238,16 +241,16 @@ def test_repeated_ngrams_are_those_of_transformers(size):
             in_front = ((0, 0), (3, 0))
             state.prefix_ids = jnp.pad(state.prefix_ids, in_front)
             state.prefix_mask = jnp.pad(state.prefix_mask, in_front)
-            np.testing.assert_array_equal(_repeats(state, size, 5), want)
+            np.testing.assert_array_equal(repeated_ngrams(state, size, 5), want)
 
 
 def test_scores_of_samples_are_those_of_what_they_were_drawn_from(models):
     theirs, ours = models
     ids, mask = prompts(left=not theirs.config.is_encoder_decoder)
-    how = Decoding(5, do_sample=True, temperature=1.3, top_k=9, num_return_sequences=2)
-    got = ours_of(ours, ids, mask, how, pad=EOS)
-    for branch in range(2):
-        tokens = torch.tensor(np.array(got.tokens[:, branch]))
+    decoding = Decoding(5, do_sample=True, temperature=1.3, top_k=9, num_return_sequences=2)
+    got = ours_of(ours, ids, mask, decoding, pad=EOS)
+    for sequence in range(2):
+        tokens = torch.tensor(np.array(got.tokens[:, sequence]))
         before = torch.tensor(ids)
         with torch.no_grad():
             if theirs.config.is_encoder_decoder:
@@ -262,21 +265,21 @@ def test_scores_of_samples_are_those_of_what_they_were_drawn_from(models):
         want = (
             torch.log_softmax(logits, dim=-1).gather(-1, tokens[..., None].long())[..., 0].numpy()
         )
-        written = np.array(got.log_probs[:, branch]) != UNWRITTEN
-        assert written[:, 0].all()
+        generated = np.array(got.log_probs[:, sequence]) != NO_LOG_PROB
+        assert generated[:, 0].all()
         np.testing.assert_allclose(
-            np.array(got.log_probs[:, branch])[written], want[written], atol=1e-4
+            np.array(got.log_probs[:, sequence])[generated], want[generated], atol=1e-4
         )
 
 
 def test_a_row_alone_is_the_row_in_a_batch(models):
     theirs, ours = models
     ids, mask = prompts(left=not theirs.config.is_encoder_decoder)
-    how = Decoding(LENGTH, num_beams=3)
-    together = ours_of(ours, ids, mask, how).tokens
+    decoding = Decoding(LENGTH, num_beams=3)
+    together = ours_of(ours, ids, mask, decoding).tokens
     for row in (1, 3):
         real = mask[row] > 0  # without its padding
-        alone = ours_of(ours, ids[row : row + 1, real], mask[row : row + 1, real], how).tokens
+        alone = ours_of(ours, ids[row : row + 1, real], mask[row : row + 1, real], decoding).tokens
         np.testing.assert_array_equal(alone[0], together[row])
 
 
@@ -288,7 +291,7 @@ WARPERS = {
 
 
 @pytest.mark.parametrize(
-    "how",
+    "decoding",
     [
         dict(temperature=0.7),
         dict(top_k=4),
@@ -297,19 +300,19 @@ WARPERS = {
     ],
     ids=str,
 )
-def test_sampling_sharpens_as_transformers_does(how):
+def test_logits_are_warped_as_by_transformers(decoding):
     scores = np.random.default_rng(0).normal(size=(8, 50)).astype(np.float32) * 3
     want = torch.tensor(scores)
-    for name, value in how.items():
+    for name, value in decoding.items():
         want = WARPERS[name](value)(None, want)
-    got = _sharpen(jnp.asarray(scores)[:, None], Decoding(do_sample=True, **how))[:, 0]
+    got = warp_logits(jnp.asarray(scores)[:, None], Decoding(do_sample=True, **decoding))[:, 0]
     np.testing.assert_allclose(got, want.numpy(), rtol=1e-6)
 
 
 def test_samples_are_drawn_in_proportion():
     """Frequencies of 4,000 draws lie within five standard errors of the probabilities."""
     scores = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-    draws = _sample(jnp.broadcast_to(scores, (4000, 1, 4)), jnp.arange(4000), jax.random.key(0))
+    draws = sample(jnp.broadcast_to(scores, (4000, 1, 4)), jnp.arange(4000), jax.random.key(0))
     share = np.bincount(np.asarray(draws).ravel(), minlength=4) / 4000
     probability = np.exp(scores)
     error = np.sqrt(probability * (1 - probability) / 4000)
@@ -321,10 +324,10 @@ def test_the_length_penalty_may_count_the_prompt_and_leave_out_the_end_token(mod
     """Older meanings: prompt and text, or text alone, without the end token."""
     theirs, ours = models
     ids, mask = prompts(left=not theirs.config.is_encoder_decoder)
-    how = Decoding(LENGTH, num_beams=4, num_return_sequences=4, length_penalty=0.0)
+    decoding = Decoding(LENGTH, num_beams=4, num_return_sequences=4, length_penalty=0.0)
     none = -1  # no token of the model, to see where texts end
-    tokens, total, _ = ours_of(ours, ids, mask, how, none)
-    new = dataclasses.replace(how, length_penalty=1.0)
+    tokens, total, _ = ours_of(ours, ids, mask, decoding, none)
+    new = dataclasses.replace(decoding, length_penalty=1.0)
     old = dataclasses.replace(
         new, length_penalty_includes_prompt=prompt, length_penalty_includes_eos=eos
     )

@@ -15,7 +15,7 @@ import blip2_jax
 from blip2_jax.data import tokenizers
 from blip2_jax.data.transforms import ImageError
 from blip2_jax.inference import images
-from blip2_jax.inference.decode import Decoding
+from blip2_jax.inference.options import Decoding
 from tests.inference import published
 
 pytestmark = pytest.mark.integration
@@ -111,36 +111,40 @@ def test_instructblip_reads_the_prompt_twice(beams, tmp_path):
             max_new_tokens=EXACT["max_new_tokens"],
         )[:, 5 + words["input_ids"].shape[1] :]
     want = ours.llm_tokenizer.batch_decode(ids, skip_special_tokens=True)
-    how = {**EXACT, "num_beams": beams, "repetition_penalty": 1.0}
-    got = ours.generate(pictures(), PROMPTS, **how)
+    options = {**EXACT, "num_beams": beams, "repetition_penalty": 1.0}
+    got = ours.generate(pictures(), PROMPTS, **options)
     assert got == [text.strip() for text in want] and len(set(got)) > 1
-    alone = [ours.generate([p], [t], **how)[0] for p, t in zip(pictures(), PROMPTS, strict=True)]
+    alone = [
+        ours.generate([p], [t], **options)[0] for p, t in zip(pictures(), PROMPTS, strict=True)
+    ]
     assert alone == got
 
 
 def test_a_row_alone_equals_the_row_in_any_batch(both):
     _, folder, ours = both
-    how = {"num_beams": 3, **EXACT}
-    together = ours.generate(pictures(), PROMPTS, **how)
-    alone = [ours.generate([p], [t], **how)[0] for p, t in zip(pictures(), PROMPTS, strict=True)]
+    options = {"num_beams": 3, **EXACT}
+    together = ours.generate(pictures(), PROMPTS, **options)
+    alone = [
+        ours.generate([p], [t], **options)[0] for p, t in zip(pictures(), PROMPTS, strict=True)
+    ]
     assert alone == together
-    turned = ours.generate(pictures()[::-1], PROMPTS[::-1], **how)
+    turned = ours.generate(pictures()[::-1], PROMPTS[::-1], **options)
     assert turned[::-1] == together
     by_two = blip2_jax.load(folder, batch_size=2)
-    assert by_two.generate(pictures(), PROMPTS, **how) == together
+    assert by_two.generate(pictures(), PROMPTS, **options) == together
 
 
 def test_samples_do_not_depend_on_the_batch_but_on_the_seed(opt):
     folder, ours = opt
-    how = {"do_sample": True, "num_return_sequences": 3, "top_k": 9, **EXACT}
-    together = ours.generate(pictures(), PROMPTS, seed=1, **how)
+    options = {"do_sample": True, "num_return_sequences": 3, "top_k": 9, **EXACT}
+    together = ours.generate(pictures(), PROMPTS, seed=1, **options)
     assert [len(texts) for texts in together] == [3] * 4
     assert len({text for texts in together for text in texts}) > 4
     assert (
-        blip2_jax.load(folder, batch_size=1).generate(pictures(), PROMPTS, seed=1, **how)
+        blip2_jax.load(folder, batch_size=1).generate(pictures(), PROMPTS, seed=1, **options)
         == together
     )
-    assert ours.generate(pictures(), PROMPTS, seed=2, **how) != together
+    assert ours.generate(pictures(), PROMPTS, seed=2, **options) != together
     certain = ours.generate(pictures(), PROMPTS, do_sample=True, top_k=1, **EXACT)
     assert certain == ours.generate(pictures(), PROMPTS, num_beams=1, **EXACT)
 
@@ -179,10 +183,10 @@ def test_scores_of_texts(both):
     """Of each token and of the whole; what they are is held to transformers in `test_decode`."""
     _, _, ours = both
     tokenizer = ours.llm_tokenizer
-    for how in ({"num_beams": 1}, {"num_beams": 3}, {"do_sample": True}):
-        how = {**how, **EXACT}
-        texts = ours.generate(pictures(), PROMPTS, **how)
-        scored = ours.generate(pictures(), PROMPTS, return_scores=True, **how)
+    for options in ({"num_beams": 1}, {"num_beams": 3}, {"do_sample": True}):
+        options = {**options, **EXACT}
+        texts = ours.generate(pictures(), PROMPTS, **options)
+        scored = ours.generate(pictures(), PROMPTS, return_scores=True, **options)
         assert [each.text for each in scored] == texts
         for each in scored:
             assert tokenizer.decode(each.token_ids, skip_special_tokens=True).strip() == each.text
@@ -254,13 +258,13 @@ def test_instructblip_may_say_again_what_it_was_asked(tmp_path, monkeypatch):
                 max_new_tokens=EXACT["max_new_tokens"],
             )[:, (5 + words.shape[1]) * with_prompt :]
         (want,) = ours.llm_tokenizer.batch_decode(ids, skip_special_tokens=True)
-        how = {"num_beams": 3, "penalties_include_prompt": with_prompt, **EXACT}
-        texts[with_prompt] = ours.generate(pictures(1), prompt, **how)
+        options = {"num_beams": 3, "penalties_include_prompt": with_prompt, **EXACT}
+        texts[with_prompt] = ours.generate(pictures(1), prompt, **options)
         assert texts[with_prompt] == [want.strip()]
     assert ours.generate(pictures(1), prompt, num_beams=3, **EXACT) == texts[False]
     default, without, with_it = (
-        ours.generate(pictures(1), prompt, num_beams=1, return_scores=True, **EXACT, **how)[0]
-        for how in ({}, {"penalties_include_prompt": False}, {"penalties_include_prompt": True})
+        ours.generate(pictures(1), prompt, num_beams=1, return_scores=True, **EXACT, **options)[0]
+        for options in ({}, {"penalties_include_prompt": False}, {"penalties_include_prompt": True})
     )
     assert default.log_prob == without.log_prob != with_it.log_prob
 
@@ -596,14 +600,14 @@ def test_an_unknown_option_names_the_one_that_was_meant(opt, options, meant):
 
 def test_numbers_of_any_library_are_taken_and_none_is_the_default(opt):
     _, ours = opt
-    how = {"num_beams": 2.0, "max_new_tokens": np.int64(5), "length_penalty": np.float32(1)}
-    how |= {
+    options = {"num_beams": 2.0, "max_new_tokens": np.int64(5), "length_penalty": np.float32(1)}
+    options |= {
         "top_k": None,
         "temperature": None,
         "early_stopping": 0,
         "min_new_tokens": torch.tensor(0),
     }
     plain = {"num_beams": 2, "max_new_tokens": 5, "length_penalty": 1.0, "min_new_tokens": 0}
-    assert ours.settings("generate", **how) == ours.settings("generate", **plain)
-    assert ours.settings("generate", **dict.fromkeys(how)) == ours.settings("generate")
-    assert ours.generate(pictures(1), **how) == ours.generate(pictures(1), **plain)
+    assert ours.settings("generate", **options) == ours.settings("generate", **plain)
+    assert ours.settings("generate", **dict.fromkeys(options)) == ours.settings("generate")
+    assert ours.generate(pictures(1), **options) == ours.generate(pictures(1), **plain)
