@@ -36,9 +36,11 @@ from blip2_jax.data.containers import IMAGE_SUFFIXES, decode
 from blip2_jax.data.faults import RecordError
 from blip2_jax.data.transforms import ImageError
 from blip2_jax.inference import defaults
+from blip2_jax.inference.batching import check_batch_size
 from blip2_jax.inference.images import open_image
 from blip2_jax.inference.options import SYNONYMS, Decoding
-from blip2_jax.inference.pipeline import Blip2, ScoredText, check_batch_size
+from blip2_jax.inference.outputs import ScoredText
+from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.pretrained import load
 from blip2_jax.runtime import journal, run_dir
 from blip2_jax.runtime.journal import Journal

@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from blip2_jax import cli
 from blip2_jax.data import tokenizers
 from blip2_jax.data.language import check_vocabulary
-from blip2_jax.inference.pipeline import Blip2, check_batch_size
+from blip2_jax.inference.batching import check_batch_size
+from blip2_jax.inference.pipeline import Blip2
 from blip2_jax.models.blip2 import AXES, Blip2Config
 from blip2_jax.runtime import distributed, dtypes, run_dir
 from blip2_jax.runtime import mesh as meshes

@@ -1,9 +1,11 @@
-"""Options of text generation."""
+"""Options of text generation: `Decoding`, and changes to one."""
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from blip2_jax.runtime.values import did_you_mean
 
 # What transformers, LAVIS and others call some of the options, for "did you mean".
 SYNONYMS = {
@@ -121,3 +123,29 @@ class Decoding:
     def num_sequences(self) -> int:
         """W: sequences (beams or samples) of a prompt that are generated side by side."""
         return self.num_return_sequences if self.do_sample else self.num_beams
+
+
+def changed(default: Decoding, changes: dict[str, Any]) -> Decoding:
+    """The default decoding with some of its fields changed; None leaves one as it is.
+
+    Raises:
+      TypeError: there is no such field.
+      ValueError: values that cannot be, or do not go together.
+    """
+    check_names(changes, [field.name for field in dataclasses.fields(Decoding)])
+    changes = {
+        name: Decoding.typed(name, value) for name, value in changes.items() if value is not None
+    }
+    if changes.get("do_sample"):
+        changes = {"num_beams": 1, **changes}
+    if changes.get("max_new_tokens", default.max_new_tokens) < default.min_new_tokens:
+        changes = {"min_new_tokens": 0, **changes}
+    return dataclasses.replace(default, **changes)
+
+
+def check_names(given: Iterable[str], known: Sequence[str]) -> None:
+    """Refuses names of options that there are not: TypeError, with the one that was meant."""
+    for name in given:
+        if name not in known:
+            near = did_you_mean(name, known, SYNONYMS)
+            raise TypeError(f"No option {name}.{near} There are {', '.join(known)}.")

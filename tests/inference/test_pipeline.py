@@ -163,12 +163,12 @@ def test_eight_devices_say_the_same(both):
 def test_a_second_call_of_a_bucket_compiles_nothing(opt):
     _, ours = opt
     ours.caption(pictures(4), **EXACT)
-    programs = ours._generate._cache_size()
+    programs = ours._programs.generate._cache_size()
     ours.caption(pictures(3), **EXACT)
     ours.generate(pictures(4), ["a red", "", "the 7", "the 8"], **{**vars(CAPTION), **EXACT})
-    assert ours._generate._cache_size() == programs
+    assert ours._programs.generate._cache_size() == programs
     ours.caption(pictures(2), **EXACT)
-    assert ours._generate._cache_size() == programs + 1
+    assert ours._programs.generate._cache_size() == programs + 1
 
 
 CAPTION = Decoding(
