@@ -48,11 +48,11 @@ from blip2_jax.runtime.values import unescape
 
 NUMBERS = {
     "num_beams": "width of the beam search; 1: greedy",
-    "max_new_tokens": "the most tokens to write",
+    "max_new_tokens": "the most tokens to generate",
     "min_new_tokens": "the fewest",
     "length_penalty": "above 0 favors long texts, below 0 short ones",
-    "repetition_penalty": "above 1 avoids words that were said",
-    "no_repeat_ngram_size": "no so many tokens in a row twice; 0: any",
+    "repetition_penalty": "above 1 avoids tokens that were seen",
+    "no_repeat_ngram_size": "no n-gram of this size is repeated; 0: any may be",
     "temperature": "of sampling",
     "top_k": "sample from the k likeliest tokens only",
     "top_p": "sample from the fewest tokens that hold this share",
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="lines of JSON")
     parser.add_argument("--output", metavar="FILE.jsonl", help="write there, resumably; JSON lines")
-    parser.add_argument("--stream", action="store_true", help="show one text as it is written")
+    parser.add_argument("--stream", action="store_true", help="show a text as it is generated")
     parser.add_argument(
         "--dtype",
         type=cli.dtype,
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Writes a text for every image; returns the exit code."""
+    """Generates a text for every image; returns the exit code."""
     if args.prompt is not None and args.question is not None:
         raise ValueError("give --prompt or --question, not both.")
     check_batch_size(args.batch_size)
@@ -123,38 +123,38 @@ def generate(args: argparse.Namespace) -> int:
             raise ValueError("--stream has no scores; leave --return_scores out.")
         request["return_scores"] = True
     output = Path(args.output) if args.output else None
-    rows = journal.read(output, request, "blip2 generate") if output else []
-    done = {row["image"] for row in rows}
-    left = [name for name in names if name not in done]
+    records = journal.read(output, request, "blip2 generate") if output else []
+    done = {record["image"] for record in records}
+    remaining = [name for name in names if name not in done]
     if done:
-        print(f"{output}: {len(names) - len(left)} of {len(names)} images were done before.")
-    if not left:
+        print(f"{output}: {len(names) - len(remaining)} of {len(names)} images were done before.")
+    if not remaining:
         return 0
-    placed = {"data": 1, "fsdp": -1, "tensor": 1} if jax.device_count() > 1 else None
+    mesh = {"data": 1, "fsdp": -1, "tensor": 1} if jax.device_count() > 1 else None
     model = load(
         args.model if run is None else run.folder,
         dtype=args.dtype,
-        mesh=placed,
+        mesh=mesh,
         vit=args.vit,
         llm=args.llm,
         batch_size=args.batch_size,
     )
     if args.stream:
-        return stream(model, left, args, options)
+        return stream(model, remaining, args, options)
     failed = 0
-    with Journal(output, request) if output else contextlib.nullcontext() as lines:
-        bar = tqdm(total=len(left), unit=" images", disable=None if output else True)
-        for batch in _batches(left, args.batch_size):
-            rows = describe(model, batch, args, options)
-            failed += sum("error" in row for row in rows)
-            if lines is not None:
-                lines.write(rows)
+    with Journal(output, request) if output else contextlib.nullcontext() as file:
+        bar = tqdm(total=len(remaining), unit=" images", disable=None if output else True)
+        for batch in _batches(remaining, args.batch_size):
+            records = describe(model, batch, args, options)
+            failed += sum("error" in record for record in records)
+            if file is not None:
+                file.write(records)
             else:
-                print("\n".join(_line(row, args.json) for row in rows), flush=True)
+                print("\n".join(_line(record, args.json) for record in records), flush=True)
             bar.update(len(batch))
         bar.close()
     if failed:
-        print(f"{failed} of {len(left)} images could not be read.", file=sys.stderr)
+        print(f"{failed} of {len(remaining)} images could not be read.", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -163,46 +163,46 @@ def describe(
 ) -> list[dict[str, Any]]:
     """A text, or what went wrong, for each of a batch of images."""
     opened: dict[str, Any] = {}
-    rows: dict[str, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
     for name in names:
         try:
             opened[name] = open_image(name)
         except ImageError as error:
-            rows[name] = {"image": name, "error": str(error)}
+            records[name] = {"image": name, "error": str(error)}
             print(f"{name}: {error}", file=sys.stderr)
     if opened:
-        pictures = list(opened.values())
+        images = list(opened.values())
         options = {**options, "seed": args.seed, "return_scores": args.return_scores}
         if args.question is not None:
-            texts = model.answer(pictures, [args.question] * len(pictures), **options)
+            texts = model.answer(images, [args.question] * len(images), **options)
         elif args.prompt is not None:
-            texts = model.generate(pictures, args.prompt, **options)
+            texts = model.generate(images, args.prompt, **options)
         else:
-            texts = model.caption(pictures, **options)
+            texts = model.caption(images, **options)
         for name, text in zip(opened, texts, strict=True):
-            rows[name] = {"image": name, **_fields(text)}
-    return [rows[name] for name in names]
+            records[name] = {"image": name, **_fields(text)}
+    return [records[name] for name in names]
 
 
-def _fields(found: Any) -> dict[str, Any]:
-    """What is written of a text, of a scored one, or of several; JSON takes it."""
-    if isinstance(found, list):
-        each = [_fields(one) for one in found]
+def _fields(text: Any) -> dict[str, Any]:
+    """A text, a scored text or several, as fields of a JSON record."""
+    if isinstance(text, list):
+        each = [_fields(one) for one in text]
         return {key: [fields[key] for fields in each] for key in each[0]}
-    if not isinstance(found, ScoredText):
-        return {"text": found}
+    if not isinstance(text, ScoredText):
+        return {"text": text}
     return {
-        "text": found.text,
-        "log_prob": round(found.log_prob, 4),
-        "token_ids": found.token_ids.tolist(),
-        "token_log_probs": [round(value, 4) for value in found.token_log_probs.tolist()],
+        "text": text.text,
+        "log_prob": round(text.log_prob, 4),
+        "token_ids": text.token_ids.tolist(),
+        "token_log_probs": [round(value, 4) for value in text.token_log_probs.tolist()],
     }
 
 
 def stream(
     model: Blip2, names: Sequence[str], args: argparse.Namespace, options: dict[str, Any]
 ) -> int:
-    """Shows each text as it is written."""
+    """Shows each text as it is generated."""
     for name in names:
         print(f"{name}\t", end="", flush=True)
         for piece in model.stream(name, args.prompt or "", question=args.question, **options):
@@ -211,14 +211,15 @@ def stream(
     return 0
 
 
-def _line(row: dict[str, Any], as_json: bool) -> str:
+def _line(record: dict[str, Any], as_json: bool) -> str:
     if as_json:
-        return json.dumps(row, ensure_ascii=False)
-    text = row.get("text", f"({row.get('error')})")
-    parts = [row["image"], text if isinstance(text, str) else " | ".join(text)]
-    if "log_prob" in row:
-        scores = row["log_prob"] if isinstance(row["log_prob"], list) else [row["log_prob"]]
-        parts.append(" | ".join(f"{score:.4f}" for score in scores))
+        return json.dumps(record, ensure_ascii=False)
+    text = record.get("text", f"({record.get('error')})")
+    parts = [record["image"], text if isinstance(text, str) else " | ".join(text)]
+    if "log_prob" in record:
+        log_probs = record["log_prob"]
+        log_probs = log_probs if isinstance(log_probs, list) else [log_probs]
+        parts.append(" | ".join(f"{log_prob:.4f}" for log_prob in log_probs))
     return "\t".join(parts)
 
 
@@ -233,7 +234,7 @@ def find_images(given: Sequence[str]) -> list[str]:
     Raises:
       ValueError: something given finds nothing.
     """
-    found: dict[str, None] = {}
+    paths: dict[str, None] = {}
     for name in given:
         if name.startswith("@") and not Path(name).exists():
             matches = _listed(name[1:])
@@ -241,8 +242,8 @@ def find_images(given: Sequence[str]) -> list[str]:
             matches = _images_of(name)
         if not matches:
             raise ValueError(f"--image={name}: no such image, or a folder or list without any.")
-        found |= dict.fromkeys(matches)
-    return list(found)
+        paths |= dict.fromkeys(matches)
+    return list(paths)
 
 
 def _images_of(name: str) -> list[str]:
@@ -270,11 +271,11 @@ def _listed(path: str) -> list[str]:
         text = decode(files.read(path))
     except RecordError as error:
         raise ValueError(f"--image=@{path}: {error.reason}.") from error
-    found = []
+    paths = []
     for line in filter(None, map(str.strip, text.split("\n"))):
         beside = str(Path(path).parent / line)
-        found += _images_of(line) or _images_of(beside) or [line]
-    return found
+        paths += _images_of(line) or _images_of(beside) or [line]
+    return paths
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ def folder(tmp_path_factory):
     return root
 
 
-def run(folder, *words):
+def run(folder, *arguments):
     # Few tokens, and none of the published minimum: the model's weights are random.
     short = ["--max_new_tokens=6", "--min_new_tokens=0", "--num_beams=2"]
-    return generate.main([f"--model={folder}/model", *short, *words])
+    return generate.main([f"--model={folder}/model", *short, *arguments])
 
 
 def test_a_line_an_image_and_bad_images_are_named(folder, capsys):
@@ -46,8 +46,8 @@ def test_a_line_an_image_and_bad_images_are_named(folder, capsys):
 
 def test_patterns_prompts_and_json(folder, capsys):
     assert run(folder, f"--image={folder}/photos/[ab].*", "--prompt=a red", "--json") == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [sorted(row) for row in rows] == [["image", "text"]] * 2
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [sorted(record) for record in records] == [["image", "text"]] * 2
     assert run(folder, f"--image={folder}/photos/a.png", "--question=how many?") == 0
     assert capsys.readouterr().out.count("\n") == 1
 
@@ -75,10 +75,10 @@ def test_a_stopped_request_goes_on_and_another_is_refused(folder, tmp_path, caps
 
 def test_a_stream_ends_in_the_greedy_text(folder, capsys):
     image = f"--image={folder}/photos/a.png"
-    words = [f"--model={folder}/model", image, "--max_new_tokens=6", "--min_new_tokens=0"]
-    assert generate.main([*words, "--num_beams=1", "--prompt="]) == 0
+    arguments = [f"--model={folder}/model", image, "--max_new_tokens=6", "--min_new_tokens=0"]
+    assert generate.main([*arguments, "--num_beams=1", "--prompt="]) == 0
     plain = capsys.readouterr().out
-    assert generate.main([*words, "--stream"]) == 0
+    assert generate.main([*arguments, "--stream"]) == 0
     assert capsys.readouterr().out.split() == plain.split()
 
 
@@ -94,8 +94,8 @@ def test_images_are_found_in_folders_patterns_and_lists(tmp_path, monkeypatch, c
     names = tmp_path / "list.txt"
     names.write_bytes(f"{odd}/c.webp\r\n\r\ntrip [1]/a.png\r\ngone.jpg\r\n".encode("utf-16"))
     monkeypatch.chdir("/")
-    found = [f"{odd}/c.webp", f"{odd}/a.png", "gone.jpg"]
-    assert generate.find_images([f"@{names}"]) == found
+    paths = [f"{odd}/c.webp", f"{odd}/a.png", "gone.jpg"]
+    assert generate.find_images([f"@{names}"]) == paths
     with pytest.raises(ValueError, match="no such file"):
         generate.find_images(["@nowhere.txt"])
 
@@ -105,13 +105,13 @@ def test_scores_are_in_lines_and_json(folder, tmp_path, capsys):
     assert run(folder, image, "--return_scores", "--dtype=fp32") == 0
     name, text, score = capsys.readouterr().out.rstrip("\n").split("\t")
     assert name.endswith("a.png") and float(score) < 0
-    words = [image, "--return_scores", "--num_return_sequences=2", "--no_repeat_ngram_size=2"]
-    assert run(folder, *words, f"--output={output}") == 0
+    arguments = [image, "--return_scores", "--num_return_sequences=2", "--no_repeat_ngram_size=2"]
+    assert run(folder, *arguments, f"--output={output}") == 0
     row = json.loads(output.read_text().splitlines()[1])
     assert len(row["text"]) == len(row["log_prob"]) == len(row["token_log_probs"]) == 2
     assert row["log_prob"][0] == pytest.approx(sum(row["token_log_probs"][0]), abs=1e-3)
     with pytest.raises(SystemExit, match="written by another request"):
-        run(folder, *words[:1], *words[2:], f"--output={output}")
+        run(folder, *arguments[:1], *arguments[2:], f"--output={output}")
 
 
 def test_escapes_of_a_prompt_are_understood(folder, capsys):
@@ -123,7 +123,7 @@ def test_escapes_of_a_prompt_are_understood(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "arguments, message",
     [
         (["--image=/nowhere/x.png"], "no such image"),
         (["--image=/nowhere/*.png"], "no such image"),
@@ -134,13 +134,13 @@ def test_escapes_of_a_prompt_are_understood(folder, capsys):
         (["--image={0}/photos", "--stream", "--return_scores"], "--stream has no scores"),
     ],
 )
-def test_bad_requests(folder, words, said):
-    with pytest.raises(SystemExit, match=said):
-        run(folder, *(word.format(folder) for word in words))
+def test_bad_requests(folder, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        run(folder, *(argument.format(folder) for argument in arguments))
 
 
 @pytest.mark.parametrize(
-    "flag, said",
+    "flag, message",
     [
         ("--max_length=9", "There is no --max_length. Did you mean --max_new_tokens"),
         ("--min_length=9", "There is no --min_length. Did you mean --min_new_tokens"),
@@ -148,10 +148,10 @@ def test_bad_requests(folder, words, said):
         ("--dtype=int8", "argument --dtype: dtype is 'int8'; it must be float32"),
     ],
 )
-def test_flags_that_are_others(folder, capsys, flag, said):
+def test_flags_that_are_others(folder, capsys, flag, message):
     with pytest.raises(SystemExit):
         run(folder, f"--image={folder}/photos", flag)
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_model_that_is_none(folder):

@@ -1,1 +1,1 @@
-"""What is said: decoding, the published defaults of each family and task, images, and `Blip2`."""
+"""Using a model: the `Blip2` object, its inputs, batches and compiled programs, and decoding."""

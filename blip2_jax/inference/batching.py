@@ -1,4 +1,4 @@
-"""Work in batches: sizes that are powers of two, placed on the devices, put together again.
+"""Batches: their sizes are powers of two, sharded over the devices; results are concatenated.
 
 So each compiled function compiles a handful of programs at most, and the result for an example does
 not depend on the rest of its batch.
@@ -46,7 +46,7 @@ class Batcher:
         progress: str = "",
         skipped: dict[int, str] | None = None,
     ) -> Any:
-        """Applies a compiled function batch by batch, and puts the results together.
+        """Applies a compiled function batch by batch, and concatenates the results.
 
         Args:
           function: called as `function(params, *arrays)`.

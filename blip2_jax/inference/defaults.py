@@ -4,7 +4,7 @@ Sources: LAVIS `blip2_opt.py`, `blip2_t5.py`, `blip2_vicuna_instruct.py`, `blip2
 (`generate` and `predict_answers`) and its task configs; the paper's section 4.1 for prompts.
 `blip2 generate --help` prints this table.
 
-LAVIS says `min_length`, and means what transformers then meant: until 4.26 that counted OPT's
+LAVIS sets `min_length`, with the meaning that transformers had then: until 4.26 it counted OPT's
 prompt too, BOS included, and so did the length penalty; of T5 it counts the start token. So 1 is 0
 new tokens there. Its question answering passes no length penalty, so each model's own default
 holds: 0 of OPT and Vicuna, -1 of T5 (the paper says -1 for all). "generate" has today's meanings.

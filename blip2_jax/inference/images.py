@@ -1,4 +1,4 @@
-"""Images as people hold them: files, bytes, Pillow images, arrays; of any size and mode."""
+"""Images from files, bytes, Pillow images and arrays, of any size and mode."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -55,16 +55,16 @@ def _read(source: str | os.PathLike[str]) -> bytes:
 
 
 def _read_open(file: Any) -> bytes:
-    """All bytes of an open file, wherever it stands."""
+    """All bytes of an open file, whatever its position."""
     try:
         if hasattr(file, "seek") and (not hasattr(file, "seekable") or file.seekable()):
             file.seek(0)
-        found = file.read()
+        content = file.read()
     except (OSError, ValueError) as error:  # closed, or not text
         raise ImageError(f"an open file: {error}") from error
-    if not isinstance(found, bytes):
+    if not isinstance(content, bytes):
         raise ImageError("the file is open for text; open it with mode 'rb'")
-    return found
+    return content
 
 
 def _of_array(image: Any) -> Image.Image:
@@ -135,14 +135,14 @@ def load_batch(
     Raises:
       ImageError: with the number of the image that cannot be read, and why.
     """
-    rows = []
+    arrays = []
     for number, image in enumerate(images, first):
         try:
-            rows.append(transforms.resize(open_image(image), size, **resizing))
+            arrays.append(transforms.resize(open_image(image), size, **resizing))
         except ImageError as error:
             where = f" ({image})" if isinstance(image, (str, os.PathLike)) else ""
             if skip is None:
                 raise ImageError(f"Image {number}{where} cannot be read: {error}.") from error
             skip[number] = str(error)
-            rows.append(np.zeros((size, size, 3), np.uint8))
-    return np.stack(rows) if rows else np.zeros((0, size, size, 3), np.uint8)
+            arrays.append(np.zeros((size, size, 3), np.uint8))
+    return np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.uint8)

@@ -24,8 +24,8 @@ class Blip2:
     """A BLIP-2 model with its tokenizers; `blip2_jax.load` makes one.
 
     A stage-1 model embeds and matches; a stage-2 model captions and answers. A method that the
-    model has no head for says so. Images may be paths, encoded bytes, `PIL.Image`s or arrays, of
-    any size and mode (`inference.images`); they are resized as in the published evaluations. An
+    model has no head for is an error. Images may be paths, encoded bytes, `PIL.Image`s or arrays,
+    of any size and mode (`inference.images`); they are resized as in the published evaluations. An
     image stands before its prompt, where transformers' placeholder `<image>` may mark it.
 
     Arguments that several methods have, beside their own:
@@ -33,7 +33,7 @@ class Blip2:
     - `skip_unreadable`: give None (NaN in arrays) for an image that cannot be read, and go on,
       instead of an error that names it.
     - `truncate`: cut texts to this many tokens; without it, one too long for the model is an error.
-      Of a prompt the question gives way: what stands around it ("Question: ... Answer:") is kept.
+      Of a prompt the question is cut; the text around it ("Question: ... Answer:") is kept.
     - `progress`: title of a progress bar, "" for none.
 
     Args:

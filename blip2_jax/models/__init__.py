@@ -1,5 +1,5 @@
-"""What is computed: the towers, the Q-Former, and BLIP-2's two compositions of them.
+"""The models: vision transformer, Q-Former, language models, and BLIP-2's two compositions of them.
 
-No losses, no data, no files. `layers` is what every tower is built from; `blip2` puts the towers
-together; `language` is what all language models offer, whatever their family.
+No losses, no data, no files. `layers` and `attention` are what every tower is built from; `blip2`
+composes them; `language` is the interface of all language models, `kv_cache` their cache.
 """

@@ -38,13 +38,13 @@ class RopeConfig:
       theta: base of the frequencies.
       kind: "default"; "linear" divides all frequencies by `factor`; "dynamic" would change them for
         texts beyond the longest, which are not read; "llama3" divides only those whose wavelength
-        is long against `original_length`, with a smooth passage (Llama 3.1's rule); "yarn" does so
+        is long against `original_length`, with a smooth transition (Llama 3.1); "yarn" does so
         by channel (Peng et al. 2023); "longrope" divides each by its own number (Ding et al. 2024).
       factor: how much longer texts may be.
-      low_freq_factor, high_freq_factor: turns within `original_length` between which the passage
-        lies; YaRN calls them beta_slow and beta_fast.
+      low_freq_factor, high_freq_factor: turns within `original_length` at the two ends of the
+        transition; YaRN calls them beta_slow and beta_fast.
       original_length: the trained length.
-      truncate: whether YaRN's passage begins and ends at whole channels.
+      truncate: whether YaRN's transition begins and ends at whole channels.
       divisors: longrope's, for texts up to `original_length`; there are none longer.
       long_divisors: longrope's for longer ones; kept for writing.
       magnitude: factor on queries and keys.

@@ -127,9 +127,9 @@ class OPT(DecoderOnly):
     def __init__(self, config: OPTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         self.config = config
 
-        def embed(rows: int, init: Callable[..., jax.Array]) -> Embed:
+        def embed(num: int, init: Callable[..., jax.Array]) -> Embed:
             width = config.hidden_size
-            return Embed(rows, width, embedding_init=init, dtype=dtype, rngs=rngs)
+            return Embed(num, width, embedding_init=init, dtype=dtype, rngs=rngs)
 
         self.embed_tokens = embed(config.vocab_size, normal(0.02))
         self.embed_positions = embed(

@@ -222,9 +222,9 @@ class QFormer(nnx.Module):
         self.config, self.text = config, text
         if text:
             init = normal(config.initializer_range)
-            width, rows = config.hidden_size, (config.vocab_size, config.max_position_embeddings)
+            width, sizes = config.hidden_size, (config.vocab_size, config.max_position_embeddings)
             self.word_embeddings, self.position_embeddings = (
-                Embed(n, width, embedding_init=init, dtype=dtype, rngs=rngs) for n in rows
+                Embed(num, width, embedding_init=init, dtype=dtype, rngs=rngs) for num in sizes
             )
         self.norm = _norm(config, dtype, rngs)
         self.groups = Stack(

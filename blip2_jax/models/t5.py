@@ -157,8 +157,8 @@ class T5(nnx.Module):
         self.config = config
         width = config.hidden_size
 
-        def embed(rows: int, d: int) -> Embed:
-            return Embed(rows, d, embedding_init=normal(0.02), dtype=dtype, rngs=rngs)
+        def embed(num: int, width: int) -> Embed:
+            return Embed(num, width, embedding_init=normal(0.02), dtype=dtype, rngs=rngs)
 
         def norm() -> nnx.RMSNorm:
             return rms_norm(width, eps=config.rms_norm_eps, dtype=dtype, rngs=rngs)

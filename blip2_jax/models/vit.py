@@ -100,7 +100,7 @@ class ViTBlock(nnx.Module):
 
 
 def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> jax.Array:
-    """Stochastic depth (Huang et al. 2016): whole rows of float[B, ...] are left out."""
+    """Stochastic depth (Huang et al. 2016): whole examples of float[B, ...] are left out."""
     if key is None:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, (len(x), *[1] * (x.ndim - 1)))
@@ -168,7 +168,7 @@ def vectors(config: ViTConfig) -> tuple[str, ...]:
 
 
 def layer_scales(params: Any, decay: float) -> Any:
-    """Factors on the learning rate of each parameter of a ViT, smaller the deeper it lies.
+    """Factors on the learning rate of each parameter of a ViT, smaller for earlier layers.
 
     decay ** (L + 1 - n) with n = 0 for the embeddings and n = i + 1 for block i, so the last block
     has decay ** 1 (LAVIS `blip2_models/blip2.py`, which computes them and never applies them).

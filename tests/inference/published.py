@@ -50,7 +50,7 @@ def generation_folder(
         head = theirs.language_model.lm_head
         head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
     models.randomize(theirs)
-    with torch.no_grad():  # loud enough that pictures and prompts matter, and texts differ
+    with torch.no_grad():  # large enough that images and prompts matter, and texts differ
         theirs.language_projection.weight *= 3
         theirs.language_model.get_input_embeddings().weight *= 3
     theirs.save_pretrained(folder)
@@ -61,8 +61,15 @@ def generation_folder(
 
 def t5_tokenizer():
     """A Unigram tokenizer of words, which ends every text with `</s>`."""
-    words = "a red green blue digit three seven question answer what color is there".split()
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *("▁" + w for w in words), *map(chr, range(33, 123))]
+    vocabulary = "a red green blue digit three seven question answer what color is there".split()
+    pieces = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "▁",
+        *("▁" + w for w in vocabulary),
+        *map(chr, range(33, 123)),
+    ]
     return transformers.T5Tokenizer(
         vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0
     )
@@ -95,16 +102,16 @@ def retrieval_folder(
 
 def instruct_folder(folder: Path) -> torch.nn.Module:
     """An `InstructBlipForConditionalGeneration` on a Llama, with both tokenizers."""
-    words, bert = tokenizers.load("package:digits-opt"), tokenizers.load("package:digits-bert")
+    tokenizer, bert = tokenizers.load("package:digits-opt"), tokenizers.load("package:digits-bert")
     config = transformers.InstructBlipConfig(
         vision_config=models.VISION,
         qformer_config=models.QFORMER | {"vocab_size": len(bert), "max_position_embeddings": 40},
         text_config=models.LLAMA
         | {
             "vocab_size": 256,
-            "eos_token_id": words.eos_token_id,
-            "bos_token_id": words.bos_token_id,
-            "pad_token_id": words.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
         },
         num_query_tokens=5,
         image_token_index=255,
@@ -115,6 +122,6 @@ def instruct_folder(folder: Path) -> torch.nn.Module:
         theirs.language_model.get_input_embeddings().weight *= 3
     theirs.save_pretrained(folder)
     models.hub_form(folder)
-    words.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     bert.save_pretrained(folder / "qformer_tokenizer")
     return theirs

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,6 @@ from flax import nnx
 
 from blip2_jax.inference.decode import decode
 from blip2_jax.inference.decode_state import NO_LOG_PROB, Prompt
-from blip2_jax.inference.logits import repeated_ngrams, sample, warp_logits
 from blip2_jax.inference.options import Decoding
 from blip2_jax.models.blip2 import LLMS
 from blip2_jax.models.layers import unstack
@@ -122,7 +119,7 @@ def theirs_of(model, ids, mask, decoding: Decoding):
         prompt = {"inputs_embeds": model.get_input_embeddings()(prompt["input_ids"])}
         before = 0
     with torch.no_grad():
-        found = model.generate(
+        output = model.generate(
             **prompt,
             attention_mask=torch.tensor(mask),
             max_new_tokens=decoding.max_new_tokens,
@@ -132,9 +129,9 @@ def theirs_of(model, ids, mask, decoding: Decoding):
             **options,
         )
         log_probs = model.compute_transition_scores(
-            found.sequences, found.scores, found.get("beam_indices"), decoding.num_beams == 1
+            output.sequences, output.scores, output.get("beam_indices"), decoding.num_beams == 1
         ).numpy()
-    out = found.sequences.numpy()[:, before:]
+    out = output.sequences.numpy()[:, before:]
     want = np.full((len(out), decoding.max_new_tokens), PAD)
     want[:, : out.shape[1]] = np.where(out == EOS, PAD, out)
     generated = (np.cumsum(out == EOS, axis=1) - (out == EOS)) == 0
@@ -190,11 +187,11 @@ def test_tokens_and_scores_equal_those_of_transformers(models, decoding):
     if decoding.penalties_include_prompt and not decoding.no_repeat_ngram_size:
         tokens, log_probs = theirs_of(theirs, ids, mask, decoding)
     else:  # transformers takes padding for tokens that may not be repeated
-        rows = [
+        alone = [
             theirs_of(theirs, row[None, real > 0], real[None, real > 0], decoding)
             for row, real in zip(ids, mask, strict=True)
         ]
-        tokens, log_probs = (np.concatenate(each) for each in zip(*rows, strict=True))
+        tokens, log_probs = (np.concatenate(each) for each in zip(*alone, strict=True))
     np.testing.assert_array_equal(got.tokens, tokens)
     np.testing.assert_allclose(got.log_probs, log_probs, atol=1e-4)
     total = np.where(got.log_probs == NO_LOG_PROB, 0.0, got.log_probs).sum(axis=-1)
@@ -220,30 +217,6 @@ def test_tokens_of_the_prompt_may_be_generated_again(models):
     assert (texts[0].log_probs != free.log_probs).any()
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_repeated_ngrams_are_those_of_transformers(size):
-    """On long random rows of few tokens, after any number of steps, with and without a prompt."""
-    rng = np.random.default_rng(size)
-    ban = transformers.generation.NoRepeatNGramLogitsProcessor(size)
-    tokens = rng.integers(0, 4, (3, 2, 20))
-    for prefix, step in itertools.product((0, 1, 7), (0, 1, 2, 3, 9, 19)):
-        ids = rng.integers(0, 4, (3, prefix))
-        state = SimpleNamespace(
-            tokens=jnp.asarray(tokens), step=step, prefix_ids=jnp.asarray(ids),
-            prefix_mask=jnp.ones(ids.shape, int),
-        )  # fmt: skip
-        got = np.asarray(repeated_ngrams(state, size, 5))
-        seen = np.concatenate([np.repeat(ids[:, None], 2, 1), tokens[..., :step]], axis=-1)
-        rows = torch.tensor(seen.reshape(6, -1))
-        want = ban(rows, torch.zeros(6, 5)).isinf().numpy().reshape(3, 2, 5)
-        np.testing.assert_array_equal(got, want)
-        if prefix:  # padding repeats nothing
-            in_front = ((0, 0), (3, 0))
-            state.prefix_ids = jnp.pad(state.prefix_ids, in_front)
-            state.prefix_mask = jnp.pad(state.prefix_mask, in_front)
-            np.testing.assert_array_equal(repeated_ngrams(state, size, 5), want)
-
-
 def test_scores_of_samples_are_those_of_what_they_were_drawn_from(models):
     theirs, ours = models
     ids, mask = prompts(left=not theirs.config.is_encoder_decoder)
@@ -260,7 +233,10 @@ def test_scores_of_samples_are_those_of_what_they_were_drawn_from(models):
                 whole = torch.cat([before, tokens], dim=1)
                 real = torch.cat([torch.tensor(mask), torch.ones_like(tokens)], dim=1)
                 logits = theirs(whole, real).logits[:, before.shape[1] - 1 : -1]
-        for warper in (WARPERS["temperature"](1.3), WARPERS["top_k"](9)):
+        for warper in (
+            transformers.TemperatureLogitsWarper(1.3),
+            transformers.TopKLogitsWarper(9),
+        ):
             logits = warper(None, logits.flatten(0, 1)).reshape(logits.shape)
         want = (
             torch.log_softmax(logits, dim=-1).gather(-1, tokens[..., None].long())[..., 0].numpy()
@@ -281,42 +257,6 @@ def test_a_row_alone_is_the_row_in_a_batch(models):
         real = mask[row] > 0  # without its padding
         alone = ours_of(ours, ids[row : row + 1, real], mask[row : row + 1, real], decoding).tokens
         np.testing.assert_array_equal(alone[0], together[row])
-
-
-WARPERS = {
-    "temperature": transformers.TemperatureLogitsWarper,
-    "top_k": transformers.TopKLogitsWarper,
-    "top_p": transformers.TopPLogitsWarper,
-}
-
-
-@pytest.mark.parametrize(
-    "decoding",
-    [
-        dict(temperature=0.7),
-        dict(top_k=4),
-        dict(top_p=0.6),
-        dict(temperature=1.5, top_k=12, top_p=0.9),
-    ],
-    ids=str,
-)
-def test_logits_are_warped_as_by_transformers(decoding):
-    scores = np.random.default_rng(0).normal(size=(8, 50)).astype(np.float32) * 3
-    want = torch.tensor(scores)
-    for name, value in decoding.items():
-        want = WARPERS[name](value)(None, want)
-    got = warp_logits(jnp.asarray(scores)[:, None], Decoding(do_sample=True, **decoding))[:, 0]
-    np.testing.assert_allclose(got, want.numpy(), rtol=1e-6)
-
-
-def test_samples_are_drawn_in_proportion():
-    """Frequencies of 4,000 draws lie within five standard errors of the probabilities."""
-    scores = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-    draws = sample(jnp.broadcast_to(scores, (4000, 1, 4)), jnp.arange(4000), jax.random.key(0))
-    share = np.bincount(np.asarray(draws).ravel(), minlength=4) / 4000
-    probability = np.exp(scores)
-    error = np.sqrt(probability * (1 - probability) / 4000)
-    assert (np.abs(share - probability) < 5 * error).all()
 
 
 @pytest.mark.parametrize("prompt, eos", [(True, False), (False, False), (True, True)])

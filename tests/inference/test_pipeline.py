@@ -1,4 +1,4 @@
-"""The object users hold: equal to transformers end to end, and the same whatever the batch."""
+"""The `Blip2` object: equal to transformers end to end, and the same whatever the batch."""
 
 import copy
 import io
@@ -71,21 +71,21 @@ def test_texts_equal_those_of_transformers(both, beams):
     want = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
     got = ours.generate(pictures(), PROMPTS, num_beams=beams, **EXACT)
     assert got == want
-    assert len(set(got)) > 1  # the weights are loud enough for pictures and prompts to matter
+    assert len(set(got)) > 1  # the weights are large enough for images and prompts to matter
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(opt, retrieval, tmp_path):
     """Before weights are read; it gave NaN."""
-    for folder, rows, name, words in (
+    for folder, count, name, tokenizer in (
         (opt[0], 256, "language model", opt[1].llm_tokenizer),
         (retrieval[1], 190, "Q-Former", retrieval[2].qformer_tokenizer),
     ):
         shutil.copytree(folder, tmp_path / name)
-        grown = copy.deepcopy(words)
-        grown.add_tokens([f"<extra {i}>" for i in range(rows)])
+        grown = copy.deepcopy(tokenizer)
+        grown.add_tokens([f"<extra {i}>" for i in range(count)])
         grown.save_pretrained(tmp_path / name)
         with pytest.raises(
-            ValueError, match=rf"The {name}'s embeddings have {rows} rows, .*resize"
+            ValueError, match=rf"The {name}'s embeddings have {count} rows, .*resize"
         ):
             blip2_jax.load(tmp_path / name)
 
@@ -96,7 +96,9 @@ def test_instructblip_reads_the_prompt_twice(beams, tmp_path):
     theirs = published.instruct_folder(tmp_path)
     ours = blip2_jax.load(tmp_path)
     assert ours.family == "instruct"
-    words = ours.llm_tokenizer(PROMPTS, padding=True, padding_side="left", return_tensors="pt")
+    prompt_tokens = ours.llm_tokenizer(
+        PROMPTS, padding=True, padding_side="left", return_tensors="pt"
+    )
     asked = ours.qformer_tokenizer(PROMPTS, padding=True, return_tensors="pt")
     head = torch.full((4, 5), theirs.config.image_token_index)
     with torch.no_grad():
@@ -104,12 +106,14 @@ def test_instructblip_reads_the_prompt_twice(beams, tmp_path):
             pixel_values=BlipImages()(images=pictures(), return_tensors="pt")["pixel_values"],
             qformer_input_ids=asked["input_ids"],
             qformer_attention_mask=asked["attention_mask"],
-            input_ids=torch.cat([head, words["input_ids"]], dim=1),
-            attention_mask=torch.cat([torch.ones_like(head), words["attention_mask"]], dim=1),
+            input_ids=torch.cat([head, prompt_tokens["input_ids"]], dim=1),
+            attention_mask=torch.cat(
+                [torch.ones_like(head), prompt_tokens["attention_mask"]], dim=1
+            ),
             num_beams=beams,
             do_sample=False,
             max_new_tokens=EXACT["max_new_tokens"],
-        )[:, 5 + words["input_ids"].shape[1] :]
+        )[:, 5 + prompt_tokens["input_ids"].shape[1] :]
     want = ours.llm_tokenizer.batch_decode(ids, skip_special_tokens=True)
     options = {**EXACT, "num_beams": beams, "repetition_penalty": 1.0}
     got = ours.generate(pictures(), PROMPTS, **options)
@@ -149,7 +153,7 @@ def test_samples_do_not_depend_on_the_batch_but_on_the_seed(opt):
     assert certain == ours.generate(pictures(), PROMPTS, num_beams=1, **EXACT)
 
 
-def test_eight_devices_say_the_same(both):
+def test_eight_devices_generate_the_same(both):
     """Parameters sharded over fsdp and tensor, batches over data and fsdp."""
     _, folder, ours = both
     spread = blip2_jax.load(folder, mesh={"data": 2, "fsdp": 2, "tensor": 2})
@@ -212,30 +216,30 @@ def test_candidates_are_ranked_by_their_tokens(both):
     prompt = ours.settings("answer").prompt.replace("{}", "what is it?")
     for answer, score in zip(candidates, got, strict=True):
         if ours.family == "opt":
-            words = processor.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+            answer_ids = processor.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
         else:
-            words = processor.tokenizer(answer)["input_ids"]
-        words = torch.tensor([words])
+            answer_ids = processor.tokenizer(answer)["input_ids"]
+        answer_ids = torch.tensor([answer_ids])
         inputs = processor(images=pictures(1), text=[prompt], return_tensors="pt")
         if ours.family == "opt":
-            inputs["input_ids"] = torch.cat([inputs["input_ids"], words], dim=1)
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], answer_ids], dim=1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             with torch.no_grad():
-                logits = theirs(**inputs).logits[:, -words.shape[1] - 1 : -1]
+                logits = theirs(**inputs).logits[:, -answer_ids.shape[1] - 1 : -1]
         else:
-            start = torch.cat([torch.zeros(1, 1, dtype=int), words[:, :-1]], dim=1)
+            start = torch.cat([torch.zeros(1, 1, dtype=int), answer_ids[:, :-1]], dim=1)
             with torch.no_grad():
                 logits = theirs(**inputs, decoder_input_ids=start).logits
-        want = torch.log_softmax(logits, dim=-1).gather(-1, words[..., None]).sum()
+        want = torch.log_softmax(logits, dim=-1).gather(-1, answer_ids[..., None]).sum()
         assert score == pytest.approx(want.item(), abs=1e-3)
 
 
-def test_instructblip_may_say_again_what_it_was_asked(tmp_path, monkeypatch):
-    """Its penalty of repetitions sees no prompt, as in LAVIS; with one, as in transformers."""
+def test_instructblips_repetition_penalty_leaves_out_the_prompt(tmp_path, monkeypatch):
+    """As in LAVIS; with `penalties_include_prompt`, as in transformers."""
     theirs = published.instruct_folder(tmp_path)
     ours = blip2_jax.load(tmp_path)
     prompt = "a red 3 or a blue 7?"
-    words = ours.llm_tokenizer(prompt, return_tensors="pt")["input_ids"]
+    prompt_ids = ours.llm_tokenizer(prompt, return_tensors="pt")["input_ids"]
     asked = ours.qformer_tokenizer(prompt, return_tensors="pt")["input_ids"]
     head = torch.full((1, 5), theirs.config.image_token_index)
     whole = theirs.language_model.generate
@@ -250,13 +254,13 @@ def test_instructblip_may_say_again_what_it_was_asked(tmp_path, monkeypatch):
                 pixel_values=BlipImages()(images=pictures(1), return_tensors="pt")["pixel_values"],
                 qformer_input_ids=asked,
                 qformer_attention_mask=torch.ones_like(asked),
-                input_ids=torch.cat([head, words], dim=1),
-                attention_mask=torch.ones(1, 5 + words.shape[1]),
+                input_ids=torch.cat([head, prompt_ids], dim=1),
+                attention_mask=torch.ones(1, 5 + prompt_ids.shape[1]),
                 num_beams=3,
                 do_sample=False,
                 repetition_penalty=1.5,
                 max_new_tokens=EXACT["max_new_tokens"],
-            )[:, (5 + words.shape[1]) * with_prompt :]
+            )[:, (5 + prompt_ids.shape[1]) * with_prompt :]
         (want,) = ours.llm_tokenizer.batch_decode(ids, skip_special_tokens=True)
         options = {"num_beams": 3, "penalties_include_prompt": with_prompt, **EXACT}
         texts[with_prompt] = ours.generate(pictures(1), prompt, **options)
@@ -293,8 +297,10 @@ def test_scores_and_features_equal_those_of_transformers(retrieval):
     np.testing.assert_allclose(similarity, itc.logits_per_image.numpy(), atol=1e-4)
     np.testing.assert_allclose(ours.embed_images(pictures(3)), itc.image_embeds.numpy(), atol=1e-4)
     np.testing.assert_allclose(ours.embed_texts(texts), itc.text_embeds.numpy(), atol=1e-4)
-    words = ours.tokenize(texts)
-    logits = ours.match_candidates(pictures(3), words, np.array([0, 1, 2]), np.array([0, 1, 2]))
+    text_tokens = ours.tokenize(texts)
+    logits = ours.match_candidates(
+        pictures(3), text_tokens, np.array([0, 1, 2]), np.array([0, 1, 2])
+    )
     np.testing.assert_allclose(logits, itm.numpy()[:, 1], atol=1e-4)
     features = ours.embed_texts(texts)
     np.testing.assert_allclose(ours.similarity(pictures(3), features), similarity, atol=1e-6)
@@ -317,7 +323,7 @@ def test_an_unreadable_image_is_named_or_skipped(opt, retrieval, tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     _, ours = opt
     good = pictures(2)
-    for bad, said in (
+    for bad, message in (
         (tmp_path / "bad.png", r"Image 1 .*bad\.png.* not a readable image"),
         (tmp_path / "empty.png", "Image 1 .* no bytes"),
         (tmp_path / "none.png", "Image 1 .* No such file"),
@@ -326,7 +332,7 @@ def test_an_unreadable_image_is_named_or_skipped(opt, retrieval, tmp_path):
         (np.zeros((4, 4, 3), np.int64), "dtype int64"),
         (object(), "not an image|shape"),
     ):
-        with pytest.raises(ImageError, match=said):
+        with pytest.raises(ImageError, match=message):
             ours.caption([good[0], bad, good[1]], **EXACT)
         texts = ours.caption([good[0], bad, good[1]], skip_unreadable=True, **EXACT)
         assert texts == [ours.caption(good, **EXACT)[0], None, ours.caption(good, **EXACT)[1]]
@@ -386,7 +392,7 @@ def test_what_is_no_image_is_named(opt, tmp_path):
     closed = open(tmp_path / "a.txt", "rb")  # noqa: SIM115
     closed.close()
     with open(tmp_path / "a.txt") as text:
-        for bad, said in (
+        for bad, message in (
             (text, "open for text; open it with mode 'rb'"),
             (closed, "closed file"),
             ({"image": 1}, "None is not an image"),
@@ -394,7 +400,7 @@ def test_what_is_no_image_is_named(opt, tmp_path):
             (io.BytesIO(b""), "no bytes"),
             (torch.zeros(2, 3, 4, 5), "shape"),
         ):
-            with pytest.raises(ImageError, match=f"Image 0.*{said}"):
+            with pytest.raises(ImageError, match=f"Image 0.*{message}"):
                 opt[1].caption([bad])
 
 
@@ -508,7 +514,7 @@ def test_a_question_that_is_too_long_gives_way(both, monkeypatch):
     seen = []
     pad = tokenizers.pad_rows
     monkeypatch.setattr(
-        tokenizers, "pad_rows", lambda t, rows, *a, **k: seen.extend(rows) or pad(t, rows, *a, **k)
+        tokenizers, "pad_rows", lambda t, ids, *a, **k: seen.extend(ids) or pad(t, ids, *a, **k)
     )
     question, form = 9 * "what color is the digit " + "?", ours.settings("answer").prompt
     ours.answer(pictures(1), question, truncate=40, **EXACT)
@@ -550,7 +556,7 @@ def test_weights_that_are_not_numbers(opt):
 
 
 @pytest.mark.parametrize(
-    "wrong, said",
+    "wrong, message",
     [
         ({"num_beams": 0}, "num_beams is 0"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0 .greedy"),
@@ -568,8 +574,8 @@ def test_weights_that_are_not_numbers(opt):
         ({"do_sample": "yes"}, "do_sample is 'yes'; it must be True or False"),
     ],
 )
-def test_decoding_that_cannot_be(opt, wrong, said):
-    with pytest.raises(ValueError, match=said):
+def test_decoding_that_cannot_be(opt, wrong, message):
+    with pytest.raises(ValueError, match=message):
         opt[1].caption(pictures(1), **wrong)
 
 

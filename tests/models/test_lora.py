@@ -46,9 +46,9 @@ def test_low_rank_paths_are_trained_and_nothing_else_of_the_language_model(famil
     merged = run.merge_params(frozen, state["params"])
     assert lora.PART not in merged
     rest = {k: v for k, v in merged.items() if k in start}
-    found = plain.eval_step(rest, {"vit": merged["vit"], "llm": merged["llm"]}, batch)["loss"]
+    loss = plain.eval_step(rest, {"vit": merged["vit"], "llm": merged["llm"]}, batch)["loss"]
     adapted = run.eval_step(state["params"], frozen, batch)["loss"]
-    np.testing.assert_allclose(found, adapted, rtol=1e-5)
+    np.testing.assert_allclose(loss, adapted, rtol=1e-5)
     unadapted = plain.eval_step(rest, frozen, batch)["loss"]
     assert abs(unadapted - adapted) > 1e-4
 

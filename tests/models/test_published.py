@@ -32,8 +32,8 @@ def load(theirs, folder, **vit):
     config = huggingface.blip2_config(str(folder))
     config = dataclasses.replace(config, vit=dataclasses.replace(config.vit, **vit))
     parts = tuple(huggingface.blip2_parts(str(folder), config))
-    found = checkpoint.Checkpoint(str(folder), config, parts, folder)
-    return merge(config, found.load(found.abstract()))
+    opened = checkpoint.Checkpoint(str(folder), config, parts, folder)
+    return merge(config, opened.load(opened.abstract()))
 
 
 def merge(config, params):

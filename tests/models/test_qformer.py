@@ -22,7 +22,7 @@ CONFIG = QFormerConfig(
 @pytest.fixture(scope="module")
 def setup():
     qformer = QFormer(CONFIG, rngs=nnx.Rngs(0))
-    # Away from initialization, so that every branch speaks loud enough to be heard in a test.
+    # Away from initialization, so that every path changes the output by more than rounding.
     params = nnx.to_pure_dict(nnx.state(qformer))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(7), len(leaves))
