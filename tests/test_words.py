@@ -132,8 +132,7 @@ def test_functions_are_defined_with_def():
     silenced = "noqa: E" + "731"
     for folder in ("blip2_jax", "configs", "launch", "tests"):
         for file in (ROOT.parent / folder).rglob("*.py"):
-            if "inference" not in file.parts:  # being renamed, see PENDING
-                assert silenced not in file.read_text(), file
+            assert silenced not in file.read_text(), file
 
 
 def test_the_words_are_found():
