@@ -19,4 +19,5 @@ bash -n launch/*.sh .ci/run
 shellcheck --shell=bash --external-sources launch/*.sh .ci/run
 mypy
 # A file's tests stay together: they share what was trained and compiled for them.
-exec python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile "${options[@]}" "$@"
+exec python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder \
+  "${options[@]}" "$@"

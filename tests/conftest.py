@@ -67,6 +67,14 @@ def pytest_configure(config):
         )
 
 
+def pytest_collection_modifyitems(config, items):
+    """Several workers take the long files first, so that none is left with one at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not any(mark.name in TIERS for mark in item.parent.own_markers))
+
+
+TIERS = ("integration", "docs", "full_size")
+
 # -------------------------------------------------------------------------- what tests may not do
 
 STARTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system")
@@ -119,7 +127,7 @@ def only_what_a_test_may_do(request, monkeypatch):
     yield
     marks = {mark.name for mark in request.node.iter_markers()}
     faults = written[:]
-    if not marks & {"integration", "docs", "full_size"}:
+    if not marks & set(TIERS):
         faults += started
     if faults:
         event, what, stack = faults[0]
