@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 import tests.data.made as made
@@ -24,7 +25,8 @@ from blip2_jax.models.opt import OPT, OPTConfig
 from blip2_jax.models.vit import ViT, ViTConfig
 from blip2_jax.runtime import distributed
 from blip2_jax.runtime.jsonl import read_jsonl
-from blip2_jax.weights import checkpoint, huggingface, tables, transfer
+from blip2_jax.weights import checkpoint, huggingface, lavis, tables, transfer
+from configs.eval.default import task
 from tests.hosts import process
 
 pytestmark = pytest.mark.integration
@@ -63,7 +65,9 @@ def world(tmp_path_factory):
 
 
 def config(world, stage="stage1", **changes):
-    """A tiny run with dropout, drawn negatives, crops and drawn captions."""
+    """A tiny run with dropout, drawn negatives, crops and drawn captions; stage 1 is scored."""
+    retrieval = task("retrieval", "tfds", "test", str(world / "data"), rerank=2, captions=1)
+    retrieval.data.first = 5
     return tiny.config(
         stage,
         **{
@@ -84,6 +88,8 @@ def config(world, stage="stage1", **changes):
             "log.every": 1,
             "eval.every": STEPS,
             "eval.batch_size": 4,
+            "eval.tasks_batch_size": 4,
+            "evals": ConfigDict({"pairs": retrieval} if stage == "stage1" else {}),
             "init.bert": str(world / "bert") if stage == "stage1" else "",
             **{f"mesh.{axis}": size for axis, size in SQUARE.items()},
             **changes,
@@ -111,9 +117,10 @@ def starts(world, alone):
     (world / "models").mkdir()
     sizes = recipe.model_config(config(world))
     params = params_of(blip2.make_model(sizes, rngs=nnx.Rngs(7)))
-    hub, native = world / "models" / "hub", world / "models" / "native"
+    hub, native, original = (world / "models" / name for name in ("hub", "native", "lavis.pth"))
     huggingface.save_blip2(hub, sizes, params)
     checkpoint.save_native(native, sizes, params)
+    lavis.save(original, sizes, params, with_vit=False)
     tuned = ("ln_vision", "query_tokens", "qformer", "language_projection", "vit", "llm_lora")
     none = world / "none"
     return {
@@ -121,6 +128,7 @@ def starts(world, alone):
         "resumed": (config(world), alone / "stage1"),
         "hub": (config(world, **{"init.checkpoint": str(hub)}), none / "hub"),
         "native": (config(world, **{"init.checkpoint": str(native)}), none / "native"),
+        "lavis": (config(world, **{"init.checkpoint": str(original)}), none / "lavis"),
         "run": (
             config(world, "stage2", **{"init.checkpoint": str(alone / "stage1")}),
             none / "run",
@@ -212,13 +220,14 @@ def assert_same_run(workdir, whole):
     """Metrics of every step equal to 1e-5, the losses of the evaluation too."""
     read, wanted = (read_jsonl(w / "metrics.jsonl") for w in (workdir, whole))
     assert [line["step"] for line in read] == list(range(1, STEPS + 1))
-    assert any(name.startswith("eval/") for name in wanted[-1])
+    assert "eval/loss" in wanted[-1]
     for line, want in zip(read, wanted, strict=True):
         assert line == pytest.approx(want, rel=1e-5, abs=1e-5)
 
 
 def test_two_processes_on_permuted_devices_train_as_one(two, alone):
     assert_same_run(two / "permuted", alone / "stage1")
+    assert "eval/pairs/text_to_image_r1" in read_jsonl(two / "permuted" / "metrics.jsonl")[-1]
 
 
 def test_two_processes_that_were_killed_go_on_as_one(two, alone, world, capsys):
@@ -245,7 +254,7 @@ def test_four_processes_that_share_rows_train_as_one(four, alone):
     assert_same_run(four / "wide", alone / "stage1")
 
 
-KINDS = ("bert", "resumed", "hub", "native", "run", "towers")
+KINDS = ("bert", "resumed", "hub", "native", "lavis", "run", "towers")
 
 
 @pytest.mark.parametrize("kind", KINDS)
