@@ -22,14 +22,20 @@ commands; every config key is explained in `configs.default`, those of evaluatio
 | module | holds |
 | --- | --- |
 | `blip2_jax.train`, `blip2_jax.evaluate`, `blip2_jax.generate`, `blip2_jax.convert`, `blip2_jax.plan`, `blip2_jax.prepare`, `blip2_jax.sweep` | one file a command: `blip2 train --help` says the same |
+| `blip2_jax.pretrained` | `load`: from a run, a folder or a file to a `Blip2` |
 | `blip2_jax.recipe` | from a config to model, shardings and compiled step |
-| `blip2_jax.models` | what is computed: ViT, Q-Former, OPT, Llama, T5, and both compositions |
-| `blip2_jax.stages` | what is learned: losses and steps of both stages, and of the towers' own pre-training |
-| `blip2_jax.inference` | what is said: decoding, published defaults, and `Blip2` |
+| `blip2_jax.models` | ViT, Q-Former, OPT, Llama, T5, LoRA, and both compositions |
+| `blip2_jax.stages` | losses of both stages, the train and eval step, FLOPs |
+| `blip2_jax.inference` | `Blip2`, its batches and compiled programs, decoding, published defaults |
 | `blip2_jax.weights` | Hugging Face, LAVIS and native checkpoints, in and out |
+| `blip2_jax.data` | sources, transforms, tokenizers, batches |
 | `blip2_jax.runtime` | mesh, optimizer, state, checkpoints, metrics; knows nothing of BLIP-2 |
-| `blip2_jax.data` | what goes in: sources, transforms, tokenizers, batches, the embedded world |
-| `blip2_jax.evals` | evaluation: tasks, metrics, submissions |
+| `blip2_jax.training` | a run: its start, its steps, its evaluations |
+| `blip2_jax.evals` | tasks, metrics, submissions |
+| `blip2_jax.sweeps` | points, backends and results of sweeps |
+| `blip2_jax.planning` | what `blip2 plan` computes: topologies, compiled programs, estimates, search |
+| `blip2_jax.reporting` | pages of runs, sweeps and data sets |
+| `blip2_jax.digits` | the embedded world, and the pre-training of its towers |
 
 Shape words are the same everywhere: `B` batch, `Q` queries, `T` text tokens, `N` image tokens, `H`
 heads, `K` width of a head, `D` width of the model, `L` layers, `V` vocabulary.
