@@ -38,7 +38,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "correct_choice": ("correct_choice_idx",),
 }
 TEXTS = ("caption", "question", "conversation")  # one of them makes a row useful
-# Where an image is looked for that has no name: see `Record.hints`.
+# Where an image is looked for that has no name: see `fields.Record.hints`.
 PLACES = ("key", "image_id", "url")
 
 

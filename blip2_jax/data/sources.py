@@ -1,4 +1,4 @@
-"""Which source of records a config, or a path, names; what a source is says `source`."""
+"""Which source of records a config, or a path, names; `source` defines what a source is."""
 
 from collections.abc import Sequence
 from pkgutil import resolve_name

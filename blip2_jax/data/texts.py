@@ -21,7 +21,7 @@ def fold(text: str) -> str:
 
 
 def folded(record: dict[str, Any]) -> dict[str, Any]:
-    """A record (see `sources`) with `fold` on its captions, questions and answers."""
+    """A record (see `source.Source`) with `fold` on its captions, questions and answers."""
     record = dict(record)
     if "captions" in record:
         record["captions"] = [fold(text) for text in record["captions"]]

@@ -290,7 +290,7 @@ def pad_rows(
       tokenizer: gives the id of the padding.
       token_ids: see `tokenize`.
       length: of the arrays; at least that of the longest row.
-      side: of the padding; see `language.padding_side`. "right" for a Q-Former.
+      side: of the padding; see `language.LanguageConfig`. "right" for a Q-Former.
       llm: the config of a language model, None for a Q-Former.
     """
     mask = pad([[1] * len(row) for row in token_ids], length, 0, side=side)

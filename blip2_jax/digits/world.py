@@ -115,7 +115,7 @@ def _adjectives(*adjectives: str | None) -> str:
 
 
 def _a(phrase: str) -> str:
-    """`words` with their article: a red 3, an orange 3, an 8."""
+    """A phrase with its article: a red 3, an orange 3, an 8."""
     return f"an {phrase}" if phrase.startswith(("orange", "8")) else f"a {phrase}"
 
 

@@ -93,7 +93,7 @@ def read_points(path: str) -> list[dict[str, Any]]:
     """The points of a recipe's `sweep(add)` or `get_hyper(hyper)`, in its order.
 
     Args:
-      path: `FILE.py` or `FILE.py:ARG`.
+      path: as in `cli.load_config`.
 
     Raises:
       ConfigError: it has neither or both, or no points.
