@@ -35,7 +35,7 @@ SIZES = {
 
 
 def make_batch(stage: str, size: int, vocabulary: int) -> dict:
-    """Random images and full texts: nobody's step is helped by padding."""
+    """Random images and full texts, so that no step is made shorter by padding."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -216,10 +216,14 @@ def torch_stage1(model, head, temperature, image, batch):
             encoder_hidden_states=image,
         ).last_hidden_state
 
-    looks = F.normalize(model.vision_projection(qformer(queries, count, image=image)), dim=-1)
+    image_features = F.normalize(
+        model.vision_projection(qformer(queries, count, image=image)), dim=-1
+    )
     alone = qformer(model.embeddings(input_ids=ids), 0, mask)[:, 0]
-    said = F.normalize(model.text_projection(alone), dim=-1)
-    scores = torch.einsum("iqd,td->itq", looks, said).max(dim=-1).values / temperature
+    text_features = F.normalize(model.text_projection(alone), dim=-1)
+    scores = (
+        torch.einsum("iqd,td->itq", image_features, text_features).max(dim=-1).values / temperature
+    )
     right = torch.arange(size, device=ids.device)
     itc = sum(F.cross_entropy(s, right, label_smoothing=0.1) / 2 for s in (scores, scores.T))
 

@@ -340,7 +340,7 @@ def _conversation(value: Any, captions: list[str], notes: list[str]) -> list[Que
             notes.append("conversation is no list of turns")
             continue
         role = str(turn.get("from", turn.get("role", ""))).lower()
-        text = _said(turn.get("value", turn.get("content")))
+        text = _turn_text(turn.get("value", turn.get("content")))
         if role in ASKS:
             asked = text
         elif role in ANSWERS and text and asked is not None:
@@ -354,7 +354,7 @@ def _conversation(value: Any, captions: list[str], notes: list[str]) -> list[Que
     return questions
 
 
-def _said(value: Any) -> str:
+def _turn_text(value: Any) -> str:
     """A turn's text, without the mark that stands for the image."""
     if isinstance(value, (list, tuple)):  # parts: {"type": "text", "text": ...}, images
         value = " ".join(

@@ -20,7 +20,7 @@ from blip2_jax.digits import world
 from blip2_jax.runtime import digest
 
 # Weights of a story's tokens in the language model's pre-training. What cannot be foreseen (the
-# description of a scene nobody has seen, the choice of a question) teaches little.
+# description of a new scene, the choice of a question) teaches little.
 UNFORESEEN, RETOLD, ANSWER = 0.1, 0.5, 1.0
 BOS = ""  # in a list of pieces of text, the token that begins a text
 

@@ -213,7 +213,7 @@ _THING = re.compile(
     rf"(?:in the (?P<place1>{_P}) )?an? (?:(?P<size1>{_S}) )?(?:(?P<color1>{_C}) )?(?P<digit1>\d)"
     rf"(?: in (?P<color2>{_C}))?(?: in the (?P<place2>{_P}))?(?![\w])"
     rf"|the (?P<digit2>\d)(?: in the (?P<place3>{_P}))? is "
-    rf"(?:(?P<size2>{_S}) and )?(?P<said>{_C}|{_S})(?![\w])"
+    rf"(?:(?P<size2>{_S}) and )?(?P<adjective>{_C}|{_S})(?![\w])"
 )
 _BETWEEN = {
     "to the left of": "left",
@@ -233,7 +233,7 @@ def parse_caption(text: str) -> Parsed | None:
     things = []
     for match in _THING.finditer(text):
         groups = match.groupdict()
-        adjective = groups["said"]
+        adjective = groups["adjective"]
         things.append(
             Thing(
                 int(groups["digit1"] or groups["digit2"]),

@@ -1,4 +1,4 @@
-"""Test images with what the model said, and attention over images."""
+"""Test images with the model's captions and answers, and attention over images."""
 
 import base64
 import io

@@ -136,8 +136,8 @@ class _Round:
     """What travels in one round. Matrices are int32[shards, shards], [from, to].
 
     Attributes:
-      sent_rows: int32[rows_per_round], this device's rows that it sends, in order of who wants
-        them; what is left over is row 0.
+      sent_rows: int32[rows_per_round], this device's rows that it sends, in order of the device
+        that wants them; what is left over is row 0.
       count: how many rows travel.
       index_in_round: where they begin among the `sent_rows` of the device they come from.
       index_on_arrival: where they begin among all that arrives at the device they go to.
@@ -153,8 +153,8 @@ class _Round:
 class _Traffic:
     """Who sends what to whom: the same on all devices, which all see the whole index.
 
-    A device's outgoing rows are in order of who wants them, then of where he wants them; the
-    incoming ones in order of where they come from, then of where they are wanted.
+    A device's outgoing rows are in order of the device that wants them, then of where it wants
+    them; the incoming ones in order of where they come from, then of where they are wanted.
 
     Attributes:
       index: int32[shards, local rows], the rows of the whole batch that each device wants.

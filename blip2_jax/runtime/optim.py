@@ -171,7 +171,7 @@ def apply_gradients(
     """One optimizer step, unless the loss or the gradient is not finite.
 
     Such a step changes neither parameters nor optimizer (nor its place in the schedule); it is
-    counted in `bad_steps`. The decision is made on the device: nobody waits for it.
+    counted in `bad_steps`. The decision is made on the device: no step waits for it.
 
     Args:
       state: {"step", "bad_steps", "params", "opt_state"}.

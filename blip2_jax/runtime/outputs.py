@@ -28,7 +28,8 @@ class Taken(ValueError):
     """A destination that holds something that was not written here; the message says what to do."""
 
 
-def _print(path: Path) -> dict[str, Any]:
+def _signature(path: Path) -> dict[str, Any]:
+    """A file's size and, of a small one, its digest."""
     size = path.stat().st_size
     if size > SMALL:
         return {"size": size}
@@ -36,7 +37,7 @@ def _print(path: Path) -> dict[str, Any]:
 
 
 def _noted(folder: Path) -> dict[str, list[Any]]:
-    """Name -> prints that a file may have; a file that is being replaced has two."""
+    """Name -> signatures that a file may have; a file that is being replaced has two."""
     try:
         document = json.loads((folder / RECEIPT).read_text())
         return dict(document["files"])
@@ -60,7 +61,7 @@ def _foreign(folder: Path, names: Iterable[str]) -> list[str]:
         for name in names
         if (path := folder / name).is_symlink()
         or path.exists()
-        and not (path.is_file() and _print(path) in noted.get(name, []))
+        and not (path.is_file() and _signature(path) in noted.get(name, []))
     ]
 
 
@@ -130,7 +131,7 @@ def replacing_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]
         yield draft
         files = [path for path in sorted(draft.rglob("*")) if path.is_file()]
         names = [(str(path.relative_to(draft)), path) for path in files if path.name != RECEIPT]
-        _note(draft, {name: [_print(path)] for name, path in names})
+        _note(draft, {name: [_signature(path)] for name, path in names})
         check_folder(folder, overwrite=overwrite)  # again, because the block may have taken long
         _swap(draft, folder)
     finally:
@@ -217,5 +218,5 @@ class Own:
             yield draft
             noted = _noted(self.folder)
             # Before the new one stands there: a kill in between leaves the old one known as well.
-            noted[name] = [_print(draft), *noted.get(name, [])[:1]]
+            noted[name] = [_signature(draft), *noted.get(name, [])[:1]]
             _note(self.folder, noted)
