@@ -21,8 +21,6 @@ from blip2_jax.data.source import Source
 
 RANGE = 256  # record numbers that are one unit of a worker's work
 
-Example = tuple[str, dict[str, Any]]
-
 
 class ImageText(tfds.core.GeneratorBasedBuilder):
     """Image-text pairs: tars, lists, or a data set in its owners' form.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from blip2_jax.data import arrow, containers, fields, files, layouts
+from blip2_jax.data import arrow, fields, files, layouts
 from blip2_jax.data.columns import Columns
 from blip2_jax.data.containers import IMAGE_SUFFIXES, Contents, Line, Row, StoredImage
 from blip2_jax.data.faults import RecordError, Skipped
@@ -22,7 +22,6 @@ from blip2_jax.data.folders import same_split
 from blip2_jax.data.source import Record, Source
 from blip2_jax.runtime.watchdog import alive
 
-SUFFIXES = containers.SUFFIXES
 FORMS = {"image": None, "caption": "captions", "question": "questions"}  # what makes a record
 MAX_BYTES = 256 << 20  # of one image file
 

@@ -11,7 +11,7 @@ import re
 
 import pytest
 
-from blip2_jax.data import lists
+from blip2_jax.data import containers, lists
 
 FILES = int(os.environ.get("FUZZ_FILES", "200"))
 BLOCKS = 10  # tests that share them
@@ -177,7 +177,7 @@ def as_arrow(rng, rows, suffix):
 
 def make_file(rng, path):
     """Writes a list; returns which rows must be found, and how many there are if that is sure."""
-    suffix = rng.choice([*lists.SUFFIXES, ".json", ".csv", ".csv"])
+    suffix = rng.choice([*containers.SUFFIXES, ".json", ".csv", ".csv"])
     odd = rng.choice([0.0, 0.2, 0.6])
     made = [make_row(rng, number, odd) for number in range(rng.randint(1, 12))]
     rows, clean = [row for row, _ in made], [ok for _, ok in made]
