@@ -26,7 +26,7 @@ blip2_environment ""
 
 if [ "$fresh" = yes ]; then
   # Only what a quickstart writes, so that a mistyped --workdir cannot remove anything else.
-  for part in data stage1 stage2 lines predictions metrics.json report.html; do
+  for part in data stage1 stage2 predictions metrics.json report.html; do
     rm -rf -- "${workdir:?}/$part"
   done
 fi
