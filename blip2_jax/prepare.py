@@ -31,7 +31,6 @@ were there, and the best --keep stay.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import time
@@ -119,8 +118,11 @@ def _others() -> dict[str, Any]:
     """The modules of `OTHERS` that are installed."""
     installed = {}
     for name, module in OTHERS.items():
-        with contextlib.suppress(ModuleNotFoundError):
+        try:
             installed[name] = import_module(module)
+        except ModuleNotFoundError as error:
+            if not module.startswith(error.name or ""):  # a library that it needs
+                raise
     return installed
 
 

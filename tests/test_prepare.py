@@ -235,6 +235,21 @@ def test_mistakes_are_said_before_any_work(words, message, tmp_path, monkeypatch
         run(*words)
 
 
+@pytest.mark.parametrize("missing", ["blip2_jax.digits", "sklearn"])
+def test_a_library_that_is_missing_is_named_and_a_source_that_is_not_there_left_out(
+    missing, monkeypatch
+):
+    def fail(name):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(prepare, "import_module", fail)
+    if missing == "sklearn":
+        with pytest.raises(ModuleNotFoundError, match="sklearn"):
+            prepare._others()
+    else:
+        assert prepare._others() == {}
+
+
 def test_large_images_are_made_smaller_and_small_ones_kept(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").write_bytes(made.jpeg(1, (300, 200)))

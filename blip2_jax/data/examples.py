@@ -107,6 +107,10 @@ def _captions(record: Record, data: ConfigDict) -> list[str]:
 
 def image_reader(data: ConfigDict, size: int, resample: str, *, train: bool) -> ImageOf:
     """The function (record, rng) -> uint8[size, size, 3]; see `make_example`."""
+    if data.resize not in transforms.RESIZES:
+        raise ValueError(
+            f"config.data.resize is {data.resize!r}; known: {', '.join(transforms.RESIZES)}."
+        )
     if train and data.resize == "fast" and resample != "bicubic":
         raise ValueError(
             f"config.data.resize=fast is bicubic, and this image encoder's images are {resample}; "

@@ -38,6 +38,7 @@ JAX_OPTIONS = (
 # Execution of each process, and paths whose contents are compared by digest: these may differ.
 LOCAL = PLACES | {
     "config.distributed", "config.data.threads", "config.data.workers", "config.data.index_dir",
+    "config.evals.*.data.index_dir",
 }  # fmt: skip
 MAX_LINES = 20  # that are shown of what differs
 

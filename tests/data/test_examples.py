@@ -178,6 +178,13 @@ def test_a_part_of_a_mixture_has_its_own_augmentation(monkeypatch):
     assert asked == [(0, 0), (0, 0), (2, 5), (2, 5)]
 
 
+def test_a_resize_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="config.data.resize is 'exect'; known: exact, fast"):
+        examples.image_reader(
+            make_config(**{"data.resize": "exect"}).data, 16, "bicubic", train=True
+        )
+
+
 def test_lavis_pretraining_reads_lavis_files_a_caption_a_record(tmp_path):
     """Its annotations as they are: COCO's with image ids, Visual Genome's without."""
     coco, vg = tmp_path / "coco", tmp_path / "vg"

@@ -108,6 +108,9 @@ def test_what_each_does_in_its_own_way_may_differ(processes):
         with agreement.together("start") as facts:
             own = {"threads": index, "workers": index, "dir": f"/{index}/data"}
             facts |= changed(("config", "data"), {**own, "mixture": {"web": {"dir": str(index)}}})
+            facts["config"]["evals"] = {
+                "coco": {"data": {"dir": f"/{index}", "index_dir": own["dir"]}}
+            }
 
     assert processes(3, work) == [None] * 3
 
