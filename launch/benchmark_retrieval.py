@@ -61,8 +61,8 @@ def main() -> None:
         )
         seconds = time.monotonic() - started
         metrics = json.loads((workdir / "metrics.json").read_text())
-        lines = (workdir / "lines" / "retrieval.0.jsonl").read_text().splitlines()[1:]
-        pairs = sum(len(json.loads(line)["texts"]) for line in lines)
+        predictions = (workdir / "predictions" / "retrieval.0.jsonl").read_text().splitlines()
+        pairs = sum(len(json.loads(line)["texts"]) for line in predictions[1:])
         texts = metrics["retrieval/candidate_texts"]
         print(
             f"{images:>8}{texts:>8}{pairs:>10}{seconds:>9.1f}{pairs / seconds:>9.0f}{memory:>9.3f}",

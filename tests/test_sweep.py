@@ -315,7 +315,7 @@ def test_a_sweep_reports_its_failures_and_their_last_words(recipe, tmp_path, cap
         )
         return [sys.executable, "-S", "-c", script, str(run.workdir)], {}
 
-    monkeypatch.setattr(sweep, "command", command)
+    monkeypatch.setattr(backends, "command", command)
     arguments = [f"--config={recipe(body)}", f"--workdir={tmp_path / 'w'}", "--backend=local"]
     assert sweep.main(arguments) == 1
     out = capfd.readouterr().out
