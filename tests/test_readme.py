@@ -703,7 +703,10 @@ def _(ran):
     assert not any(info.values()), info
 
 
-@command("blip2 convert blip2_pretrained.pth exported/itm --to=huggingface --vit=eva_vit_g.pth")
+@command(
+    "blip2 convert blip2_pretrained.pth exported/itm --to=huggingface --vit=eva_vit_g.pth",
+    after=["blip2 convert runs/stage2 exported --to=huggingface"],  # else it is not empty for that
+)
 def _(ran):
     assert (ran.home / "exported/itm/config.json").is_file()
 
