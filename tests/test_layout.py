@@ -77,6 +77,12 @@ def test_imports_make_no_circle():
     graphlib.TopologicalSorter(parts).prepare()  # CycleError names the circle
 
 
+def modules_printed_by(code: str) -> list[str]:
+    """Runs code that prints `sys.modules`, in a process of its own."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
 @pytest.mark.integration
 def test_flags_are_parsed_without_jax():
     """Launchers do so at their start, on machines that run nothing."""
@@ -85,9 +91,7 @@ def test_flags_are_parsed_without_jax():
         "cli.parse(None, ['--config=configs/digits/stage1.py', '--config.seed=3'])\n"
         "print(*sys.modules)"
     )
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    loaded = modules_printed_by(code)
     assert not {"jax", "flax", "transformers", "torch"} & set(loaded)
 
 
@@ -101,9 +105,7 @@ def test_everything_but_commands_has_a_rule():
 @pytest.mark.integration
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, blip2_jax; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    loaded = modules_printed_by(code)
     assert not {"jax", "flax", "transformers", "torch", "tensorflow_datasets"} & set(loaded)
 
 
@@ -115,7 +117,5 @@ def test_a_command_and_a_model_import_no_more_than_they_need():
         "from blip2_jax.data import tokenizers; from blip2_jax import pretrained\n"
         "assert tokenizers.load('package:digits-opt')('a')['input_ids']; print(*sys.modules)"
     )
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    loaded = modules_printed_by(code)
     assert "transformers" in loaded and not {"torch", "blip2_jax.recipe"} & set(loaded)
