@@ -57,22 +57,11 @@ def world(tmp_path_factory):
 
 def flags(world, stage="stage1", **changes):
     """A tiny run as a config; also as `--config.key=value` flags."""
-    return tiny.config(
+    return tiny.config_of_files(
+        world,
         stage,
         **{
             "steps": 12,
-            "data.dir": str(world / "data"),
-            "data.qformer_tokenizer": "package:digits-bert",
-            "data.llm_tokenizer": "package:digits-opt",
-            "data.text_length": 28,
-            "data.llm_length": 28,
-            "data.threads": 2,
-            "model.vit.source": str(world / "vit"),
-            "model.llm.source": str(world / "llm"),
-            "model.qformer.vocab_size": 190,
-            "model.qformer.bos_token_id": 189,
-            "model.qformer.max_position_embeddings": 32,
-            "model.qformer.dropout": 0.1,
             "checkpoint.every": 4,
             "log.every": 2,
             "eval.every": 6,

@@ -44,6 +44,25 @@ def config(stage: str = "stage1", **changes) -> ConfigDict:
     return c
 
 
+def config_of_files(folder, stage: str = "stage1", **changes) -> ConfigDict:
+    """A tiny run, with dropout, on data and towers in `folder`: data/, vit/ and llm/."""
+    files = {
+        "data.dir": str(folder / "data"),
+        "data.qformer_tokenizer": "package:digits-bert",
+        "data.llm_tokenizer": "package:digits-opt",
+        "data.text_length": 28,
+        "data.llm_length": 28,
+        "data.threads": 2,
+        "model.vit.source": str(folder / "vit"),
+        "model.llm.source": str(folder / "llm"),
+        "model.qformer.vocab_size": 190,
+        "model.qformer.bos_token_id": 189,
+        "model.qformer.max_position_embeddings": 32,
+        "model.qformer.dropout": 0.1,
+    }
+    return config(stage, **files | changes)
+
+
 def batch(c: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
     """Random images and texts with padding, as `data.batch_spec` has them."""
     rng = np.random.default_rng(seed)

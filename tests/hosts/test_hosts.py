@@ -68,22 +68,11 @@ def config(world, stage="stage1", **changes):
     """A tiny run with dropout, drawn negatives, crops and drawn captions; stage 1 is scored."""
     retrieval = task("retrieval", "tfds", "test", str(world / "data"), rerank=2, captions=1)
     retrieval.data.first = 5
-    return tiny.config(
+    return tiny.config_of_files(
+        world,
         stage,
         **{
             "steps": STEPS,
-            "data.dir": str(world / "data"),
-            "data.qformer_tokenizer": "package:digits-bert",
-            "data.llm_tokenizer": "package:digits-opt",
-            "data.text_length": 28,
-            "data.llm_length": 28,
-            "data.threads": 2,
-            "model.vit.source": str(world / "vit"),
-            "model.llm.source": str(world / "llm"),
-            "model.qformer.vocab_size": WORDS + 1,
-            "model.qformer.bos_token_id": WORDS,
-            "model.qformer.max_position_embeddings": 32,
-            "model.qformer.dropout": 0.1,
             "checkpoint.every": 2,
             "log.every": 1,
             "eval.every": STEPS,
